@@ -1,0 +1,648 @@
+"""
+Make reasoning traces, and train a model on them: the teacher from scratch, or supervised fine-tuning of any checkpoint.
+
+    python train_sft.py --scratch --layers 6 --steps 300 --out out/tiny        # a small teacher from nothing (3 minutes)
+    python train_sft.py --model out/h25 --steps 50 --out out/h25-sft           # fine-tune a hybrid on the built-in traces
+    python train_sft.py --model DIR --data traces.jsonl --out out/mine         # ... or any checkpoint on your own traces
+
+The first half of this file is also the library of the other scripts: devices, problems, batches, loss and evaluation.
+"""
+import os
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # waiting threads sleep: on a shared machine 10 times faster
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import random
+import signal
+import sys
+import time
+import zlib
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import model as nano
+from model import UserError
+
+torch.set_flush_denormal(True)                           # a state that has decayed to 1e-40 costs 100 cycles an operation
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What all scripts share: devices, errors, Ctrl-C.
+
+def pick_device(name):
+    """"auto" -> cuda, mps or cpu, the first that is there. Raises UserError for a device that is not."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(device for device, there in found.items() if there) if name == "auto" else name
+    if not found.get(name.split(":")[0]):
+        raise UserError(f"device {name!r} is not available here; available: {', '.join(d for d in found if found[d])}")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """"auto" -> bfloat16 on cuda, float32 elsewhere. Only matrix products use it: states, steps and losses are float32."""
+    name = ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"dtype {name!r} is not supported: use float32 or bfloat16")
+    return getattr(torch, name)
+
+
+def autocast(device, dtype):
+    """Matrix products in dtype over float32 weights; nothing at all for float32."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def run_main(main):
+    """Run a script: a user's mistake is one line and exit code 2, Ctrl-C is exit code 130, a bug keeps its traceback."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def claim_out(path, overwrite, resume, done="config.json"):
+    """Check that the directory `path` can be written and holds no finished result (`done`) that nobody asked to lose."""
+    if os.path.exists(os.path.join(path, done)) and not (overwrite or resume):
+        raise UserError(f"{path} already holds a result: choose another --out, or pass --overwrite")
+    try:
+        os.makedirs(path, exist_ok=True)
+        probe = os.path.join(path, ".writable")
+        open(probe, "w").close()
+        os.remove(probe)
+    except OSError as e:
+        raise UserError(f"cannot write to {path}: {e.strerror}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The problems. Three families that stress different things: arithmetic in several steps, exact retrieval among
+# distractors, and a state that changes. All are procedural and endless, and every answer can be checked.
+#
+# A trace thinks in steps that need one look-up or one small calculation each. A story is walked back from the question
+# to a number that is given, then forward again: a trace that started at the far end would have to search in its head.
+#
+# A problem belongs to a split by a hash of its text, so that no split ever sees another's problems, whatever the seed.
+
+NAMES = "Ann Bob Cara Dan Eve Finn Gus Hana Ivo Jon Kim Leo Mia Ned Ola Pam Quin Rosa Sam Tess".split()
+THINGS = "lamp box door cup ring book key coin hat drum map rope bell fork vase kite".split()
+GOODS = "apples coins stamps cards shells beads".split()
+
+
+def story(rng, size):
+    """Who has how many? A chain of 1 to 4 comparisons, and up to 4 people who do not matter."""
+    n_chain, n_extra = between(rng, 1, 4, size), between(rng, 0, 4, size)
+    names, goods = rng.sample(NAMES, n_chain + 1 + n_extra), rng.choice(GOODS)
+    value, fact, note, base = {}, {}, {}, {}
+    for i, name in enumerate(names):
+        other = names[i - 1] if 0 < i <= n_chain else rng.choice(names[:i]) if i > n_chain and rng.random() < 0.7 else None
+        if other is None:
+            value[name] = rng.randint(2, 60)
+            fact[name] = f"{value[name]} {goods}"
+            continue
+        v, d = value[other], rng.randint(2, 9)
+        kind = rng.choice(["twice"] * (v <= 49) + ["more"] * 2 * (v <= 90) + ["fewer"] * 2 * (v >= 12))
+        value[name] = {"twice": 2 * v, "more": v + d, "fewer": v - d}[kind]
+        fact[name] = f"twice as many as {other}" if kind == "twice" else f"{d} {kind} than {other}"
+        sign = {"twice": f"{v} * 2", "more": f"{v} + {d}", "fewer": f"{v} - {d}"}[kind]
+        note[name], base[name] = f"{name} {sign} = {value[name]}.", other
+    target, walk = names[n_chain], [names[n_chain]]
+    while walk[-1] in base:                                                  # back to somebody whose number is given
+        walk.append(base[walk[-1]])
+    question = " ".join(f"{name} has {fact[name]}." for name in rng.sample(names, len(names)))
+    back = [f"{name} {fact[name]}." for name in walk]
+    return (f"{question} How many {goods} does {target} have?",
+            " ".join(back + [note[name] for name in reversed(walk[:-1])]), str(value[target]))
+
+
+def retrieval(rng, size):
+    """Which code belongs to this thing, or to the thing that somebody owns? 3 to 9 codes of three numbers."""
+    things, owners = rng.sample(THINGS, between(rng, 3, 9, size)), rng.sample(NAMES, between(rng, 2, 4, size))
+    code = {thing: " ".join(str(rng.randint(10, 99)) for _ in range(3)) for thing in things}
+    facts, thing = [f"The {thing} has code {code[thing]}." for thing in things], things[0]
+    steps, question = f"{thing} {code[thing]}.", f"What is the code of the {thing}?"
+    if rng.random() < 0.6:
+        facts += [f"{name} owns the {owned}." for name, owned in zip(owners, things)]
+        steps, question = f"{owners[0]} {thing}. {steps}", f"What is the code of the thing of {owners[0]}?"
+    return f"{' '.join(rng.sample(facts, len(facts)))} {question}", steps, code[thing]
+
+
+def swaps(rng, size):
+    """Who ends up with what? 2 to 5 people swap what they have, 1 to 6 times."""
+    n = between(rng, 2, 5, size)
+    people = rng.sample(NAMES, n)
+    has = dict(zip(people, rng.sample(THINGS, n)))
+    question, steps = [f"{name} has the {has[name]}." for name in people], []
+    for i in range(1, between(rng, 1, 6, size) + 1):
+        a, b = rng.sample(people, 2)
+        question.append(f"{i}: {a} and {b} swap.")
+        steps.append(f"{i}: {a} {has[a]}, {b} {has[b]}; {a} {has[b]}, {b} {has[a]}.")
+        has[a], has[b] = has[b], has[a]
+    who = rng.choice(people)
+    return f"{' '.join(question)} What does {who} have?", f"{' '.join(steps)} {who} {has[who]}.", has[who]
+
+
+def between(rng, low, high, size):
+    """A random size from low to high; size in (0, 1] lowers the upper end (a curriculum starts small)."""
+    return rng.randint(low, low + round((high - low) * size))
+
+
+FAMILIES = {"story": story, "retrieval": retrieval, "swaps": swaps}
+SPLITS = {"test": (0, 1), "probe": (2,), "dev": (3,)}    # remainders of the hash modulo 64; all others are "train"
+
+
+def split_of(question):
+    remainder = zlib.crc32(question.encode()) % 64
+    return next((split for split, held in SPLITS.items() if remainder in held), "train")
+
+
+def problems(split, seed, size=1.0):
+    """Endless (family, question, steps, answer), the families in turn. The same split and seed give the same problems."""
+    rng = random.Random(f"{split} {seed}")
+    for family in itertools.cycle(FAMILIES):
+        while True:
+            question, steps, answer = FAMILIES[family](rng, size)
+            if split_of(question) == split:
+                break
+        yield family, question, steps, answer
+
+
+def problem_set(split, per_family, seed=0):
+    """A list of different problems, per_family of each family."""
+    seen, counts = {}, dict.fromkeys(FAMILIES, 0)
+    for p in problems(split, seed):
+        if counts[p[0]] < per_family and p[1] not in seen:
+            seen[p[1]] = p
+            counts[p[0]] += 1
+        if min(counts.values()) >= per_family:
+            return list(seen.values())
+
+
+def format_prompt(question):
+    return f"<s>[INST] {question} [/INST]"
+
+
+def format_response(steps, answer):
+    return f"<think>{steps}</think> {answer}</s>"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tokenizer of the built-in traces: byte-level BPE, trained on them, stored as an ordinary tokenizer.json.
+
+SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "<think>", "</think>"]         # ids 0 to 6
+PATTERN = r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"                      # words, short numbers, signs
+
+
+def make_tokenizer(path, n_vocab=538, n_problems=300):
+    """Train BPE on problems and write path/tokenizer.json (the Hugging Face form, which model.load_tokenizer reads)."""
+    from tiktoken._educational import bpe_train
+    texts = (f"{q} {steps} {answer}" for _, q, steps, answer in itertools.islice(problems("train", 0), n_problems))
+    numbers = " ".join(str(n) for n in range(100) for _ in range(20))        # every number below 100 becomes one token
+    ranks = bpe_train("\n".join(texts) + " " + numbers, n_vocab - len(SPECIAL), PATTERN, visualise=None)
+    character = {byte: c for c, byte in nano.byte_characters().items()}
+    text = lambda token: "".join(character[byte] for byte in token)
+    merges, rank = [], {}
+    for token in sorted(ranks, key=ranks.get)[256:]:                         # the two parts that a token was made from
+        pair = tuple(nano.bpe([bytes([byte]) for byte in token], rank))
+        rank[pair] = len(rank)
+        merges.append([text(part) for part in pair])
+    vocab = {name: i for i, name in enumerate(SPECIAL)} | {text(t): i + len(SPECIAL) for t, i in ranks.items()}
+    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    os.makedirs(path, exist_ok=True)
+    nano.write_json(os.path.join(path, "tokenizer.json"), {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "added_tokens": [{"id": i, "content": name, **flags} for i, name in enumerate(SPECIAL)],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "decoder": level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": vocab, "merges": merges}})
+    nano.write_json(os.path.join(path, "tokenizer_config.json"), {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
+        "clean_up_tokenization_spaces": False})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Examples and batches. An example is (ids, trained): token ids, and for each whether the loss counts it. Only what the
+# assistant writes is trained. The parts of a text are encoded one by one, so the border is exact by construction.
+#
+# Batch number `step` depends on the seed and on `step` alone: a resumed run continues with exactly the batches that an
+# uninterrupted one would have seen, and there is no loader state to save. Batches hold texts of similar length.
+
+def encode_parts(enc, parts):
+    """parts: [(text, trained)] -> (ids, trained flags)."""
+    ids, trained = [], []
+    for text, flag in parts:
+        new = enc.encode(text, allowed_special="all")
+        ids, trained = ids + new, trained + [flag] * len(new)
+    return ids, trained
+
+
+def encode_problem(enc, problem):
+    _, question, steps, answer = problem
+    return encode_parts(enc, [(format_prompt(question), False), (format_response(steps, answer), True)])
+
+
+def parts_of(record):
+    """One parsed JSONL line -> [(text, trained)]. {"prompt", "response"} is taken verbatim; {"messages"} goes through
+    the template <s>[INST] user [/INST]assistant</s>, a system message in front of the first user message."""
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("response"), str):
+        return [(record["prompt"], False), (record["response"], True)]
+    parts, system = [("<s>", False)], ""
+    for message in record["messages"]:
+        role, content = message["role"], message["content"]
+        if role == "system":
+            system = content + "\n\n"
+        elif role == "user":
+            parts.append((f"[INST] {system}{content} [/INST]", False))
+            system = ""
+        elif role == "assistant":
+            parts.append((content + "</s>", True))
+        else:
+            raise KeyError(f"role {role!r}")
+    return parts
+
+
+def read_jsonl(path, enc, ctx, n_vocab):
+    """A JSONL file -> (training examples, held-out examples: every 50th). Checks every line before anything is trained.
+    Raises UserError with the line number; examples longer than ctx tokens are left out with a warning."""
+    examples, long = [], 0
+    try:
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    ids, trained = encode_parts(enc, parts_of(json.loads(line)))
+                except (ValueError, KeyError, TypeError, AttributeError) as e:
+                    raise UserError(f"{path}, line {number}: neither prompt and response nor messages ({e})") from None
+                if not any(trained[1:]):
+                    raise UserError(f"{path}, line {number}: there is no response to train on")
+                if max(ids) >= n_vocab:
+                    raise UserError(f"{path}, line {number}: token id {max(ids)}, the model knows {n_vocab}")
+                examples.append((ids, trained))
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8: {e}") from None
+    kept = [e for e in examples if len(e[0]) <= ctx]
+    if len(kept) < len(examples):
+        print(f"warning: {len(examples) - len(kept)} of {len(examples)} examples exceed --ctx {ctx} tokens", file=sys.stderr)
+    if len(kept) < 2:
+        raise UserError(f"{path}: {len(kept)} usable examples of at most {ctx} tokens; two are needed")
+    held = kept[::50]
+    return [e for i, e in enumerate(kept) if i % 50], held
+
+
+def trace_block(enc, seed, size_at=lambda block: 1.0, split="train"):
+    """-> a function (block number, count) -> count examples made from the built-in problems."""
+    def block(number, count):
+        stream = problems(split, f"{seed} {number}", size_at(number))
+        return [encode_problem(enc, p) for p in itertools.islice(stream, count)]
+    return block
+
+
+def list_block(examples, seed):
+    """The same for a list of examples: epoch after epoch, each in its own random order."""
+    def block(number, count):
+        chosen = []
+        for i in range(number * count, (number + 1) * count):
+            epoch, place = divmod(i, len(examples))
+            if not chosen or place == 0:
+                order = random.Random(f"{seed} {epoch}").sample(range(len(examples)), len(examples))
+            chosen.append(examples[order[place]])
+        return chosen
+    return block
+
+
+PER_BLOCK = 16                                           # batches that are drawn together and sorted by length
+
+
+def batches(block, batch, start=0):
+    """Endless lists of `batch` examples of similar length, from batch number `start` on."""
+    for number in itertools.count(start // PER_BLOCK):
+        examples = sorted(block(number, batch * PER_BLOCK), key=lambda e: len(e[0]))
+        groups = [examples[i:i + batch] for i in range(0, len(examples), batch)]
+        random.Random(number).shuffle(groups)
+        yield from groups[start % PER_BLOCK if number == start // PER_BLOCK else 0:]
+
+
+def collate(examples, device):
+    """[(ids, trained)] -> tokens (b, t), targets (b, t) int64: targets[i, j] is the token that follows tokens[i, j] if it
+    is trained, else -1. The one place where labels and mask are shifted. Rows are padded on the right, which a causal
+    model never sees; the mask comes from lengths, so a pad id that is also a real token does no harm."""
+    longest = max(len(ids) for ids, _ in examples)
+    tokens = torch.zeros(len(examples), longest, dtype=torch.long)
+    targets = torch.full((len(examples), longest), -1)
+    for row, (ids, trained) in enumerate(examples):
+        tokens[row, :len(ids)] = torch.tensor(ids)
+        targets[row, :len(ids) - 1] = torch.where(torch.tensor(trained[1:]), torch.tensor(ids[1:]), -1)
+    return tokens.to(device), targets.to(device)
+
+
+def show_example(enc, example):
+    """One example as text, the trained part in >>> <<<: what the loss counts should be seen once by a human."""
+    runs = itertools.groupby(zip(*example), key=lambda pair: pair[1])
+    texts = [(flag, enc.decode([token for token, _ in run])) for flag, run in runs]
+    return "".join(f">>>{text}<<<" if flag else text for flag, text in texts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss and evaluation.
+
+def cross_entropy(model, tokens, targets):
+    """-> summed loss in nats (float32) over the trained tokens, their number, and how many rows are right throughout."""
+    x, _ = model.hidden(tokens)
+    trained = targets >= 0
+    logits = model.lm_head(x[trained]).float()                               # (trained tokens, vocab_size) only
+    loss = F.cross_entropy(logits, targets[trained], reduction="sum")
+    wrong = torch.zeros_like(targets, dtype=torch.bool)
+    wrong[trained] = logits.argmax(-1) != targets[trained]
+    return loss, int(trained.sum()), int((~wrong.any(dim=1)).sum())
+
+
+def answer_of(text):
+    """What a response says after its thoughts."""
+    return text.rpartition("</think>")[2].strip()
+
+
+@torch.no_grad()
+def solve(model, enc, problem_list, batch=128, max_new_tokens=192, note="solving"):
+    """Greedy answers to problems. -> the response texts, in order. Batches hold prompts of similar length."""
+    device = model.embed_tokens.weight.device
+    prompts = [enc.encode(format_prompt(p[1]), allowed_special="all") for p in problem_list]
+    order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
+    with tqdm(total=len(prompts), desc=note, unit="problem", leave=False) as bar:
+        for i in range(0, len(order), batch):
+            rows = order[i:i + batch]
+            outputs = model.generate([prompts[row] for row in rows], max_new_tokens)
+            for row, ids in zip(rows, outputs):
+                texts[row] = enc.decode(ids)
+            bar.update(len(rows))
+    return texts
+
+
+def accuracy(problem_list, texts):
+    """-> {family: share of problems with exactly the right answer}, and the pooled share."""
+    right = {}
+    for (family, _, _, answer), text in zip(problem_list, texts):
+        right.setdefault(family, []).append(answer_of(text) == answer)
+    return {family: sum(r) / len(r) for family, r in right.items()}, sum(map(sum, right.values())) / len(problem_list)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimiser. Weight matrices inside the layers take Muon's step, everything else AdamW's.
+#
+# Muon (Jordan et al. 2024) replaces the gradient of a matrix, after momentum, by the nearest orthogonal matrix: every
+# direction of the matrix moves by the same amount, also those whose gradient is small. It finds the copying circuits
+# that these problems need in about half of AdamW's tokens. Five Newton-Schulz iterations approximate it, on all matrices
+# of one shape at once. The factor 0.2 sqrt(larger side) gives a step the size of AdamW's, so one learning rate does.
+
+def orthogonalize(g):
+    """g (n, rows, columns) -> about U V^T of each matrix's singular value decomposition, by Newton-Schulz."""
+    x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum, same = group["lr"], group["momentum"], {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    same.setdefault(p.shape, []).append(p)
+            for shape, params in same.items():
+                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                grads = [p.grad for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - momentum)
+                update = orthogonalize(torch.stack(torch._foreach_lerp(grads, buffers, momentum)))   # Nesterov's form
+                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(params, list(update.unbind()), alpha=-0.2 * lr * max(shape) ** 0.5)
+
+
+def make_optimizers(model, lr, weight_decay=0.05):
+    """-> [Muon, AdamW] over the parameters that need a gradient. Weight decay only for Muon's matrices: not for
+    embeddings, norms and biases, and not for A_log (a matrix by shape, but not by meaning), D, dt bias and conv."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrix = lambda name, p: p.ndim == 2 and name.startswith("layers.") and not nano.keeps_float32(name)
+    groups = [[p for name, p in named if matrix(name, p) == flag] for flag in (True, False)]
+    kinds = (lambda ps: Muon(ps, lr, weight_decay), lambda ps: torch.optim.AdamW(ps, lr, (0.9, 0.98), weight_decay=0.0))
+    return [kind(group) for kind, group in zip(kinds, groups) if group]
+
+
+def learning_rate(step, steps, peak, warmup, floor=0.03, decay=0.4):
+    """Linear warm-up, constant, and over the last `decay` of the steps linearly down to floor * peak."""
+    left = (steps - step) / max(1, decay * steps)
+    return peak * min(1.0, (step + 1) / max(1, warmup), max(floor, left))
+
+
+def clipped_step(model, optimizers, lr, clip=1.0):
+    """Clip the gradient's norm, set the rate, step, clear. Raises UserError if the gradient is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip)
+    if not torch.isfinite(norm):
+        raise UserError("the loss or its gradient is not finite (NaN); lower --lr. What was saved before is intact")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+# A run in progress is one safetensors file: weights and optimiser states as tensors, the rest as JSON in its header.
+
+def save_progress(path, model, optimizers, meta):
+    """model: the module being trained; meta: what else is needed, as JSON."""
+    from safetensors.torch import save_file
+    tensors = {f"weight|{name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for name, p in model.named_parameters():
+            for key, value in optimizer.state.get(p, {}).items():
+                tensors[f"{key}|{name}"] = value.detach().contiguous()
+    nano.write_atomic(path, lambda to: save_file(tensors, to, metadata={"meta": json.dumps(meta)}))
+
+
+def load_progress(path, model, optimizers):
+    """The reverse, into a model of the same shape. -> meta."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, framework="pt") as f, torch.no_grad():
+            states = {name: {} for name, _ in model.named_parameters()}
+            for key in f.keys():
+                kind, name = key.split("|")
+                states[name][kind] = f.get_tensor(key)
+            for name, p in model.named_parameters():
+                p.copy_(states[name].pop("weight"))
+                for optimizer in optimizers:
+                    if states[name] and any(p is q for group in optimizer.param_groups for q in group["params"]):
+                        optimizer.state[p] = {k: v.to(p.device if k != "step" else "cpu") for k, v in states[name].items()}
+            return json.loads(f.metadata()["meta"])
+    except (SafetensorError, OSError, KeyError, RuntimeError) as e:
+        raise UserError(f"{path} does not continue this run: {e}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training.
+
+TEACHER = nano.Config(vocab_size=538, d_model=64, n_layer=50, n_head=4, n_kv_head=2, head_dim=32, d_mlp=192,
+                      tie_embeddings=True, max_length=512)
+
+
+@torch.no_grad()
+def init_weights(model):
+    """For training from nothing: small embeddings with one large shared component, and sharp queries and keys.
+
+    Positional attention ("look one token back") needs a part of the input that is the same for every token; without
+    biases only the embedding can bring it. With it, copying from the context is found several times sooner."""
+    torch.nn.init.normal_(model.embed_tokens.weight, std=0.1)
+    model.embed_tokens.weight[:, 0] += 0.3
+    for block in model.layers:
+        for w in (block.self_attn.q_proj.weight, block.self_attn.k_proj.weight):
+            w.mul_(1.8)
+        for w in (block.self_attn.o_proj.weight, block.mlp.down_proj.weight):
+            w.mul_(1.7 / math.sqrt(2 * len(model.layers)))
+
+
+def grow(model, n_layer):
+    """-> a deeper model: the stack of layers repeated as a whole. It is wrong at first and recovers within a few steps,
+    while every layer goes on doing something (copies that start as zero would stay idle)."""
+    old = len(model.layers)
+    if n_layer % old or set(model.config.layout) != {"t"}:
+        raise UserError(f"cannot grow {old} layers to {n_layer}: only all-attention models, by a whole factor")
+    deep = nano.HybridLM(replace(model.config, n_layer=n_layer, layout=()))
+    for i, block in enumerate(deep.layers):
+        block.load_state_dict(model.layers[i % old].state_dict())
+    deep.embed_tokens, deep.norm, deep.lm_head = model.embed_tokens, model.norm, model.lm_head
+    return deep
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--scratch", action="store_true", help="start from nothing, with the shape of the shipped teacher")
+    p.add_argument("--model", help="start from this checkpoint directory")
+    p.add_argument("--layers", type=int, help="with --scratch: layers (default 50); with --model: grow to this many")
+    p.add_argument("--out", required=True, help="directory for the result")
+    p.add_argument("--data", help="JSONL file of prompt/response or messages (default: the built-in traces)")
+    p.add_argument("--steps", type=int, default=200, help="optimiser steps (default 200)")
+    p.add_argument("--batch", type=int, default=32, help="texts per step (default 32)")
+    p.add_argument("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
+    p.add_argument("--lr", type=float, help="peak learning rate (default 0.005 with --scratch, else 0.0005)")
+    p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up (default 50)")
+    p.add_argument("--easy", type=float, default=0.0,
+                   help="share of the steps during which built-in problems grow from small to full size (default 0)")
+    p.add_argument("--eval", type=int, default=100, help="held-out problems per family at the end (default 100, 0 for none)")
+    p.add_argument("--every", type=int, default=200, help="steps between saves (default 200)")
+    p.add_argument("--save-dtype", default="float32", choices=("float32", "bfloat16"), help="of the result (default float32)")
+    p.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
+    p.add_argument("--dtype", default="auto", help="of matrix products: auto, float32 or bfloat16 (default auto)")
+    p.add_argument("--resume", action="store_true", help="continue an interrupted run in --out, with the same flags")
+    p.add_argument("--overwrite", action="store_true", help="replace a finished result in --out")
+    return p.parse_args()
+
+
+def start_model(args):
+    """-> the model to train (float32, CPU) and its tokenizer; --out holds the tokenizer afterwards."""
+    if args.scratch == bool(args.model):
+        raise UserError("pass either --scratch or --model DIR")
+    torch.manual_seed(args.seed)
+    if args.scratch:
+        if not os.path.exists(os.path.join(args.out, "tokenizer.json")):
+            print("training the tokenizer ...")
+            make_tokenizer(args.out)
+        model = nano.HybridLM(replace(TEACHER, n_layer=args.layers or TEACHER.n_layer, layout=()))
+        init_weights(model)
+        return model, nano.load_tokenizer(args.out)
+    model, enc = nano.load_pretrained(args.model), nano.load_tokenizer(args.model)
+    return (grow(model, args.layers) if args.layers else model), enc
+
+
+def train(args, model, block, device, dtype):
+    """The loop. -> list of log entries. Saves args.out/progress.safetensors every args.every steps and on Ctrl-C."""
+    optimizers, start, log, began = make_optimizers(model, args.lr), 0, [], time.time()
+    progress = os.path.join(args.out, "progress.safetensors")
+    if args.resume and os.path.exists(progress):
+        meta = load_progress(progress, model, optimizers)
+        start, log = meta["step"], meta["log"]
+        began -= log[-1]["seconds"] if log else 0
+    tokens_seen, meter = (log[-1]["tokens"] if log else 0), [0.0, 0]
+    bar = tqdm(total=args.steps, initial=start, desc="training", unit="step")
+    stream = batches(block, args.batch, start)
+    try:
+        for step in range(start, args.steps):
+            tokens, targets = collate(next(stream), device)
+            with autocast(device, dtype):
+                loss, count, _ = cross_entropy(model, tokens, targets)
+            (loss / max(1, count)).backward()
+            clipped_step(model, optimizers, learning_rate(step, args.steps, args.lr, args.warmup))
+            meter, tokens_seen = [meter[0] + loss.item(), meter[1] + count], tokens_seen + tokens.numel()
+            bar.update()
+            if (step + 1) % 10 == 0 or step + 1 == args.steps:
+                log.append({"step": step + 1, "loss": round(meter[0] / max(1, meter[1]), 5), "tokens": tokens_seen,
+                            "seconds": round(time.time() - began, 1)})
+                bar.set_postfix(loss=f"{log[-1]['loss']:.4f}", tok_s=f"{tokens_seen / log[-1]['seconds']:.0f}")
+                meter = [0.0, 0]
+            if (step + 1) % args.every == 0:
+                save_progress(progress, model, optimizers, {"step": step + 1, "log": log})
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)                         # a second Ctrl-C must not spoil the save
+        save_progress(progress, model, optimizers, {"step": step, "log": log})
+        print(f"\nsaved step {step}; run the same command with --resume to continue", file=sys.stderr)
+        raise
+    finally:
+        bar.close()
+    return log
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    args.lr = args.lr or (0.005 if args.scratch else 0.0005)
+    claim_out(args.out, args.overwrite, args.resume)
+    model, enc = start_model(args)
+    if args.data:
+        examples, _ = read_jsonl(args.data, enc, args.ctx, model.config.vocab_size)
+        block = list_block(examples, args.seed)
+    else:
+        full = max(1, args.easy * args.steps / PER_BLOCK)                    # blocks until problems have their full size
+        block = trace_block(enc, args.seed, lambda number: min(1.0, 0.2 + 0.8 * number / full) if args.easy else 1.0)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, layout {' '.join(model.config.layout)}\n"
+          f"an example, trained part marked: {show_example(enc, block(0, 1)[0])}")
+    model = model.to(device).train()
+    log = train(args, model, block, device, dtype)
+    model.eval().to(getattr(torch, args.save_dtype))
+    nano.save_pretrained(model, args.out, tokenizer_from=args.model)
+    model.float()                                                            # evaluated as saved, rounding included
+    report = {"args": vars(args), "torch": torch.__version__, "log": log}
+    if args.eval and not args.data:
+        held = problem_set("test", args.eval)
+        by_family, pooled = accuracy(held, solve(model, enc, held))
+        report |= {"accuracy": pooled, "accuracy_by_family": by_family, "problems_per_family": args.eval}
+        print("\n".join(f"{name:12} {share:.3f}" for name, share in (by_family | {"all": pooled}).items()))
+    nano.write_json(os.path.join(args.out, "training.json"), report)
+    if os.path.exists(os.path.join(args.out, "progress.safetensors")):
+        os.remove(os.path.join(args.out, "progress.safetensors"))
+    print(json.dumps({"loss": log[-1]["loss"], **{k: v for k, v in report.items() if k not in ("log", "args")}}))
+
+
+if __name__ == "__main__":
+    run_main(main)
