@@ -130,8 +130,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        """x (..., dim) -> x / rms(x) * weight. In float32, cast back, then scaled, as Mistral does it."""
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+        """x (..., dim) -> x / rms(x) * weight. In float32 (at least), cast back, then scaled, as Mistral does it."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
 
 
 def rotary(x, cos, sin):
@@ -366,7 +367,8 @@ def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None, res
     scans = {"loop": scan_loop, "chunk": scan_chunk}
     if impl not in scans:
         raise UserError(f"selective_scan: unknown impl {impl!r}; known here: {', '.join(scans)}, auto")
-    return scans[impl](x, dt, A, B, C, D, z, dt_bias, state, reset)
+    with torch.autocast(x.device.type, enabled=False):                       # its products stay float32 in mixed precision
+        return scans[impl](x, dt, A, B, C, D, z, dt_bias, state, reset)
 
 
 def scan_backend(device, t=2):
