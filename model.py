@@ -676,19 +676,25 @@ def convert(student, teacher, layers, init="aligned"):
     layout = list(student.config.layout)
     if init not in INITS:
         raise UserError(f"unknown init {init!r}; known: {', '.join(INITS)}")
+    for field in ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim"):
+        if getattr(student.config, field) != getattr(teacher.config, field):
+            raise UserError(f"student and teacher differ in {field}: {getattr(student.config, field)} and "
+                            f"{getattr(teacher.config, field)}")
     for i in layers:
         if not 0 <= i < len(layout) or layout[i] != "t" or teacher.config.layout[i] != "t":
             raise UserError(f"layer {i} is not an attention layer (layout: {' '.join(layout)})")
         layout[i] = "n" if init == "identity" else "m2"
-    student.config = replace(student.config, layout=tuple(layout))
+    config = replace(student.config, layout=tuple(layout))
     for i in layers:
         block = student.layers[i]
-        weight, block.kind = block.mlp.down_proj.weight, layout[i]
+        weight = block.mlp.down_proj.weight
         if init == "identity":
             del block.input_layernorm
-        else:
-            block.mixer = cast(mil_mixer(teacher.layers[i].self_attn, student.config, init), weight.device, weight.dtype)
+        else:                                                                # raises, if at all, at the first layer
+            block.mixer = cast(mil_mixer(teacher.layers[i].self_attn, config, init), weight.device, weight.dtype)
+        block.kind = layout[i]
         del block.self_attn
+    student.config = config
     return student
 
 
