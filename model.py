@@ -105,6 +105,11 @@ class Config:
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)
+        for name in ("vocab_size", "d_model", "n_layer", "n_head", "n_kv_head", "head_dim", "d_mlp", "d_state", "d_conv",
+                     "sliding_window", "d_inner", "d_xb", "dt_rank"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"{name} must be a positive whole number, got {value!r}")
         put("layout", tuple(self.layout) or ("t",) * self.n_layer)
         put("d_inner", self.d_inner or self.n_head * self.head_dim)
         put("d_xb", self.d_xb or self.n_kv_head * self.head_dim)
@@ -725,60 +730,74 @@ SSM_KEYS = {                                 # ssm_cfg key -> (Config field or N
 }
 
 
-def read_json(path):
+def read_json(path, kind=object):
+    """path -> the value in it. kind: the Python type it must have, dict for a JSON object."""
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            value = json.load(f)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}")
+    return value
 
 
 def config_from_json(raw, where="config.json"):
     """raw: the dict in config.json -> Config. Defaults for absent keys are those of transformers' classes."""
+    try:
+        return Config(**config_fields(raw))
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+        raise UserError(f"{where}: a value has the wrong type ({e})") from None
+
+
+def config_fields(raw):
+    """The dict in config.json -> the arguments of Config. Refuses, by name, what changes the result but is not here."""
     kind, hybrid = raw.get("model_type"), raw.get("model_type") in MODEL_TYPES[2:]
     if kind not in MODEL_TYPES:
-        raise UserError(f"{where}: model_type {kind!r} is not supported; known: {', '.join(MODEL_TYPES)}")
+        raise UserError(f"model_type {kind!r} is not supported; known: {', '.join(MODEL_TYPES)}")
     needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"]
     for key in needed + ["hybrid_block_layout"] * hybrid:
         if raw.get(key) is None:
-            raise UserError(f"{where}: the key {key!r} is missing")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            raise UserError(f"the key {key!r} is missing")
     refused = {"hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias", False),
                "mlp_bias": raw.get("mlp_bias", False), "quantization_config": raw.get("quantization_config"),
-               "partial_rotary_factor": rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1,
-               "rope_parameters" if "rope_parameters" in raw else "rope_scaling":
-                   rope and rope.get("rope_type", rope.get("type", "default")) != "default"}
+               "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1}
+    rope = {}
+    for key in ("rope_scaling", "rope_parameters"):                          # transformers 4 and 5
+        part = raw.get(key) or {}
+        refused[key] = (part.get("rope_type", part.get("type", "default")) != "default" or
+                        part.get("partial_rotary_factor", 1) != 1 or
+                        set(part) - {"rope_theta", "rope_type", "type", "partial_rotary_factor"})
+        rope |= part
     for key, bad in refused.items():
         if bad:
-            raise UserError(f"{where}: {key} = {json.dumps(raw.get(key))} changes the result and is not implemented")
+            raise UserError(f"{key} = {json.dumps(raw.get(key))} changes the result and is not implemented")
     n_head, eos = raw["num_attention_heads"], raw.get("eos_token_id", 2)
     kv_default, window_default = (n_head, None) if kind == "llama" else (8, 4096)
     fields = dict(
         vocab_size=raw["vocab_size"], d_model=raw["hidden_size"], n_layer=raw["num_hidden_layers"], n_head=n_head,
         n_kv_head=raw.get("num_key_value_heads", kv_default) or n_head, d_mlp=raw["intermediate_size"],
         head_dim=raw.get("head_dim") or raw["hidden_size"] // n_head,
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))), norm_eps=raw.get("rms_norm_eps", 1e-6),
-        sliding_window=raw.get("sliding_window", window_default), tie_embeddings=raw.get("tie_word_embeddings", False),
-        bos_id=raw.get("bos_token_id", 1), eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)), sliding_window=raw.get("sliding_window", window_default),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)), bos_id=raw.get("bos_token_id", 1),
+        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         max_length=raw.get("max_position_embeddings", 4096))
     if hybrid:
         ssm = raw.get("ssm_cfg") or {}
         unknown = sorted(set(ssm) - set(SSM_KEYS))
         if unknown:
-            raise UserError(f"{where}: ssm_cfg.{unknown[0]} is not known to this reader")
+            raise UserError(f"ssm_cfg.{unknown[0]} is not known to this reader")
         fields |= {field: ssm.get(key, default) for key, (field, default) in SSM_KEYS.items() if field}
         fields["layout"] = tuple(raw["hybrid_block_layout"])
         fields["d_inner"] = fields["d_inner"] or ssm.get("expand", 1) * raw["hidden_size"]
         fields["d_xb"] = fields["d_xb"] or raw["hidden_size"]
         fields["dt_rank"] = None if fields["dt_rank"] == "auto" else fields["dt_rank"]
-    try:
-        return Config(**fields)
-    except TypeError as e:
-        raise UserError(f"{where}: a value has the wrong type ({e})") from None
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from None
+    return fields
 
 
 def config_to_json(config, dtype):
@@ -805,9 +824,9 @@ def open_tensors(path):
     index = os.path.join(path, "model.safetensors.index.json")
     names, files = None, ["model.safetensors"]
     if os.path.exists(index):
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict):
-            raise UserError(f"{index} has no weight_map")
+        names = read_json(index, dict).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise UserError(f"{index} has no weight_map from tensor to file")
         files = sorted(set(names.values()))
     tensors = {}
     for file in files:
@@ -843,16 +862,16 @@ def load_pretrained(path, device="cpu", dtype=torch.float32):
     path = os.fspath(path)
     if not os.path.isdir(path):
         raise UserError(f"no such directory: {path}")
-    config = config_from_json(read_json(os.path.join(path, "config.json")), os.path.join(path, "config.json"))
+    config = config_from_json(read_json(os.path.join(path, "config.json"), dict), os.path.join(path, "config.json"))
     tensors = open_tensors(path)
     shapes, joined = {name: shape for name, (_, shape) in tensors.items()}, {}
     rows = 2 * config.d_inner + 2 * config.d_xb                              # of in_proj: z, x, B, C
-    for name in [name for name in shapes if name.endswith("mixer.in_proj.weight")]:
+    for name in [name for name in shapes if name.endswith("mixer.in_proj.weight") and len(shapes[name]) == 2]:
         dt_name = name.replace(".in_proj.", ".dt_in_proj.")
         if dt_name not in shapes and shapes[name][0] > rows:                 # M1, older Fast-LLM: dt's rows come last
             joined[dt_name], width = name, shapes[name][1]
             shapes[name], shapes[dt_name] = (rows, width), (shapes[name][0] - rows, width)
-    ranks = [shape[0] for name, shape in shapes.items() if name.endswith("mixer.dt_in_proj.weight")]
+    ranks = [shape[0] for name, shape in shapes.items() if name.endswith("mixer.dt_in_proj.weight") and len(shape) == 2]
     config = replace(config, dt_rank=ranks[0]) if ranks else config          # published configs disagree; weights decide
     with torch.device("meta"):
         model = HybridLM(config)
@@ -899,7 +918,10 @@ def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30):
     index. tokenizer_from: a directory whose tokenizer files are copied along. A_log and D are written in float32."""
     from safetensors.torch import save_file
     path = os.fspath(path)
-    os.makedirs(path, exist_ok=True)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the directory {path}: {e.strerror}") from None
     shards, size = [{}], 0
     for name, p in model.named_parameters():                                 # a tied head appears once, as the embedding
         w = (p.float() if keeps_float32(name) and p.dtype != torch.float64 else p).detach().cpu().contiguous()
@@ -915,8 +937,9 @@ def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30):
         total = sum(w.nbytes for shard in shards for w in shard.values())
         where = {name: file for file, shard in zip(files, shards) for name in shard}
         write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
-    elif os.path.exists(index):
-        os.remove(index)                                                     # left by an earlier, sharded save
+    stale = index if count == 1 else os.path.join(path, "model.safetensors")
+    if os.path.exists(stale):                                                # left by an earlier save of the other kind,
+        os.remove(stale)                                                     # and what some readers would look at first
     write_json(os.path.join(path, "config.json"), config_to_json(model.config, model.embed_tokens.weight.dtype))
     for file in TOKENIZER_FILES if tokenizer_from else ():
         source = os.path.join(os.fspath(tokenizer_from), file)
@@ -973,7 +996,7 @@ def load_tokenizer(path):
     Raises UserError, with the reason, for a tokenizer that tiktoken cannot represent exactly."""
     import tiktoken
     file = os.path.join(os.fspath(path), "tokenizer.json")
-    raw, table = read_json(file), byte_characters()
+    raw, table = read_json(file, dict), byte_characters()
 
     def refuse(reason):
         raise UserError(f"{file}: {reason}")
@@ -999,6 +1022,8 @@ def load_tokenizer(path):
         pairs = [tuple(map(as_bytes, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
     except KeyError as e:
         refuse(f"{e.args[0]!r} is not a character of byte-level BPE")
+    if any(len(pair) != 2 for pair in pairs):
+        refuse("a merge does not name two tokens")
     ids = [ranks.get(left + right, -1) for left, right in pairs]
     if min(ids, default=0) < 0 or ids != sorted(ids) or any(bytes([byte]) not in ranks for byte in range(256)):
         refuse("its merges are not in the order of ids, or a byte or a merged token is not in the vocabulary")
