@@ -450,15 +450,17 @@ class Mamba(nn.Module):
         c, (b, t, _) = self.config, x.shape
         z, u, B, C = self.in_proj(x).split([c.d_inner, c.d_xb, c.d_xb, c.d_inner], dim=-1)
         dt = self.dt_proj(self.dt_in_proj(x))                                # (b, t, d_inner), holds the bias once
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))      # (d_inner, d_state)
         before = u.new_zeros(b, c.d_conv - 1, c.d_xb) if state is None else state.conv
-        conv = torch.cat([before.to(u.dtype), u], dim=1)[:, t:]              # the conv state for the next call
+        new = min(t, c.d_conv - 1)                                           # a slice of all of u would keep u alive
+        conv = torch.cat([before.to(u.dtype), u[:, t - new:]], dim=1)[:, new:]                   # for the next call
         if c.expand_before_conv:
             before, u = self.expand(before), self.expand(u)
         u = F.silu(causal_conv(u, before, self.conv1d.weight[:, 0], self.conv1d.bias, place.pos))
         if not c.expand_before_conv:
             u = self.expand(u)
         y, h = selective_scan(
-            u, dt, -torch.exp(self.A_log.float()), B.view(b, t, -1, c.d_state), C.view(b, t, -1, c.d_state),
+            u, dt, A, B.view(b, t, -1, c.d_state), C.view(b, t, -1, c.d_state),
             self.D, z, self.dt_proj.bias,                                    # ... and here the bias counts again
             None if state is None else state.h, None if place.pos is None else place.pos == 0)
         return self.out_proj(y), SSM(conv, h)
