@@ -119,9 +119,9 @@ class Config:
         unknown = sorted({str(kind) for kind in self.layout} - set(LAYER_KINDS))
         if unknown:
             raise UserError(f"unsupported layer type {', '.join(unknown)}; known: {', '.join(LAYER_KINDS)}")
-        for big, small, name in ((self.n_head, self.n_kv_head, "n_head % n_kv_head"),
-                                 (self.d_inner, self.d_xb, "d_inner % d_xb"),
-                                 (self.d_xb, self.d_state, "d_xb % d_state"), (self.head_dim, 2, "head_dim % 2")):
+        mamba = ((self.d_inner, self.d_xb, "d_inner % d_xb"), (self.d_xb, self.d_state, "d_xb % d_state"))
+        for big, small, name in ((self.n_head, self.n_kv_head, "n_head % n_kv_head"), (self.head_dim, 2, "head_dim % 2"),
+                                 *(mamba if "m2" in self.layout else ())):
             if big <= 0 or small <= 0 or big % small:
                 raise UserError(f"{name} must be 0, got {big} % {small}")
 

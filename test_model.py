@@ -556,3 +556,374 @@ def test_a_state_of_another_batch_size_is_refused(layout):
     model = tiny(layout)
     with pytest.raises(UserError, match="holds 2 texts, the tokens 3"):
         model(some_tokens(3, 4), model.new_state(2, 10))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# An independent model: plain NumPy in float64, written from the file format's description, one row of tokens, no cache.
+# It takes the dict of config.json and the tensors by their names in the file, so it checks the loading as well.
+
+def naive_norm(x, weight, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def naive_softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def naive_attention(x, w, raw):
+    """x (t, hidden), w the layer's tensors, raw config.json -> (t, hidden). One head and one query at a time."""
+    heads, kv_heads, width = raw["num_attention_heads"], raw["num_key_value_heads"], raw["head_dim"]
+    theta = raw["rope_theta"] if "rope_theta" in raw else raw["rope_parameters"]["rope_theta"]
+    t, half, window = len(x), width // 2, raw["sliding_window"] or len(x)
+    def turned(projected, heads):                                            # rotate each pair (i, i + half) by its angle
+        out = projected.reshape(t, heads, width).copy()
+        for p in range(t):
+            for i in range(half):
+                c, s = math.cos(p * theta ** (-2 * i / width)), math.sin(p * theta ** (-2 * i / width))
+                a, b = out[p, :, i].copy(), out[p, :, i + half].copy()
+                out[p, :, i], out[p, :, i + half] = a * c - b * s, b * c + a * s
+        return out
+    q = turned(x @ w["self_attn.q_proj.weight"].T, heads)
+    k = turned(x @ w["self_attn.k_proj.weight"].T, kv_heads)
+    v = (x @ w["self_attn.v_proj.weight"].T).reshape(t, kv_heads, width)
+    y = np.zeros((t, heads, width))
+    for a in range(heads):
+        kv = a // (heads // kv_heads)
+        for p in range(t):
+            first = max(0, p - window + 1)
+            y[p, a] = naive_softmax(k[first:p + 1, kv] @ q[p, a] / math.sqrt(width)) @ v[first:p + 1, kv]
+    return y.reshape(t, -1) @ w["self_attn.o_proj.weight"].T
+
+
+def naive_mamba(x, w, raw):
+    """x (t, hidden), w the layer's tensors -> (t, hidden). One channel after the other, each told which rows to read."""
+    ssm = raw["ssm_cfg"]
+    n, d_inner, d_xb, taps = ssm["d_state"], ssm["d_inner"], ssm["d_xb"], ssm["d_conv"]
+    bias = lambda name: w.get(f"mixer.{name}.bias", 0.0)
+    linear = lambda x, name: x @ w[f"mixer.{name}.weight"].T + bias(name)
+    silu, softplus = lambda x: x / (1 + np.exp(-x)), lambda x: np.log1p(np.exp(x))
+    zxbc, t, repeats = linear(x, "in_proj"), len(x), d_inner // d_xb
+    dt = softplus(linear(linear(x, "dt_in_proj"), "dt_proj") + bias("dt_proj"))             # the same bias, twice
+    y = np.zeros((t, d_inner))
+    for c in range(d_inner):
+        j, lane = c // n, c % n
+        row = (j // repeats) * n + lane                                      # of x, and the chunk it lies in, of B
+        z, u = zxbc[:, c], zxbc[:, d_inner + row]
+        B = zxbc[:, d_inner + d_xb + (j // repeats) * n:][:, :n]
+        C = zxbc[:, d_inner + 2 * d_xb + j * n:][:, :n]
+        filter_row = c if ssm["repeat_kv_before_conv"] else row
+        taps_c, before = w["mixer.conv1d.weight"][filter_row, 0], np.concatenate([np.zeros(taps - 1), u])
+        u = np.array([before[p:p + taps] @ taps_c for p in range(t)])
+        u = silu(u + (w["mixer.conv1d.bias"][filter_row] if "mixer.conv1d.bias" in w else 0.0))
+        cells, A = np.zeros(n), -np.exp(w["mixer.A_log"][c])
+        for p in range(t):
+            cells = np.exp(dt[p, c] * A) * cells + dt[p, c] * B[p] * u[p]
+            y[p, c] = (C[p] @ cells + w["mixer.D"][c] * u[p]) * silu(z[p])
+    return linear(y, "out_proj")
+
+
+def naive_logits(raw, tensors, tokens):
+    """config.json, {name in the file: tensor}, a list of ids -> logits (t, vocab)."""
+    w = {name: m.double().numpy() for name, m in tensors.items()}
+    x, eps = w["model.embed_tokens.weight"][tokens], raw["rms_norm_eps"]
+    for i, kind in enumerate(raw.get("hybrid_block_layout") or ["t"] * raw["num_hidden_layers"]):
+        layer = {name.removeprefix(f"model.layers.{i}."): m for name, m in w.items() if f".layers.{i}." in name}
+        if kind in ("t", "m2"):
+            h = naive_norm(x, layer["input_layernorm.weight"], eps)
+            x = x + (naive_attention if kind == "t" else naive_mamba)(h, layer, raw)
+        if kind != "i":
+            h = naive_norm(x, layer["post_attention_layernorm.weight"], eps)
+            gate = h @ layer["mlp.gate_proj.weight"].T
+            up = h @ layer["mlp.up_proj.weight"].T
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp.down_proj.weight"].T
+    head = w["model.embed_tokens.weight" if raw["tie_word_embeddings"] else "lm_head.weight"]
+    return torch.from_numpy(naive_norm(x, w["model.norm.weight"], eps) @ head.T)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints written by hand: config.json and tensors as the format describes them.
+
+def raw_config(layout="m2 t m2", **change):
+    """The dict of a config.json. Keys of ssm_cfg are given as ssm_cfg={...} and merged; a value of ... removes a key."""
+    raw = {"architectures": ["AprielHybridSSMForCausalLM"], "model_type": "apriel_hybrid_ssm", "vocab_size": 61,
+           "hidden_size": 24, "num_hidden_layers": len(layout.split()), "num_attention_heads": 4,
+           "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 20, "hidden_act": "silu",
+           "rope_theta": 500.0, "rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": False,
+           "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128, "torch_dtype": "float32",
+           "hybrid_block_layout": layout.split()}
+    ssm = {"d_state": 4, "d_inner": 32, "d_xb": 16, "dt_rank": 3, "d_conv": 4, "repeat_kv_before_conv": True,
+           "conv_bias": True, "dt_proj_bias": True, "bias": False, "activation": "identity", "expand": 1}
+    raw["ssm_cfg"] = ssm | change.pop("ssm_cfg", {})
+    if change.get("model_type", "") in ("mistral", "llama"):
+        del raw["ssm_cfg"], raw["hybrid_block_layout"]
+    return {key: value for key, value in (raw | change).items() if value is not ...}
+
+
+def random_tensors(raw, seed=0):
+    """{name in the file: float32 tensor} for this config.json."""
+    rng, hidden, mlp = torch.Generator().manual_seed(seed), raw["hidden_size"], raw["intermediate_size"]
+    q, kv = raw["num_attention_heads"] * raw["head_dim"], raw["num_key_value_heads"] * raw["head_dim"]
+    shapes = {"model.embed_tokens.weight": (raw["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    if not raw["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (raw["vocab_size"], hidden)
+    for i, kind in enumerate(raw.get("hybrid_block_layout") or ["t"] * raw["num_hidden_layers"]):
+        block = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
+                 "mlp.gate_proj.weight": (mlp, hidden), "mlp.up_proj.weight": (mlp, hidden),
+                 "mlp.down_proj.weight": (hidden, mlp)}
+        if kind == "t":
+            block |= {f"self_attn.{name}_proj.weight": shape for name, shape in
+                      (("q", (q, hidden)), ("k", (kv, hidden)), ("v", (kv, hidden)), ("o", (hidden, q)))}
+        if kind == "m2":
+            s = raw["ssm_cfg"]
+            d, xb, rank, channels = s["d_inner"], s["d_xb"], s["dt_rank"], s["d_inner" if s["repeat_kv_before_conv"] else "d_xb"]
+            block |= {"mixer.in_proj.weight": (2 * d + 2 * xb, hidden), "mixer.dt_in_proj.weight": (rank, hidden),
+                      "mixer.dt_proj.weight": (d, rank), "mixer.conv1d.weight": (channels, 1, s["d_conv"]),
+                      "mixer.A_log": (d, s["d_state"]), "mixer.D": (d,), "mixer.out_proj.weight": (hidden, d)}
+            biases = {"dt_proj": (s["dt_proj_bias"], d), "conv1d": (s["conv_bias"], channels),
+                      "in_proj": (s["bias"], 2 * d + 2 * xb), "dt_in_proj": (s["bias"], rank), "out_proj": (s["bias"], hidden)}
+            block |= {f"mixer.{name}.bias": (width,) for name, (there, width) in biases.items() if there}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items() if kind != "i"}
+    return {name: torch.randn(shape, generator=rng) * (1.0 if len(shape) == 1 or "embed" in name else shape[-1] ** -0.5)
+            for name, shape in shapes.items()}
+
+
+def write_checkpoint(path, raw, tensors, shards=1):
+    """Tensors are dealt out in turn, so that with shards > 1 every layer is spread over all of them; the names of the
+    files are neither transformers' nor anyone's, only the index knows them."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(raw))
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors")
+    else:
+        where = {name: f"part_{i % shards}.safetensors" for i, name in enumerate(tensors)}
+        for file in set(where.values()):
+            save_file({name: m for name, m in tensors.items() if where[name] == file}, path / file)
+        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return path
+
+
+HYBRIDS = {
+    "single file": {},
+    "three shards": {"shards": 3},
+    "Mamba first and last, identity": {"layout": "m2 i t m2"},
+    "all Mamba": {"layout": "m2 m2"},
+    "all attention": {"layout": "t t"},
+    "the other model type": {"model_type": "apriel_h"},
+    "conv before the expansion": {"ssm_cfg": {"repeat_kv_before_conv": False}},
+    "no conv bias": {"ssm_cfg": {"conv_bias": False}},
+    "no dt bias": {"ssm_cfg": {"dt_proj_bias": False}},
+    "projection biases": {"ssm_cfg": {"bias": True}},
+    "conv of two taps": {"ssm_cfg": {"d_conv": 2}},
+    "conv of one tap": {"ssm_cfg": {"d_conv": 1}},
+    "no grouping": {"ssm_cfg": {"d_xb": 32}},
+    "d_state of a whole head": {"ssm_cfg": {"d_state": 8}},
+    "widths unlike the attention's": {"ssm_cfg": {"d_inner": 48, "d_xb": 8, "d_state": 2}},
+    "rope of transformers 5": {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
+    "sliding window": {"sliding_window": 5},
+    "tied embeddings": {"tie_word_embeddings": True},
+    "one key/value head": {"num_key_value_heads": 1},
+    "as many key/value heads": {"num_key_value_heads": 4},
+    "wide heads": {"head_dim": 20},
+}
+
+
+@pytest.mark.parametrize("case", HYBRIDS)
+def test_logits_of_a_checkpoint_are_those_of_the_independent_model(case, tmp_path):
+    change = dict(HYBRIDS[case])
+    shards, layout = change.pop("shards", 1), change.pop("layout", "m2 t m2")
+    raw = raw_config(layout, **change)
+    tensors = random_tensors(raw)
+    tokens = some_tokens(1, 19)
+    wanted = naive_logits(raw, tensors, tokens[0].tolist())
+    path = write_checkpoint(tmp_path / "model", raw, tensors, shards)
+    assert off(load_pretrained(path)(tokens)[0][0], wanted.float()) < 1e-4
+    assert off(load_pretrained(path, dtype=torch.float64)(tokens)[0][0], wanted) < 1e-6      # the angles are float32
+
+
+@pytest.mark.parametrize("change", [{}, {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+                                    {"sliding_window": 6}, {"tie_word_embeddings": True}, {"model_type": "llama"}])
+def test_logits_of_a_mistral_checkpoint_are_those_of_the_independent_model(change, tmp_path):
+    raw = raw_config("t t", **{"model_type": "mistral"} | change)
+    tensors = random_tensors(raw)
+    path = write_checkpoint(tmp_path / "model", raw, tensors, shards=2)
+    model, tokens = load_pretrained(path), some_tokens(1, 25)
+    wanted = naive_logits(raw, tensors, tokens[0].tolist()).float()
+    assert off(model(tokens)[0][0], wanted) < 1e-4
+    for sizes in ([1] * 25, [3, 20, 2]):                                     # a window ends inside and between pieces
+        assert off(in_pieces(model, tokens, sizes)[0][0], wanted) < 1e-4
+
+
+def test_every_setting_of_the_reference_test_matters():
+    """If the naive model gave the same logits whatever theta, window or d_conv is, the tests above would prove little."""
+    raw = raw_config("t m2 t")
+    tensors, tokens = random_tensors(raw), some_tokens(1, 19)[0].tolist()
+    base = naive_logits(raw, tensors, tokens)
+    for change in ({"rope_theta": 501.0}, {"sliding_window": 18}, {"rms_norm_eps": 1e-3}):
+        assert off(naive_logits(raw | change, tensors, tokens), base) > 1e-5, change
+    for name in ("mixer.dt_proj.bias", "mixer.conv1d.bias", "mixer.D", "mixer.A_log", "mixer.conv1d.weight"):
+        changed = {k: m * 1.1 if k.endswith(name) else m for k, m in tensors.items()}
+        assert off(naive_logits(raw, changed, tokens), base) > 1e-4, name
+
+
+def test_dt_rows_at_the_end_of_in_proj_are_split_off(tmp_path):
+    """The older layout [z, x, B, C, dt], here with in_proj and the rest in different shards: the same model."""
+    raw = raw_config(ssm_cfg={"dt_rank": "auto"})
+    tensors = random_tensors(raw | {"ssm_cfg": raw["ssm_cfg"] | {"dt_rank": 3}})
+    old = {}
+    for name, m in tensors.items():
+        if name.endswith("mixer.in_proj.weight"):
+            m = torch.cat([m, tensors[name.replace("in_proj", "dt_in_proj")]])
+        if "dt_in_proj" not in name:
+            old[name] = m
+    a = load_pretrained(write_checkpoint(tmp_path / "new", raw, tensors))
+    b = load_pretrained(write_checkpoint(tmp_path / "old", raw, old, shards=2))
+    assert a.config == b.config and a.config.dt_rank == 3                    # the weights know the rank
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_log_and_d_are_float32_whatever_the_file_and_the_model_are(dtype, tmp_path):
+    """A checkpoint cast as a whole has them in bfloat16; a bfloat16 model computes with them in float32."""
+    raw = raw_config()
+    tensors = random_tensors(raw)
+    for name in tensors:
+        if name.endswith(("A_log", ".D")):
+            tensors[name] = tensors[name].to(dtype)
+    path, tokens = write_checkpoint(tmp_path / "model", raw, tensors), some_tokens(1, 19)
+    assert off(load_pretrained(path)(tokens)[0][0], naive_logits(raw, tensors, tokens[0].tolist()).float()) < 1e-4
+    model = load_pretrained(path, dtype=torch.bfloat16)
+    kept = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert kept == {"A_log", "D"}
+    for name, p in model.named_parameters():
+        if name.endswith(("A_log", ".D")):
+            assert torch.equal(p, tensors["model." + name].float())
+
+
+def test_absent_keys_mean_what_transformers_takes_for_them(tmp_path):
+    """Only an absent sliding_window means 4096; an absent or null head_dim is hidden / heads; and so on."""
+    raw = raw_config("t", model_type="mistral", num_attention_heads=8, num_key_value_heads=..., head_dim=..., rope_theta=...,
+                     sliding_window=..., rms_norm_eps=..., tie_word_embeddings=..., eos_token_id=[2, 7])
+    filled = raw_config("t", model_type="mistral", num_attention_heads=8, num_key_value_heads=8, head_dim=3)
+    with pytest.raises(UserError, match="head_dim % 2"):                     # 24 / 8 = 3: the default was taken
+        load_pretrained(write_checkpoint(tmp_path / "odd", raw, random_tensors(filled)))
+    raw, filled = raw | {"hidden_size": 32, "head_dim": None}, filled | {"hidden_size": 32, "head_dim": 4}
+    config = load_pretrained(write_checkpoint(tmp_path / "even", raw, random_tensors(filled))).config
+    assert (config.n_kv_head, config.head_dim, config.sliding_window, config.rope_theta) == (8, 4, 4096, 10000.0)
+    assert (config.norm_eps, config.tie_embeddings, config.eos_ids) == (1e-6, False, (2, 7))
+
+
+def test_absent_ssm_keys_mean_the_reference_defaults(tmp_path):
+    raw = raw_config("m2", num_attention_heads=2, num_key_value_heads=1, hidden_size=64)
+    full = raw | {"ssm_cfg": raw["ssm_cfg"] | {"d_state": 64, "d_inner": 4096, "d_xb": 64, "dt_rank": 4}}
+    del raw["ssm_cfg"]
+    config = load_pretrained(write_checkpoint(tmp_path / "model", raw, random_tensors(full))).config
+    assert (config.d_state, config.d_inner, config.d_xb, config.d_conv, config.dt_rank) == (64, 4096, 64, 4, 4)
+    assert config.expand_before_conv and config.conv_bias and config.dt_bias and not config.proj_bias
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving.
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("change", [{}, {"tie_embeddings": True, "eos_ids": (2, 5)},
+                                    {"expand_before_conv": False, "conv_bias": False, "proj_bias": True, "eos_ids": ()}])
+def test_load_save_load_is_bit_equal(layout, dtype, change, tmp_path):
+    """Tensors and config, through one file and through shards so small that every layer is split."""
+    model = tiny(layout, dtype, rope_theta=1e6, sliding_window=7, norm_eps=2e-5, max_length=99, bos_id=None, **change)
+    for name, p in model.named_parameters():
+        p.data = p.data.float() if name.endswith(("A_log", ".D")) and dtype == torch.bfloat16 else p.data
+    for step, shard_bytes in ("a", 5 << 30), ("b", 3000), ("c", 5 << 30):
+        save_pretrained(model, tmp_path / step, shard_bytes=shard_bytes)
+        other = load_pretrained(tmp_path / step, dtype=dtype)
+        if "m2" in layout:                                                   # attention files do not speak of Mamba
+            assert other.config == model.config
+        assert other.config.eos_ids == model.config.eos_ids and other.config.sliding_window == 7
+        for (name, p), (same, q) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+            assert name == same and p.dtype == q.dtype and torch.equal(p, q), name
+        model = other
+    assert len(list((tmp_path / "b").glob("model-*-of-*.safetensors"))) > 2
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "c" / "model.safetensors").read_bytes()
+
+
+def test_written_config_holds_exactly_the_agreed_keys(tmp_path):
+    """Explicit where a default would be wrong (head_dim, the null window), numbers where "auto" is ambiguous, flat theta,
+    and no layer_types, which transformers refuses to read."""
+    save_pretrained(tiny("m2 t"), tmp_path / "hybrid")
+    save_pretrained(tiny("t t"), tmp_path / "mistral")
+    hybrid = json.loads((tmp_path / "hybrid" / "config.json").read_text())
+    mistral = json.loads((tmp_path / "mistral" / "config.json").read_text())
+    shared = {"architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rope_theta", "rms_norm_eps",
+              "sliding_window", "tie_word_embeddings", "bos_token_id", "eos_token_id", "max_position_embeddings",
+              "torch_dtype"}
+    assert set(mistral) == shared and set(hybrid) == shared | {"hybrid_block_layout", "ssm_cfg"}
+    assert (mistral["model_type"], mistral["architectures"]) == ("mistral", ["MistralForCausalLM"])
+    assert (hybrid["model_type"], hybrid["architectures"]) == ("apriel_hybrid_ssm", ["AprielHybridSSMForCausalLM"])
+    assert hybrid["hybrid_block_layout"] == ["m2", "t"] and hybrid["torch_dtype"] == "float64"
+    for raw in (hybrid, mistral):
+        assert (raw["head_dim"], raw["sliding_window"], raw["rope_theta"], raw["eos_token_id"]) == (8, None, 10000.0, 2)
+    assert hybrid["ssm_cfg"] == {
+        "d_state": 4, "d_inner": 32, "d_xb": 16, "dt_rank": 3, "d_conv": 4, "repeat_kv_before_conv": True,
+        "conv_bias": True, "dt_proj_bias": True, "bias": False, "dt_min": 0.001, "dt_max": 0.1, "dt_scale": 1.0,
+        "dt_init_floor": 1e-4, "expand": 1, "dt_init": "random", "activation": "identity"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_written_tensors_have_the_names_and_shapes_of_the_format(tied, tmp_path):
+    model = tiny("m2 t", torch.bfloat16, tie_embeddings=tied)
+    save_pretrained(model, tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    wanted = random_tensors(raw_config("m2 t", tie_word_embeddings=tied))
+    assert {name: m.shape for name, m in written.items()} == {name: m.shape for name, m in wanted.items()}
+    assert {name for name, m in written.items() if m.dtype == torch.float32} == {
+        "model.layers.0.mixer.A_log", "model.layers.0.mixer.D"}
+    assert torch.equal(written["model.layers.0.mixer.in_proj.weight"], model.layers[0].mixer.in_proj.weight)
+
+
+def test_index_lists_every_tensor_and_the_total_size(tmp_path):
+    save_pretrained(tiny("m2 t"), tmp_path, shard_bytes=20000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = {file: load_file(tmp_path / file) for file in set(index["weight_map"].values())}
+    assert {name: file for file, m in files.items() for name in m} == index["weight_map"]
+    sizes = [sum(m.nbytes for m in tensors.values()) for tensors in files.values()]
+    assert sum(sizes) == index["metadata"]["total_size"] and max(sizes) <= 20000
+
+
+def test_a_save_leaves_nothing_that_a_reader_could_prefer(tmp_path):
+    """transformers takes model.safetensors before the index, and this reader the index before model.safetensors."""
+    old, new, tokens = tiny("t m2", seed=1), tiny("t m2", seed=2), some_tokens(1, 5)
+    for first, second in ((3000, 5 << 30), (5 << 30, 3000)):
+        save_pretrained(old, tmp_path, shard_bytes=first)
+        save_pretrained(new, tmp_path, shard_bytes=second)
+        assert (tmp_path / "model.safetensors").exists() != (tmp_path / "model.safetensors.index.json").exists()
+        assert torch.equal(load_pretrained(tmp_path, dtype=torch.float64)(tokens)[0], new(tokens)[0])
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_saving_over_the_directory_a_model_was_loaded_from_works(tmp_path):
+    write_checkpoint(tmp_path, raw_config(), random_tensors(raw_config()))
+    model = load_pretrained(tmp_path)
+    before = [p.clone() for p in model.parameters()]
+    save_pretrained(model, tmp_path, tokenizer_from=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, load_pretrained(tmp_path).parameters()))
+
+
+def test_tokenizer_files_are_copied_when_asked_for(tmp_path):
+    source = tmp_path / "from"
+    source.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "notes.txt"):
+        (source / file).write_text(file)
+    save_pretrained(tiny("t"), tmp_path / "with", tokenizer_from=source)
+    save_pretrained(tiny("t"), tmp_path / "without")
+    assert {f.name for f in (tmp_path / "with").iterdir()} - {f.name for f in (tmp_path / "without").iterdir()} == {
+        "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert (tmp_path / "with" / "tokenizer.json").read_text() == "tokenizer.json"
+
+
+def test_saving_where_a_file_stands_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        save_pretrained(tiny("t"), tmp_path / "file")
