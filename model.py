@@ -105,6 +105,11 @@ class Config:
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)
+        for name in ("vocab_size", "d_model", "n_layer", "n_head", "n_kv_head", "head_dim", "d_mlp", "d_state", "d_conv",
+                     "sliding_window", "d_inner", "d_xb", "dt_rank"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"{name} must be a positive whole number, got {value!r}")
         put("layout", tuple(self.layout) or ("t",) * self.n_layer)
         put("d_inner", self.d_inner or self.n_head * self.head_dim)
         put("d_xb", self.d_xb or self.n_kv_head * self.head_dim)
@@ -114,9 +119,9 @@ class Config:
         unknown = sorted({str(kind) for kind in self.layout} - set(LAYER_KINDS))
         if unknown:
             raise UserError(f"unsupported layer type {', '.join(unknown)}; known: {', '.join(LAYER_KINDS)}")
-        for big, small, name in ((self.n_head, self.n_kv_head, "n_head % n_kv_head"),
-                                 (self.d_inner, self.d_xb, "d_inner % d_xb"),
-                                 (self.d_xb, self.d_state, "d_xb % d_state"), (self.head_dim, 2, "head_dim % 2")):
+        mamba = ((self.d_inner, self.d_xb, "d_inner % d_xb"), (self.d_xb, self.d_state, "d_xb % d_state"))
+        for big, small, name in ((self.n_head, self.n_kv_head, "n_head % n_kv_head"), (self.head_dim, 2, "head_dim % 2"),
+                                 *(mamba if "m2" in self.layout else ())):
             if big <= 0 or small <= 0 or big % small:
                 raise UserError(f"{name} must be 0, got {big} % {small}")
 
@@ -130,8 +135,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        """x (..., dim) -> x / rms(x) * weight. In float32, cast back, then scaled, as Mistral does it."""
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+        """x (..., dim) -> x / rms(x) * weight. In float32 (at least), cast back, then scaled, as Mistral does it."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
 
 
 def rotary(x, cos, sin):
@@ -366,7 +372,8 @@ def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None, res
     scans = {"loop": scan_loop, "chunk": scan_chunk}
     if impl not in scans:
         raise UserError(f"selective_scan: unknown impl {impl!r}; known here: {', '.join(scans)}, auto")
-    return scans[impl](x, dt, A, B, C, D, z, dt_bias, state, reset)
+    with torch.autocast(x.device.type, enabled=False):                       # its products stay float32 in mixed precision
+        return scans[impl](x, dt, A, B, C, D, z, dt_bias, state, reset)
 
 
 def scan_backend(device, t=2):
@@ -443,15 +450,17 @@ class Mamba(nn.Module):
         c, (b, t, _) = self.config, x.shape
         z, u, B, C = self.in_proj(x).split([c.d_inner, c.d_xb, c.d_xb, c.d_inner], dim=-1)
         dt = self.dt_proj(self.dt_in_proj(x))                                # (b, t, d_inner), holds the bias once
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))      # (d_inner, d_state)
         before = u.new_zeros(b, c.d_conv - 1, c.d_xb) if state is None else state.conv
-        conv = torch.cat([before.to(u.dtype), u], dim=1)[:, t:]              # the conv state for the next call
+        new = min(t, c.d_conv - 1)                                           # a slice of all of u would keep u alive
+        conv = torch.cat([before.to(u.dtype), u[:, t - new:]], dim=1)[:, new:]                   # for the next call
         if c.expand_before_conv:
             before, u = self.expand(before), self.expand(u)
         u = F.silu(causal_conv(u, before, self.conv1d.weight[:, 0], self.conv1d.bias, place.pos))
         if not c.expand_before_conv:
             u = self.expand(u)
         y, h = selective_scan(
-            u, dt, -torch.exp(self.A_log.float()), B.view(b, t, -1, c.d_state), C.view(b, t, -1, c.d_state),
+            u, dt, A, B.view(b, t, -1, c.d_state), C.view(b, t, -1, c.d_state),
             self.D, z, self.dt_proj.bias,                                    # ... and here the bias counts again
             None if state is None else state.h, None if place.pos is None else place.pos == 0)
         return self.out_proj(y), SSM(conv, h)
@@ -674,19 +683,25 @@ def convert(student, teacher, layers, init="aligned"):
     layout = list(student.config.layout)
     if init not in INITS:
         raise UserError(f"unknown init {init!r}; known: {', '.join(INITS)}")
+    for field in ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim"):
+        if getattr(student.config, field) != getattr(teacher.config, field):
+            raise UserError(f"student and teacher differ in {field}: {getattr(student.config, field)} and "
+                            f"{getattr(teacher.config, field)}")
     for i in layers:
         if not 0 <= i < len(layout) or layout[i] != "t" or teacher.config.layout[i] != "t":
             raise UserError(f"layer {i} is not an attention layer (layout: {' '.join(layout)})")
         layout[i] = "n" if init == "identity" else "m2"
-    student.config = replace(student.config, layout=tuple(layout))
+    config = replace(student.config, layout=tuple(layout))
     for i in layers:
         block = student.layers[i]
-        weight, block.kind = block.mlp.down_proj.weight, layout[i]
+        weight = block.mlp.down_proj.weight
         if init == "identity":
             del block.input_layernorm
-        else:
-            block.mixer = cast(mil_mixer(teacher.layers[i].self_attn, student.config, init), weight.device, weight.dtype)
+        else:                                                                # raises, if at all, at the first layer
+            block.mixer = cast(mil_mixer(teacher.layers[i].self_attn, config, init), weight.device, weight.dtype)
+        block.kind = layout[i]
         del block.self_attn
+    student.config = config
     return student
 
 
@@ -717,60 +732,74 @@ SSM_KEYS = {                                 # ssm_cfg key -> (Config field or N
 }
 
 
-def read_json(path):
+def read_json(path, kind=object):
+    """path -> the value in it. kind: the Python type it must have, dict for a JSON object."""
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            value = json.load(f)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}")
+    return value
 
 
 def config_from_json(raw, where="config.json"):
     """raw: the dict in config.json -> Config. Defaults for absent keys are those of transformers' classes."""
+    try:
+        return Config(**config_fields(raw))
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+        raise UserError(f"{where}: a value has the wrong type ({e})") from None
+
+
+def config_fields(raw):
+    """The dict in config.json -> the arguments of Config. Refuses, by name, what changes the result but is not here."""
     kind, hybrid = raw.get("model_type"), raw.get("model_type") in MODEL_TYPES[2:]
     if kind not in MODEL_TYPES:
-        raise UserError(f"{where}: model_type {kind!r} is not supported; known: {', '.join(MODEL_TYPES)}")
+        raise UserError(f"model_type {kind!r} is not supported; known: {', '.join(MODEL_TYPES)}")
     needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"]
     for key in needed + ["hybrid_block_layout"] * hybrid:
         if raw.get(key) is None:
-            raise UserError(f"{where}: the key {key!r} is missing")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            raise UserError(f"the key {key!r} is missing")
     refused = {"hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias", False),
                "mlp_bias": raw.get("mlp_bias", False), "quantization_config": raw.get("quantization_config"),
-               "partial_rotary_factor": rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1,
-               "rope_parameters" if "rope_parameters" in raw else "rope_scaling":
-                   rope and rope.get("rope_type", rope.get("type", "default")) != "default"}
+               "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1}
+    rope = {}
+    for key in ("rope_scaling", "rope_parameters"):                          # transformers 4 and 5
+        part = raw.get(key) or {}
+        refused[key] = (part.get("rope_type", part.get("type", "default")) != "default" or
+                        part.get("partial_rotary_factor", 1) != 1 or
+                        set(part) - {"rope_theta", "rope_type", "type", "partial_rotary_factor"})
+        rope |= part
     for key, bad in refused.items():
         if bad:
-            raise UserError(f"{where}: {key} = {json.dumps(raw.get(key))} changes the result and is not implemented")
+            raise UserError(f"{key} = {json.dumps(raw.get(key))} changes the result and is not implemented")
     n_head, eos = raw["num_attention_heads"], raw.get("eos_token_id", 2)
     kv_default, window_default = (n_head, None) if kind == "llama" else (8, 4096)
     fields = dict(
         vocab_size=raw["vocab_size"], d_model=raw["hidden_size"], n_layer=raw["num_hidden_layers"], n_head=n_head,
         n_kv_head=raw.get("num_key_value_heads", kv_default) or n_head, d_mlp=raw["intermediate_size"],
         head_dim=raw.get("head_dim") or raw["hidden_size"] // n_head,
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))), norm_eps=raw.get("rms_norm_eps", 1e-6),
-        sliding_window=raw.get("sliding_window", window_default), tie_embeddings=raw.get("tie_word_embeddings", False),
-        bos_id=raw.get("bos_token_id", 1), eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)), sliding_window=raw.get("sliding_window", window_default),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)), bos_id=raw.get("bos_token_id", 1),
+        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         max_length=raw.get("max_position_embeddings", 4096))
     if hybrid:
         ssm = raw.get("ssm_cfg") or {}
         unknown = sorted(set(ssm) - set(SSM_KEYS))
         if unknown:
-            raise UserError(f"{where}: ssm_cfg.{unknown[0]} is not known to this reader")
+            raise UserError(f"ssm_cfg.{unknown[0]} is not known to this reader")
         fields |= {field: ssm.get(key, default) for key, (field, default) in SSM_KEYS.items() if field}
         fields["layout"] = tuple(raw["hybrid_block_layout"])
         fields["d_inner"] = fields["d_inner"] or ssm.get("expand", 1) * raw["hidden_size"]
         fields["d_xb"] = fields["d_xb"] or raw["hidden_size"]
         fields["dt_rank"] = None if fields["dt_rank"] == "auto" else fields["dt_rank"]
-    try:
-        return Config(**fields)
-    except TypeError as e:
-        raise UserError(f"{where}: a value has the wrong type ({e})") from None
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from None
+    return fields
 
 
 def config_to_json(config, dtype):
@@ -797,9 +826,9 @@ def open_tensors(path):
     index = os.path.join(path, "model.safetensors.index.json")
     names, files = None, ["model.safetensors"]
     if os.path.exists(index):
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict):
-            raise UserError(f"{index} has no weight_map")
+        names = read_json(index, dict).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise UserError(f"{index} has no weight_map from tensor to file")
         files = sorted(set(names.values()))
     tensors = {}
     for file in files:
@@ -835,16 +864,16 @@ def load_pretrained(path, device="cpu", dtype=torch.float32):
     path = os.fspath(path)
     if not os.path.isdir(path):
         raise UserError(f"no such directory: {path}")
-    config = config_from_json(read_json(os.path.join(path, "config.json")), os.path.join(path, "config.json"))
+    config = config_from_json(read_json(os.path.join(path, "config.json"), dict), os.path.join(path, "config.json"))
     tensors = open_tensors(path)
     shapes, joined = {name: shape for name, (_, shape) in tensors.items()}, {}
     rows = 2 * config.d_inner + 2 * config.d_xb                              # of in_proj: z, x, B, C
-    for name in [name for name in shapes if name.endswith("mixer.in_proj.weight")]:
+    for name in [name for name in shapes if name.endswith("mixer.in_proj.weight") and len(shapes[name]) == 2]:
         dt_name = name.replace(".in_proj.", ".dt_in_proj.")
         if dt_name not in shapes and shapes[name][0] > rows:                 # M1, older Fast-LLM: dt's rows come last
             joined[dt_name], width = name, shapes[name][1]
             shapes[name], shapes[dt_name] = (rows, width), (shapes[name][0] - rows, width)
-    ranks = [shape[0] for name, shape in shapes.items() if name.endswith("mixer.dt_in_proj.weight")]
+    ranks = [shape[0] for name, shape in shapes.items() if name.endswith("mixer.dt_in_proj.weight") and len(shape) == 2]
     config = replace(config, dt_rank=ranks[0]) if ranks else config          # published configs disagree; weights decide
     with torch.device("meta"):
         model = HybridLM(config)
@@ -891,7 +920,10 @@ def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30):
     index. tokenizer_from: a directory whose tokenizer files are copied along. A_log and D are written in float32."""
     from safetensors.torch import save_file
     path = os.fspath(path)
-    os.makedirs(path, exist_ok=True)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the directory {path}: {e.strerror}") from None
     shards, size = [{}], 0
     for name, p in model.named_parameters():                                 # a tied head appears once, as the embedding
         w = (p.float() if keeps_float32(name) and p.dtype != torch.float64 else p).detach().cpu().contiguous()
@@ -907,8 +939,9 @@ def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30):
         total = sum(w.nbytes for shard in shards for w in shard.values())
         where = {name: file for file, shard in zip(files, shards) for name in shard}
         write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
-    elif os.path.exists(index):
-        os.remove(index)                                                     # left by an earlier, sharded save
+    stale = index if count == 1 else os.path.join(path, "model.safetensors")
+    if os.path.exists(stale):                                                # left by an earlier save of the other kind,
+        os.remove(stale)                                                     # and what some readers would look at first
     write_json(os.path.join(path, "config.json"), config_to_json(model.config, model.embed_tokens.weight.dtype))
     for file in TOKENIZER_FILES if tokenizer_from else ():
         source = os.path.join(os.fspath(tokenizer_from), file)
@@ -965,7 +998,7 @@ def load_tokenizer(path):
     Raises UserError, with the reason, for a tokenizer that tiktoken cannot represent exactly."""
     import tiktoken
     file = os.path.join(os.fspath(path), "tokenizer.json")
-    raw, table = read_json(file), byte_characters()
+    raw, table = read_json(file, dict), byte_characters()
 
     def refuse(reason):
         raise UserError(f"{file}: {reason}")
@@ -991,6 +1024,8 @@ def load_tokenizer(path):
         pairs = [tuple(map(as_bytes, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
     except KeyError as e:
         refuse(f"{e.args[0]!r} is not a character of byte-level BPE")
+    if any(len(pair) != 2 for pair in pairs):
+        refuse("a merge does not name two tokens")
     ids = [ranks.get(left + right, -1) for left, right in pairs]
     if min(ids, default=0) < 0 or ids != sorted(ids) or any(bytes([byte]) not in ranks for byte in range(256)):
         refuse("its merges are not in the order of ids, or a byte or a merged token is not in the vocabulary")

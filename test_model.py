@@ -1,0 +1,929 @@
+"""Tests of nanoH1, each named after the property it holds. Run: python -m pytest (no network, no GPU, about a minute)."""
+import os
+import torch
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"     # before anything imports Triton: without a GPU it interprets its kernels
+
+import dataclasses
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import regex
+from safetensors.torch import load_file, save_file
+
+from model import (Config, GPT2_PATTERN, HybridLM, INITS, KV, SSM, UserError, ChunkedScan, convert, load_pretrained,
+                   load_tokenizer, save_pretrained, selective_scan)
+
+torch.set_num_threads(1)                     # the same numbers, and nearly the same time, on any machine
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helpers.
+#
+# Where two ways of computing one thing are compared, most tests run in float64: what is left of the difference is then
+# about 1e-15, a tolerance of 1e-10 is safe, and no real mistake hides in it. Differences are measured against the
+# largest value, since single values near zero carry no digits.
+
+def off(a, b):
+    """The largest difference between two tensors, relative to the largest value of the second."""
+    assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() if b.numel() else 0.0
+
+
+def tiny(layout, dtype=torch.float64, seed=0, **change):
+    """A small model, every parameter random, so that no term can be dropped unseen. As in the 15B: hidden size unlike
+    heads * head_dim, several query heads per key/value head, d_state smaller than head_dim, odd dt_rank."""
+    torch.manual_seed(seed)
+    layout = tuple(layout.split())
+    shape = dict(vocab_size=61, d_model=24, n_layer=len(layout), n_head=4, n_kv_head=2, head_dim=8, d_mlp=20,
+                 d_state=4, dt_rank=3, layout=layout)
+    model = HybridLM(Config(**shape | change))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * (1.0 if name.endswith("dt_proj.bias") else 0.1))
+    return model.to(dtype).eval()
+
+
+def some_tokens(*shape, seed=0):
+    return torch.randint(0, 61, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def in_pieces(model, tokens, sizes, state=None, reset=None):
+    """Feed tokens (b, t) in pieces of these sizes -> logits of all of them, the state after the last."""
+    state, logits, start = state or model.new_state(len(tokens), tokens.shape[1]), [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        y, state = model(tokens[:, part], state, None if reset is None else reset[:, part])
+        logits.append(y)
+        start += size
+    assert start == tokens.shape[1]
+    return torch.cat(logits, dim=1), state
+
+
+def state_tensors(state):
+    """All tensors of a State that mean something: caches up to the position, conv and SSM states."""
+    return [m[:, :state.position] if isinstance(layer, KV) else m for layer in state.layers if layer for m in layer]
+
+
+LAYOUTS = ["t t", "m2 m2", "m2 t", "t m2 t m2", "m2 i n t m2"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The selective scan.
+
+def scan_inputs(b=2, t=9, d=6, n=3, g=2, gc=3, dtype=torch.float64, seed=0, reset=True):
+    """Random arguments for selective_scan, all of them used; resets at a fifth of the steps."""
+    rng = torch.Generator().manual_seed(seed)
+    def draw(*shape):
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+    wide = torch.promote_types(dtype, torch.float32)
+    out = dict(x=draw(b, t, d).to(dtype), dt=draw(b, t, d).to(dtype), A=-draw(d, n).exp().to(wide),
+               B=draw(b, t, g, n).to(dtype), C=draw(b, t, gc, n).to(dtype), D=draw(d).to(wide),
+               z=draw(b, t, d).to(dtype), dt_bias=draw(d).to(wide), state=draw(b, d, n).to(wide))
+    return out | dict(reset=torch.rand(b, t, generator=rng) < 0.2) if reset else out
+
+
+def with_gradients(impl, inputs):
+    """-> {name: tensor}: y, the state, and the gradient of every float input for random cotangents of both. A plain sum
+    in place of the cotangents would not see permuted or rescaled gradients."""
+    leaves = {k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
+    y, h = selective_scan(**leaves, impl=impl)
+    rng = torch.Generator().manual_seed(1)
+    draw = lambda m: torch.randn(m.shape, generator=rng, dtype=torch.float64).to(m.dtype)
+    torch.autograd.backward([y, h], [draw(y), draw(h)])
+    return {"y": y.detach(), "state": h.detach()} | {f"d{k}": v.grad for k, v in leaves.items() if v.requires_grad}
+
+
+def assert_same(got, wanted, tolerance):
+    for name in wanted:
+        assert torch.isfinite(got[name]).all(), name
+        assert off(got[name], wanted[name]) < tolerance, (name, off(got[name], wanted[name]))
+
+
+@pytest.mark.parametrize("t", [1, 2, 7, 63, 64, 65, 131, 192])
+def test_chunk_equals_loop_at_any_length(t):
+    """Values, state and all gradients: one step, primes, around one chunk of 64 steps, several chunks."""
+    inputs = scan_inputs(t=t)
+    assert_same(with_gradients("chunk", inputs), with_gradients("loop", inputs), 1e-10)
+
+
+def test_chunk_equals_loop_when_chunks_are_short():
+    """Wide layers get chunks of 8 steps: the number of borders grows, and 17 steps end in a chunk of one."""
+    inputs = scan_inputs(b=1, t=17, d=1024, n=64, g=4, gc=8)
+    assert_same(with_gradients("chunk", inputs), with_gradients("loop", inputs), 1e-10)
+
+
+@pytest.mark.parametrize("g", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("gc", [1, 2, 3, 4, 6, 12])
+def test_chunk_equals_loop_for_every_grouping(g, gc):
+    """B and C may be shared by any number of channels, each in its own way."""
+    inputs = scan_inputs(t=5, d=12, g=g, gc=gc)
+    assert_same(with_gradients("chunk", inputs), with_gradients("loop", inputs), 1e-10)
+
+
+@pytest.mark.parametrize("dt, A", [(-60.0, 1.0), (60.0, 1e3), (60.0, 1e-9), (-60.0, 1e9)])
+def test_extreme_steps_neither_overflow_nor_differ(dt, A):
+    """Everything remembered (decay 1), everything forgotten at once (decay underflows to 0), for 150 steps. A scan that
+    divides by a product of decays gives inf or nan here."""
+    inputs = scan_inputs(t=150)
+    inputs |= {"dt": inputs["dt"] + dt, "A": inputs["A"] * A}
+    assert_same(with_gradients("chunk", inputs), with_gradients("loop", inputs), 1e-10)
+
+
+@pytest.mark.parametrize("left_out", ["D", "z", "dt_bias", "state", "reset"])
+def test_optional_arguments_may_be_left_out(left_out):
+    inputs = {k: v for k, v in scan_inputs(t=70).items() if k != left_out}
+    neutral = {"D": 0.0, "dt_bias": 0.0, "state": 0.0, "reset": False}
+    wanted = with_gradients("loop", inputs)
+    assert_same(with_gradients("chunk", inputs), wanted, 1e-10)
+    if left_out in neutral:
+        full = scan_inputs(t=70)
+        full[left_out] = torch.full_like(full[left_out], neutral[left_out])
+        assert_same(with_gradients("loop", full), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_low_precision_inputs_are_summed_in_float32(dtype, tolerance):
+    """y comes back in the input's dtype, the state in float32 and exact to float32 whatever the inputs are."""
+    inputs = scan_inputs(t=131, dtype=dtype, reset=False)
+    wide = {k: v.double() for k, v in inputs.items()}
+    exact = with_gradients("loop", wide)
+    for impl in ("loop", "chunk"):
+        got = with_gradients(impl, inputs)
+        assert got["y"].dtype == got["dx"].dtype == dtype and got["state"].dtype == torch.float32
+        assert off(got["state"].double(), exact["state"]) < 1e-5, impl
+        assert_same({k: v.double() for k, v in got.items()}, exact, tolerance)
+
+
+def closed_form(x, dt, A, B, C, D, z, dt_bias, state, reset):
+    """y_t as an explicit sum over the past, in plain Python: no recurrence, no shared code."""
+    (b, t, d), n = x.shape, A.shape[1]
+    y, last = np.zeros((b, t, d)), np.zeros((b, d, n))
+    for i, c, k in np.ndindex(b, d, n):
+        step = [math.log1p(math.exp(float(dt[i, s, c] + dt_bias[c]))) for s in range(t)]
+        key, query = c // (d // B.shape[2]), c // (d // C.shape[2])
+        for now in range(t):
+            cell = 0.0
+            for then in range(-1, now + 1):                                  # -1: the state before the first step
+                if any(reset[i, s] for s in range(then + 1, now + 1)):
+                    continue                                                 # wiped out on the way
+                decay = math.exp(float(A[c, k]) * sum(step[then + 1:now + 1]))
+                written = step[then] * float(B[i, then, key, k] * x[i, then, c]) if then >= 0 else float(state[i, c, k])
+                cell += decay * written
+            y[i, now, c] += float(C[i, now, query, k]) * cell
+        last[i, c, k] = cell
+    gate = z.numpy() / (1 + np.exp(-z.numpy()))
+    return torch.from_numpy((y + D.numpy() * x.numpy()) * gate), torch.from_numpy(last)
+
+
+@pytest.mark.parametrize("impl", ["loop", "chunk"])
+def test_scan_is_the_sum_over_the_past(impl):
+    inputs = scan_inputs(t=8)
+    assert inputs["reset"].any()
+    y, state = selective_scan(**inputs, impl=impl)
+    wanted_y, wanted_state = closed_form(**inputs)
+    assert off(y, wanted_y) < 1e-12 and off(state, wanted_state) < 1e-12
+
+
+@pytest.mark.parametrize("impl", ["loop", "chunk"])
+def test_scan_gradients_are_those_of_finite_differences(impl):
+    inputs = scan_inputs(b=2, t=4, d=2, n=2, g=1, gc=2)
+    inputs["reset"][0, 2] = True
+    names = [k for k in inputs if k != "reset"]
+    f = lambda *values: selective_scan(**dict(zip(names, values)), reset=inputs["reset"], impl=impl)
+    assert torch.autograd.gradcheck(f, [inputs[k].requires_grad_() for k in names])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_gradients_cross_chunk_borders(size):
+    """The hand-written backward at chunks of a few steps, against finite differences, with and without resets."""
+    i = scan_inputs(b=2, t=5, d=2, n=2, g=2, gc=1)
+    first = lambda m: m.transpose(0, 1).contiguous().requires_grad_()
+    keep = (~i["reset"]).T[:, :, None, None].double()
+    for keep in (None, keep):
+        f = lambda x, dt, A, B, C, h: ChunkedScan.apply(x, dt, A, B, C, h, keep, size)
+        args = [first(i["x"]), first(i["dt"].exp()), i["A"].clone().requires_grad_(), first(i["B"]), first(i["C"]),
+                i["state"].clone().requires_grad_()]
+        assert torch.autograd.gradcheck(f, args)
+
+
+@pytest.mark.parametrize("impl", ["loop", "chunk"])
+def test_scan_hands_its_state_on_from_every_split_point(impl):
+    inputs = scan_inputs(t=20)
+    y, state = selective_scan(**inputs, impl=impl)
+    over_time = ("x", "dt", "B", "C", "z", "reset")
+    for cut in range(1, 20):
+        piece = lambda part: {k: v[:, part] if k in over_time else v for k, v in inputs.items()}
+        y1, middle = selective_scan(**piece(slice(0, cut)), impl=impl)
+        y2, last = selective_scan(**piece(slice(cut, 20)) | {"state": middle}, impl=impl)
+        assert off(torch.cat([y1, y2], dim=1), y) < 1e-12 and off(last, state) < 1e-12, cut
+
+
+def test_scan_does_not_change_its_inputs():
+    inputs = scan_inputs(t=70)
+    before = {k: v.clone() for k, v in inputs.items()}
+    for impl in ("loop", "chunk"):
+        selective_scan(**inputs, impl=impl)
+        assert all(torch.equal(inputs[k], before[k]) for k in inputs)
+
+
+def saved_bytes(impl, t, n, d=64):
+    """Bytes that autograd keeps between the forward and the backward of one scan."""
+    inputs = {k: v.requires_grad_() for k, v in scan_inputs(b=1, t=t, d=d, n=n, g=1, gc=1, reset=False).items()}
+    kept = {}
+    def keep(m):
+        kept[m.untyped_storage().data_ptr()] = m.untyped_storage().nbytes()
+        return m
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda m: m):
+        y, _ = selective_scan(**inputs, impl=impl)
+    return sum(kept.values())
+
+
+def test_memory_for_backward_does_not_hold_the_cells_of_every_step():
+    """It grows with t * d; t * d * n, which the loop keeps, is what makes plain Mamba code run out of memory."""
+    t, n, d = 512, 64, 64
+    cells = t * d * n * 8
+    assert saved_bytes("loop", t, n) > cells                                 # the control: the ruler measures
+    assert saved_bytes("chunk", t, n) < cells / 4
+    assert saved_bytes("chunk", 2 * t, n) < 2.1 * saved_bytes("chunk", t, n)
+    assert saved_bytes("chunk", t, 2 * n) < 1.5 * saved_bytes("chunk", t, n)  # the rest: B, C and the chunk borders
+
+
+@pytest.mark.parametrize("impl", ["loop", "chunk"])
+def test_scan_stays_float32_under_autocast(impl):
+    inputs = scan_inputs(t=70, dtype=torch.float32)
+    y, state = selective_scan(**inputs, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        y16, state16 = selective_scan(**inputs, impl=impl)
+    assert torch.equal(y, y16) and torch.equal(state, state16)
+
+
+@pytest.mark.parametrize("name, shape", [("dt", (2, 9, 5)), ("A", (5, 3)), ("B", (2, 9, 2, 4)), ("C", (2, 8, 3, 3)),
+                                         ("D", (5,)), ("z", (2, 9, 1)), ("state", (2, 3, 6)), ("reset", (9, 2))])
+def test_shapes_that_do_not_fit_are_refused_by_name(name, shape):
+    inputs = scan_inputs() | {name: torch.zeros(shape, dtype=torch.bool if name == "reset" else torch.float64)}
+    with pytest.raises(UserError, match=f": {name} has shape"):
+        selective_scan(**inputs)
+
+
+def test_unknown_impl_is_refused():
+    with pytest.raises(UserError, match="fastest"):
+        selective_scan(**scan_inputs(), impl="fastest")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model: time, state, batches.
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_token_sees_a_later_one(layout):
+    """Causality, bit for bit: a changed token leaves every earlier logit exactly as it was, and changes its own."""
+    model, tokens = tiny(layout, torch.float32), some_tokens(2, 90)
+    before, _ = model(tokens)
+    for t in (0, 1, 3, 40, 64, 89):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % 61
+        after, _ = model(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert (after[:, t] != before[:, t]).any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_reaches_from_the_first_token_to_the_last(layout):
+    """The counterpart of causality: a model that forgot the past (a lost state, a wrong mask) would pass that test."""
+    model, tokens = tiny(layout), some_tokens(1, 70)
+    changed = tokens.clone()
+    changed[:, 0] += 1
+    assert off(model(changed)[0][:, -1], model(tokens)[0][:, -1]) > 1e-9
+
+
+@pytest.mark.parametrize("length", [*range(1, 13), 150])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whole_sequence_equals_pieces_equals_token_by_token(layout, length):
+    """Logits and both kinds of state, for every length up to three convs, with pieces shorter than the conv too."""
+    model, tokens, rng = tiny(layout), some_tokens(2, length, seed=length), random.Random(length)
+    whole, none = model(tokens)
+    assert none is None
+    once, state = model(tokens, model.new_state(2, length + 3))
+    assert off(once, whole) < 1e-10 and state.position == length
+    splits = [[1] * length, [length - length // 2, length // 2][:min(length, 2)]]
+    splits += [[1 + rng.randrange(5) for _ in range(length)] for _ in range(2)]
+    for sizes in splits:
+        total = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        sizes = [min(size, length - start) for size, start in zip(sizes, total) if start < length]
+        logits, other = in_pieces(model, tokens, sizes)
+        assert off(logits, whole) < 1e-10 and other.position == length
+        for a, b in zip(state_tensors(other), state_tensors(state), strict=True):
+            assert off(a, b) < 1e-10
+
+
+@pytest.mark.parametrize("layout", ["t m2 t m2"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_pieces_agree_in_the_precisions_that_are_used(layout, dtype, tolerance):
+    model, tokens = tiny(layout, dtype), some_tokens(2, 100)
+    whole, state = model(tokens, model.new_state(2, 100))
+    for sizes in ([1] * 100, [37, 1, 2, 60]):
+        logits, other = in_pieces(model, tokens, sizes)
+        assert off(logits, whole) < tolerance
+        for a, b in zip(state_tensors(other), state_tensors(state), strict=True):
+            assert off(a, b) < tolerance
+
+
+def test_split_at_every_point_also_when_gradients_flow():
+    """Truncated backpropagation hands states on in training mode: caches are then copied instead of written in place."""
+    model, tokens = tiny("t m2"), some_tokens(2, 9)
+    def gradients(logits):
+        model.zero_grad()
+        logits.square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+    wanted = gradients(model(tokens)[0])
+    for cut in range(1, 9):
+        assert off(gradients(in_pieces(model, tokens, [cut, 9 - cut])[0]), wanted) < 1e-10, cut
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_row_of_a_ragged_batch_gives_what_it_gives_alone(layout):
+    """Logits of the prompt and of five further tokens, although the pad id is also the end token and an ordinary one:
+    padding is known by its place, never by its id. Pieces of 3 put whole pieces of padding in front of short prompts."""
+    model = tiny(layout, eos_ids=(0,))
+    prompts = [some_tokens(n, seed=n).tolist() for n in (1, 2, 3, 5, 11)] + [[0], [0, 0, 7]]
+    follow = some_tokens(len(prompts), 5, seed=99)
+    for chunk in (3, 2048):
+        logits, state = model.prefill(prompts, 5, chunk=chunk)
+        later, _ = in_pieces(model, follow, [1, 1, 3], state)
+        for row, prompt in enumerate(prompts):
+            alone, _ = model(torch.tensor([prompt + follow[row].tolist()]))
+            assert off(logits[row], alone[0, len(prompt) - 1]) < 1e-10
+            assert off(later[row], alone[0, len(prompt):]) < 1e-10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ragged_generation_gives_the_tokens_of_each_prompt_alone(layout):
+    model = tiny(layout, torch.float32, eos_ids=(0, 5))
+    prompts = [some_tokens(n, seed=n + 7).tolist() for n in (4, 1, 13, 2)] + [[0]]
+    together = model.generate(prompts, 25)
+    assert together == [model.generate([prompt], 25)[0] for prompt in prompts]
+    assert together == model.generate(prompts, 25)                           # and nothing is left behind by a run
+
+
+def packed(lengths, rows=2):
+    """Random tokens (rows, sum of lengths), and reset that marks each document's start; the second row differs."""
+    tokens, reset = some_tokens(rows, sum(lengths)), torch.zeros(rows, sum(lengths), dtype=torch.bool)
+    documents = []
+    for row in range(rows):
+        start = 0
+        for n in lengths if row == 0 else reversed(lengths):
+            reset[row, start] = True
+            documents.append((row, slice(start, start + n)))
+            start += n
+    return tokens, reset, documents
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_documents_do_not_see_each_other(layout):
+    """Logits and parameter gradients of documents packed into rows equal those of the documents one by one. The control
+    without borders must differ, in attention and in Mamba alike."""
+    model = tiny(layout)
+    tokens, reset, documents = packed([1, 3, 70, 2, 5])
+    weight = torch.randn(2, 81, 61, dtype=torch.float64)
+    def logits_and_gradients(parts):
+        model.zero_grad()
+        logits = torch.zeros_like(weight)
+        for row, part, y in parts:
+            logits[row, part] = y
+        (logits * weight).sum().backward()
+        return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+    alone, alone_grad = logits_and_gradients([(r, part, model(tokens[r:r + 1, part])[0][0]) for r, part in documents])
+    logits, grad = logits_and_gradients([(slice(None), slice(None), model(tokens, reset=reset)[0])])
+    assert off(logits, alone) < 1e-10 and off(grad, alone_grad) < 1e-10
+    leaky, leaky_grad = logits_and_gradients([(slice(None), slice(None), model(tokens)[0])])
+    assert off(leaky, alone) > 1e-3 and off(leaky_grad, alone_grad) > 1e-3
+
+
+@pytest.mark.parametrize("leak", ["conv", "scan", "attention"])
+def test_each_part_alone_would_leak_visibly(leak, monkeypatch):
+    """The control of the test above, part by part: switch off one part's border, and the packed logits must differ.
+    (Positions that went on counting would not show: rotary attention knows only distances.)"""
+    import model as module
+    model = tiny("t m2")
+    tokens, reset, _ = packed([6, 30, 9])
+    tight, _ = model(tokens, reset=reset)
+    conv, scan, place = module.causal_conv, module.selective_scan, module.make_place
+    if leak == "conv":
+        monkeypatch.setattr(module, "causal_conv", lambda x, before, weight, bias, pos: conv(x, before, weight, bias, None))
+    if leak == "scan":
+        monkeypatch.setattr(module, "selective_scan", lambda *a, **k: scan(*[
+            None if isinstance(m, torch.Tensor) and m.dtype == torch.bool else m for m in a], **k | {"reset": None}
+            if "reset" in k else k))
+    if leak == "attention":
+        def leaky(*args):
+            right, origin = place(*args)
+            return right._replace(mask=None), origin
+        monkeypatch.setattr(module, "make_place", leaky)
+    assert off(model(tokens, reset=reset)[0], tight) > 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", [[1] * 20, [4, 6, 10], [5, 15], [3, 2, 1, 14]])
+def test_a_new_document_may_begin_in_a_later_piece(layout, sizes):
+    """Resets reach the state too: at the first token of a piece, inside it, and in pieces of one token."""
+    model = tiny(layout)
+    tokens, reset, _ = packed([4, 1, 8, 2, 5])
+    whole, _ = model(tokens, reset=reset)
+    logits, state = in_pieces(model, tokens, sizes, reset=reset)
+    assert off(logits, whole) < 1e-10
+    follow = some_tokens(2, 3, seed=5)
+    later, _ = in_pieces(model, follow, [2, 1], dataclasses.replace(state, max_length=23))
+    for row, last in ((0, 5), (1, 4)):                                       # the document that is still open
+        alone, _ = model(torch.cat([tokens[row, -last:], follow[row]])[None])
+        assert off(later[row], alone[0, last:]) < 1e-10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mamba_state_does_not_grow_with_the_text(layout):
+    model = tiny(layout)
+    short, long = model.new_state(2, 10), model.new_state(2, 1000)
+    assert short.nbytes()[1] == long.nbytes()[1] and long.nbytes()[0] == 100 * short.nbytes()[0]
+    assert (short.nbytes()[1] > 0) == ("m2" in layout) and (short.nbytes()[0] > 0) == ("t" in layout.split())
+    _, after = in_pieces(model, some_tokens(2, 1000), [600, 1, 399], long)
+    assert after.nbytes()[1] == short.nbytes()[1]
+    held = sum(m.untyped_storage().nbytes() for layer in after.layers if isinstance(layer, SSM) for m in layer)
+    assert held <= 2 * short.nbytes()[1]                                     # a view of a longer tensor keeps all of it
+    m2 = layout.split().count("m2")
+    assert short.nbytes()[1] == 2 * m2 * 8 * (3 * 16 + 32 * 4)               # rows, layers, bytes, conv inputs + cells
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_state_is_a_value(layout):
+    """The model keeps nothing: a state continued once can be continued again from the same point, and new_state is
+    empty however often the model has run."""
+    model, a, b = tiny(layout), some_tokens(2, 6, seed=1), some_tokens(2, 7, seed=2)
+    _, start = model(a, model.new_state(2, 20))
+    first, _ = model(b, start)
+    model(some_tokens(2, 3, seed=3), start)
+    again, _ = model(b, start)
+    assert torch.equal(again, first) and start.position == 6
+    fresh, _ = model(a, model.new_state(2, 20))
+    assert torch.equal(fresh, model(a, model.new_state(2, 20))[0])
+    assert not list(model.buffers())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_clone_and_take_are_independent(layout):
+    """A clone goes its own way while the first text goes on; take picks, repeats and reorders rows."""
+    model, prompts = tiny(layout), [some_tokens(n, seed=n).tolist() for n in (3, 6, 2)]
+    x, y = some_tokens(3, 5, seed=1), some_tokens(3, 5, seed=2)
+    fresh = lambda: model.prefill(prompts, 20)[1]
+    wanted_x, wanted_y = in_pieces(model, x, [2, 3], fresh())[0], in_pieces(model, y, [2, 3], fresh())[0]
+    state = fresh()
+    copy, rows = state.clone(), state.take([2, 0, 2])
+    first, state = model(x[:, :2], state)                                    # the two texts take turns
+    second, copy = model(y[:, :2], copy)
+    third, rows = model(y[[2, 0, 2]][:, :2], rows)
+    parts = [model(x[:, 2:], state)[0], model(y[:, 2:], copy)[0], model(y[[2, 0, 2]][:, 2:], rows)[0]]
+    assert torch.equal(torch.cat([first, parts[0]], 1), wanted_x)
+    assert torch.equal(torch.cat([second, parts[1]], 1), wanted_y)
+    assert off(torch.cat([third, parts[2]], 1), wanted_y[[2, 0, 2]]) < 1e-12
+
+
+def test_position_is_counted_without_asking_a_layer():
+    """Rotary positions continue in every layout; a counter read from a Mamba layer's state would stand still."""
+    for layout in [*LAYOUTS, "i", "n"]:
+        model = tiny(layout)
+        state = model.new_state(1, 30)
+        for expected, size in ((4, 4), (5, 1), (30, 25)):
+            _, state = model(some_tokens(1, size), state)
+            assert state.position == expected
+
+
+@pytest.mark.parametrize("t", [1, 5, 127])
+def test_training_under_autocast_is_finite(t):
+    model, tokens = tiny("m2 t m2", torch.float32), some_tokens(2, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens)[0].float().square().mean()
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation.
+
+def test_generation_stops_at_stop_tokens_and_leaves_them_out():
+    model = tiny("m2 t", torch.float32, eos_ids=(0,))
+    prompt = [3, 1, 4]
+    free = model.generate([prompt], 20, stop=())[0]
+    assert len(free) == 20
+    for at in (0, 3, 9):
+        cut = free.index(free[at])
+        assert model.generate([prompt], 20, stop={free[at]})[0] == free[:cut]
+        model.config = dataclasses.replace(model.config, eos_ids=(free[at],))
+        assert model.generate([prompt], 20)[0] == free[:cut]                 # stop=None means the end tokens
+    assert model.generate([prompt], 7, stop=())[0] == free[:7]
+
+
+def test_greedy_tokens_are_those_of_the_uncached_forward():
+    model = tiny("m2 t m2", torch.float64)
+    text = [5, 9]
+    for token in model.generate([text], 12, stop=())[0]:
+        assert model(torch.tensor([text]))[0][0, -1].argmax() == token
+        text.append(token)
+
+
+def test_zero_new_tokens_give_empty_outputs():
+    assert tiny("t m2").generate([[1, 2], [3]], 0) == [[], []]
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1, 2], []]])
+def test_empty_prompts_are_refused(prompts):
+    with pytest.raises(UserError, match="at least one token"):
+        tiny("t m2").generate(prompts, 5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_texts_longer_than_their_state_are_refused(layout):
+    """Also when there is no cache that could overflow: a model's limits do not depend on its layout."""
+    model = tiny(layout)
+    _, state = model(some_tokens(1, 7), model.new_state(1, 10))
+    model(some_tokens(1, 3), state)
+    with pytest.raises(UserError, match=r"7 \+ 4 tokens do not fit"):
+        model(some_tokens(1, 4), state)
+
+
+@pytest.mark.parametrize("layout", ["t", "m2"])
+def test_a_state_of_another_batch_size_is_refused(layout):
+    model = tiny(layout)
+    with pytest.raises(UserError, match="holds 2 texts, the tokens 3"):
+        model(some_tokens(3, 4), model.new_state(2, 10))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# An independent model: plain NumPy in float64, written from the file format's description, one row of tokens, no cache.
+# It takes the dict of config.json and the tensors by their names in the file, so it checks the loading as well.
+
+def naive_norm(x, weight, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def naive_softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def naive_attention(x, w, raw):
+    """x (t, hidden), w the layer's tensors, raw config.json -> (t, hidden). One head and one query at a time."""
+    heads, kv_heads, width = raw["num_attention_heads"], raw["num_key_value_heads"], raw["head_dim"]
+    theta = raw["rope_theta"] if "rope_theta" in raw else raw["rope_parameters"]["rope_theta"]
+    t, half, window = len(x), width // 2, raw["sliding_window"] or len(x)
+    def turned(projected, heads):                                            # rotate each pair (i, i + half) by its angle
+        out = projected.reshape(t, heads, width).copy()
+        for p in range(t):
+            for i in range(half):
+                c, s = math.cos(p * theta ** (-2 * i / width)), math.sin(p * theta ** (-2 * i / width))
+                a, b = out[p, :, i].copy(), out[p, :, i + half].copy()
+                out[p, :, i], out[p, :, i + half] = a * c - b * s, b * c + a * s
+        return out
+    q = turned(x @ w["self_attn.q_proj.weight"].T, heads)
+    k = turned(x @ w["self_attn.k_proj.weight"].T, kv_heads)
+    v = (x @ w["self_attn.v_proj.weight"].T).reshape(t, kv_heads, width)
+    y = np.zeros((t, heads, width))
+    for a in range(heads):
+        kv = a // (heads // kv_heads)
+        for p in range(t):
+            first = max(0, p - window + 1)
+            y[p, a] = naive_softmax(k[first:p + 1, kv] @ q[p, a] / math.sqrt(width)) @ v[first:p + 1, kv]
+    return y.reshape(t, -1) @ w["self_attn.o_proj.weight"].T
+
+
+def naive_mamba(x, w, raw):
+    """x (t, hidden), w the layer's tensors -> (t, hidden). One channel after the other, each told which rows to read."""
+    ssm = raw["ssm_cfg"]
+    n, d_inner, d_xb, taps = ssm["d_state"], ssm["d_inner"], ssm["d_xb"], ssm["d_conv"]
+    bias = lambda name: w.get(f"mixer.{name}.bias", 0.0)
+    linear = lambda x, name: x @ w[f"mixer.{name}.weight"].T + bias(name)
+    silu, softplus = lambda x: x / (1 + np.exp(-x)), lambda x: np.log1p(np.exp(x))
+    zxbc, t, repeats = linear(x, "in_proj"), len(x), d_inner // d_xb
+    dt = softplus(linear(linear(x, "dt_in_proj"), "dt_proj") + bias("dt_proj"))             # the same bias, twice
+    y = np.zeros((t, d_inner))
+    for c in range(d_inner):
+        j, lane = c // n, c % n
+        row = (j // repeats) * n + lane                                      # of x, and the chunk it lies in, of B
+        z, u = zxbc[:, c], zxbc[:, d_inner + row]
+        B = zxbc[:, d_inner + d_xb + (j // repeats) * n:][:, :n]
+        C = zxbc[:, d_inner + 2 * d_xb + j * n:][:, :n]
+        filter_row = c if ssm["repeat_kv_before_conv"] else row
+        taps_c, before = w["mixer.conv1d.weight"][filter_row, 0], np.concatenate([np.zeros(taps - 1), u])
+        u = np.array([before[p:p + taps] @ taps_c for p in range(t)])
+        u = silu(u + (w["mixer.conv1d.bias"][filter_row] if "mixer.conv1d.bias" in w else 0.0))
+        cells, A = np.zeros(n), -np.exp(w["mixer.A_log"][c])
+        for p in range(t):
+            cells = np.exp(dt[p, c] * A) * cells + dt[p, c] * B[p] * u[p]
+            y[p, c] = (C[p] @ cells + w["mixer.D"][c] * u[p]) * silu(z[p])
+    return linear(y, "out_proj")
+
+
+def naive_logits(raw, tensors, tokens):
+    """config.json, {name in the file: tensor}, a list of ids -> logits (t, vocab)."""
+    w = {name: m.double().numpy() for name, m in tensors.items()}
+    x, eps = w["model.embed_tokens.weight"][tokens], raw["rms_norm_eps"]
+    for i, kind in enumerate(raw.get("hybrid_block_layout") or ["t"] * raw["num_hidden_layers"]):
+        layer = {name.removeprefix(f"model.layers.{i}."): m for name, m in w.items() if f".layers.{i}." in name}
+        if kind in ("t", "m2"):
+            h = naive_norm(x, layer["input_layernorm.weight"], eps)
+            x = x + (naive_attention if kind == "t" else naive_mamba)(h, layer, raw)
+        if kind != "i":
+            h = naive_norm(x, layer["post_attention_layernorm.weight"], eps)
+            gate = h @ layer["mlp.gate_proj.weight"].T
+            up = h @ layer["mlp.up_proj.weight"].T
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp.down_proj.weight"].T
+    head = w["model.embed_tokens.weight" if raw["tie_word_embeddings"] else "lm_head.weight"]
+    return torch.from_numpy(naive_norm(x, w["model.norm.weight"], eps) @ head.T)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints written by hand: config.json and tensors as the format describes them.
+
+def raw_config(layout="m2 t m2", **change):
+    """The dict of a config.json. Keys of ssm_cfg are given as ssm_cfg={...} and merged; a value of ... removes a key."""
+    raw = {"architectures": ["AprielHybridSSMForCausalLM"], "model_type": "apriel_hybrid_ssm", "vocab_size": 61,
+           "hidden_size": 24, "num_hidden_layers": len(layout.split()), "num_attention_heads": 4,
+           "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 20, "hidden_act": "silu",
+           "rope_theta": 500.0, "rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": False,
+           "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128, "torch_dtype": "float32",
+           "hybrid_block_layout": layout.split()}
+    ssm = {"d_state": 4, "d_inner": 32, "d_xb": 16, "dt_rank": 3, "d_conv": 4, "repeat_kv_before_conv": True,
+           "conv_bias": True, "dt_proj_bias": True, "bias": False, "activation": "identity", "expand": 1}
+    raw["ssm_cfg"] = ssm | change.pop("ssm_cfg", {})
+    if change.get("model_type", "") in ("mistral", "llama"):
+        del raw["ssm_cfg"], raw["hybrid_block_layout"]
+    return {key: value for key, value in (raw | change).items() if value is not ...}
+
+
+def random_tensors(raw, seed=0):
+    """{name in the file: float32 tensor} for this config.json."""
+    rng, hidden, mlp = torch.Generator().manual_seed(seed), raw["hidden_size"], raw["intermediate_size"]
+    q, kv = raw["num_attention_heads"] * raw["head_dim"], raw["num_key_value_heads"] * raw["head_dim"]
+    shapes = {"model.embed_tokens.weight": (raw["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    if not raw["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (raw["vocab_size"], hidden)
+    for i, kind in enumerate(raw.get("hybrid_block_layout") or ["t"] * raw["num_hidden_layers"]):
+        block = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
+                 "mlp.gate_proj.weight": (mlp, hidden), "mlp.up_proj.weight": (mlp, hidden),
+                 "mlp.down_proj.weight": (hidden, mlp)}
+        if kind == "t":
+            block |= {f"self_attn.{name}_proj.weight": shape for name, shape in
+                      (("q", (q, hidden)), ("k", (kv, hidden)), ("v", (kv, hidden)), ("o", (hidden, q)))}
+        if kind == "m2":
+            s = raw["ssm_cfg"]
+            d, xb, rank, channels = s["d_inner"], s["d_xb"], s["dt_rank"], s["d_inner" if s["repeat_kv_before_conv"] else "d_xb"]
+            block |= {"mixer.in_proj.weight": (2 * d + 2 * xb, hidden), "mixer.dt_in_proj.weight": (rank, hidden),
+                      "mixer.dt_proj.weight": (d, rank), "mixer.conv1d.weight": (channels, 1, s["d_conv"]),
+                      "mixer.A_log": (d, s["d_state"]), "mixer.D": (d,), "mixer.out_proj.weight": (hidden, d)}
+            biases = {"dt_proj": (s["dt_proj_bias"], d), "conv1d": (s["conv_bias"], channels),
+                      "in_proj": (s["bias"], 2 * d + 2 * xb), "dt_in_proj": (s["bias"], rank), "out_proj": (s["bias"], hidden)}
+            block |= {f"mixer.{name}.bias": (width,) for name, (there, width) in biases.items() if there}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items() if kind != "i"}
+    return {name: torch.randn(shape, generator=rng) * (1.0 if len(shape) == 1 or "embed" in name else shape[-1] ** -0.5)
+            for name, shape in shapes.items()}
+
+
+def write_checkpoint(path, raw, tensors, shards=1):
+    """Tensors are dealt out in turn, so that with shards > 1 every layer is spread over all of them; the names of the
+    files are neither transformers' nor anyone's, only the index knows them."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(raw))
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors")
+    else:
+        where = {name: f"part_{i % shards}.safetensors" for i, name in enumerate(tensors)}
+        for file in set(where.values()):
+            save_file({name: m for name, m in tensors.items() if where[name] == file}, path / file)
+        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return path
+
+
+HYBRIDS = {
+    "single file": {},
+    "three shards": {"shards": 3},
+    "Mamba first and last, identity": {"layout": "m2 i t m2"},
+    "all Mamba": {"layout": "m2 m2"},
+    "all attention": {"layout": "t t"},
+    "the other model type": {"model_type": "apriel_h"},
+    "conv before the expansion": {"ssm_cfg": {"repeat_kv_before_conv": False}},
+    "no conv bias": {"ssm_cfg": {"conv_bias": False}},
+    "no dt bias": {"ssm_cfg": {"dt_proj_bias": False}},
+    "projection biases": {"ssm_cfg": {"bias": True}},
+    "conv of two taps": {"ssm_cfg": {"d_conv": 2}},
+    "conv of one tap": {"ssm_cfg": {"d_conv": 1}},
+    "no grouping": {"ssm_cfg": {"d_xb": 32}},
+    "d_state of a whole head": {"ssm_cfg": {"d_state": 8}},
+    "widths unlike the attention's": {"ssm_cfg": {"d_inner": 48, "d_xb": 8, "d_state": 2}},
+    "rope of transformers 5": {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
+    "sliding window": {"sliding_window": 5},
+    "tied embeddings": {"tie_word_embeddings": True},
+    "one key/value head": {"num_key_value_heads": 1},
+    "as many key/value heads": {"num_key_value_heads": 4},
+    "wide heads": {"head_dim": 20},
+}
+
+
+@pytest.mark.parametrize("case", HYBRIDS)
+def test_logits_of_a_checkpoint_are_those_of_the_independent_model(case, tmp_path):
+    change = dict(HYBRIDS[case])
+    shards, layout = change.pop("shards", 1), change.pop("layout", "m2 t m2")
+    raw = raw_config(layout, **change)
+    tensors = random_tensors(raw)
+    tokens = some_tokens(1, 19)
+    wanted = naive_logits(raw, tensors, tokens[0].tolist())
+    path = write_checkpoint(tmp_path / "model", raw, tensors, shards)
+    assert off(load_pretrained(path)(tokens)[0][0], wanted.float()) < 1e-4
+    assert off(load_pretrained(path, dtype=torch.float64)(tokens)[0][0], wanted) < 1e-6      # the angles are float32
+
+
+@pytest.mark.parametrize("change", [{}, {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+                                    {"sliding_window": 6}, {"tie_word_embeddings": True}, {"model_type": "llama"}])
+def test_logits_of_a_mistral_checkpoint_are_those_of_the_independent_model(change, tmp_path):
+    raw = raw_config("t t", **{"model_type": "mistral"} | change)
+    tensors = random_tensors(raw)
+    path = write_checkpoint(tmp_path / "model", raw, tensors, shards=2)
+    model, tokens = load_pretrained(path), some_tokens(1, 25)
+    wanted = naive_logits(raw, tensors, tokens[0].tolist()).float()
+    assert off(model(tokens)[0][0], wanted) < 1e-4
+    for sizes in ([1] * 25, [3, 20, 2]):                                     # a window ends inside and between pieces
+        assert off(in_pieces(model, tokens, sizes)[0][0], wanted) < 1e-4
+
+
+def test_every_setting_of_the_reference_test_matters():
+    """If the naive model gave the same logits whatever theta, window or d_conv is, the tests above would prove little."""
+    raw = raw_config("t m2 t")
+    tensors, tokens = random_tensors(raw), some_tokens(1, 19)[0].tolist()
+    base = naive_logits(raw, tensors, tokens)
+    for change in ({"rope_theta": 501.0}, {"sliding_window": 18}, {"rms_norm_eps": 1e-3}):
+        assert off(naive_logits(raw | change, tensors, tokens), base) > 1e-5, change
+    for name in ("mixer.dt_proj.bias", "mixer.conv1d.bias", "mixer.D", "mixer.A_log", "mixer.conv1d.weight"):
+        changed = {k: m * 1.1 if k.endswith(name) else m for k, m in tensors.items()}
+        assert off(naive_logits(raw, changed, tokens), base) > 1e-4, name
+
+
+def test_dt_rows_at_the_end_of_in_proj_are_split_off(tmp_path):
+    """The older layout [z, x, B, C, dt], here with in_proj and the rest in different shards: the same model."""
+    raw = raw_config(ssm_cfg={"dt_rank": "auto"})
+    tensors = random_tensors(raw | {"ssm_cfg": raw["ssm_cfg"] | {"dt_rank": 3}})
+    old = {}
+    for name, m in tensors.items():
+        if name.endswith("mixer.in_proj.weight"):
+            m = torch.cat([m, tensors[name.replace("in_proj", "dt_in_proj")]])
+        if "dt_in_proj" not in name:
+            old[name] = m
+    a = load_pretrained(write_checkpoint(tmp_path / "new", raw, tensors))
+    b = load_pretrained(write_checkpoint(tmp_path / "old", raw, old, shards=2))
+    assert a.config == b.config and a.config.dt_rank == 3                    # the weights know the rank
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_log_and_d_are_float32_whatever_the_file_and_the_model_are(dtype, tmp_path):
+    """A checkpoint cast as a whole has them in bfloat16; a bfloat16 model computes with them in float32."""
+    raw = raw_config()
+    tensors = random_tensors(raw)
+    for name in tensors:
+        if name.endswith(("A_log", ".D")):
+            tensors[name] = tensors[name].to(dtype)
+    path, tokens = write_checkpoint(tmp_path / "model", raw, tensors), some_tokens(1, 19)
+    assert off(load_pretrained(path)(tokens)[0][0], naive_logits(raw, tensors, tokens[0].tolist()).float()) < 1e-4
+    model = load_pretrained(path, dtype=torch.bfloat16)
+    kept = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert kept == {"A_log", "D"}
+    for name, p in model.named_parameters():
+        if name.endswith(("A_log", ".D")):
+            assert torch.equal(p, tensors["model." + name].float())
+
+
+def test_absent_keys_mean_what_transformers_takes_for_them(tmp_path):
+    """Only an absent sliding_window means 4096; an absent or null head_dim is hidden / heads; and so on."""
+    raw = raw_config("t", model_type="mistral", num_attention_heads=8, num_key_value_heads=..., head_dim=..., rope_theta=...,
+                     sliding_window=..., rms_norm_eps=..., tie_word_embeddings=..., eos_token_id=[2, 7])
+    filled = raw_config("t", model_type="mistral", num_attention_heads=8, num_key_value_heads=8, head_dim=3)
+    with pytest.raises(UserError, match="head_dim % 2"):                     # 24 / 8 = 3: the default was taken
+        load_pretrained(write_checkpoint(tmp_path / "odd", raw, random_tensors(filled)))
+    raw, filled = raw | {"hidden_size": 32, "head_dim": None}, filled | {"hidden_size": 32, "head_dim": 4}
+    config = load_pretrained(write_checkpoint(tmp_path / "even", raw, random_tensors(filled))).config
+    assert (config.n_kv_head, config.head_dim, config.sliding_window, config.rope_theta) == (8, 4, 4096, 10000.0)
+    assert (config.norm_eps, config.tie_embeddings, config.eos_ids) == (1e-6, False, (2, 7))
+
+
+def test_absent_ssm_keys_mean_the_reference_defaults(tmp_path):
+    raw = raw_config("m2", num_attention_heads=2, num_key_value_heads=1, hidden_size=64)
+    full = raw | {"ssm_cfg": raw["ssm_cfg"] | {"d_state": 64, "d_inner": 4096, "d_xb": 64, "dt_rank": 4}}
+    del raw["ssm_cfg"]
+    config = load_pretrained(write_checkpoint(tmp_path / "model", raw, random_tensors(full))).config
+    assert (config.d_state, config.d_inner, config.d_xb, config.d_conv, config.dt_rank) == (64, 4096, 64, 4, 4)
+    assert config.expand_before_conv and config.conv_bias and config.dt_bias and not config.proj_bias
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving.
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("change", [{}, {"tie_embeddings": True, "eos_ids": (2, 5)},
+                                    {"expand_before_conv": False, "conv_bias": False, "proj_bias": True, "eos_ids": ()}])
+def test_load_save_load_is_bit_equal(layout, dtype, change, tmp_path):
+    """Tensors and config, through one file and through shards so small that every layer is split."""
+    model = tiny(layout, dtype, rope_theta=1e6, sliding_window=7, norm_eps=2e-5, max_length=99, bos_id=None, **change)
+    for name, p in model.named_parameters():
+        p.data = p.data.float() if name.endswith(("A_log", ".D")) and dtype == torch.bfloat16 else p.data
+    for step, shard_bytes in ("a", 5 << 30), ("b", 3000), ("c", 5 << 30):
+        save_pretrained(model, tmp_path / step, shard_bytes=shard_bytes)
+        other = load_pretrained(tmp_path / step, dtype=dtype)
+        if "m2" in layout:                                                   # attention files do not speak of Mamba
+            assert other.config == model.config
+        assert other.config.eos_ids == model.config.eos_ids and other.config.sliding_window == 7
+        for (name, p), (same, q) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+            assert name == same and p.dtype == q.dtype and torch.equal(p, q), name
+        model = other
+    assert len(list((tmp_path / "b").glob("model-*-of-*.safetensors"))) > 2
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "c" / "model.safetensors").read_bytes()
+
+
+def test_written_config_holds_exactly_the_agreed_keys(tmp_path):
+    """Explicit where a default would be wrong (head_dim, the null window), numbers where "auto" is ambiguous, flat theta,
+    and no layer_types, which transformers refuses to read."""
+    save_pretrained(tiny("m2 t"), tmp_path / "hybrid")
+    save_pretrained(tiny("t t"), tmp_path / "mistral")
+    hybrid = json.loads((tmp_path / "hybrid" / "config.json").read_text())
+    mistral = json.loads((tmp_path / "mistral" / "config.json").read_text())
+    shared = {"architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rope_theta", "rms_norm_eps",
+              "sliding_window", "tie_word_embeddings", "bos_token_id", "eos_token_id", "max_position_embeddings",
+              "torch_dtype"}
+    assert set(mistral) == shared and set(hybrid) == shared | {"hybrid_block_layout", "ssm_cfg"}
+    assert (mistral["model_type"], mistral["architectures"]) == ("mistral", ["MistralForCausalLM"])
+    assert (hybrid["model_type"], hybrid["architectures"]) == ("apriel_hybrid_ssm", ["AprielHybridSSMForCausalLM"])
+    assert hybrid["hybrid_block_layout"] == ["m2", "t"] and hybrid["torch_dtype"] == "float64"
+    for raw in (hybrid, mistral):
+        assert (raw["head_dim"], raw["sliding_window"], raw["rope_theta"], raw["eos_token_id"]) == (8, None, 10000.0, 2)
+    assert hybrid["ssm_cfg"] == {
+        "d_state": 4, "d_inner": 32, "d_xb": 16, "dt_rank": 3, "d_conv": 4, "repeat_kv_before_conv": True,
+        "conv_bias": True, "dt_proj_bias": True, "bias": False, "dt_min": 0.001, "dt_max": 0.1, "dt_scale": 1.0,
+        "dt_init_floor": 1e-4, "expand": 1, "dt_init": "random", "activation": "identity"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_written_tensors_have_the_names_and_shapes_of_the_format(tied, tmp_path):
+    model = tiny("m2 t", torch.bfloat16, tie_embeddings=tied)
+    save_pretrained(model, tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    wanted = random_tensors(raw_config("m2 t", tie_word_embeddings=tied))
+    assert {name: m.shape for name, m in written.items()} == {name: m.shape for name, m in wanted.items()}
+    assert {name for name, m in written.items() if m.dtype == torch.float32} == {
+        "model.layers.0.mixer.A_log", "model.layers.0.mixer.D"}
+    assert torch.equal(written["model.layers.0.mixer.in_proj.weight"], model.layers[0].mixer.in_proj.weight)
+
+
+def test_index_lists_every_tensor_and_the_total_size(tmp_path):
+    save_pretrained(tiny("m2 t"), tmp_path, shard_bytes=20000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = {file: load_file(tmp_path / file) for file in set(index["weight_map"].values())}
+    assert {name: file for file, m in files.items() for name in m} == index["weight_map"]
+    sizes = [sum(m.nbytes for m in tensors.values()) for tensors in files.values()]
+    assert sum(sizes) == index["metadata"]["total_size"] and max(sizes) <= 20000
+
+
+def test_a_save_leaves_nothing_that_a_reader_could_prefer(tmp_path):
+    """transformers takes model.safetensors before the index, and this reader the index before model.safetensors."""
+    old, new, tokens = tiny("t m2", seed=1), tiny("t m2", seed=2), some_tokens(1, 5)
+    for first, second in ((3000, 5 << 30), (5 << 30, 3000)):
+        save_pretrained(old, tmp_path, shard_bytes=first)
+        save_pretrained(new, tmp_path, shard_bytes=second)
+        assert (tmp_path / "model.safetensors").exists() != (tmp_path / "model.safetensors.index.json").exists()
+        assert torch.equal(load_pretrained(tmp_path, dtype=torch.float64)(tokens)[0], new(tokens)[0])
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_saving_over_the_directory_a_model_was_loaded_from_works(tmp_path):
+    write_checkpoint(tmp_path, raw_config(), random_tensors(raw_config()))
+    model = load_pretrained(tmp_path)
+    before = [p.clone() for p in model.parameters()]
+    save_pretrained(model, tmp_path, tokenizer_from=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, load_pretrained(tmp_path).parameters()))
+
+
+def test_tokenizer_files_are_copied_when_asked_for(tmp_path):
+    source = tmp_path / "from"
+    source.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "notes.txt"):
+        (source / file).write_text(file)
+    save_pretrained(tiny("t"), tmp_path / "with", tokenizer_from=source)
+    save_pretrained(tiny("t"), tmp_path / "without")
+    assert {f.name for f in (tmp_path / "with").iterdir()} - {f.name for f in (tmp_path / "without").iterdir()} == {
+        "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert (tmp_path / "with" / "tokenizer.json").read_text() == "tokenizer.json"
+
+
+def test_saving_where_a_file_stands_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        save_pretrained(tiny("t"), tmp_path / "file")
