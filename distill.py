@@ -1,13 +1,15 @@
 """
 Turn attention layers of a transformer into Mamba layers, and distil the result until it thinks like the original.
 
-    python distill.py --replace 25                                  # the shipped 50-layer teacher becomes an H-25 hybrid
-    python distill.py --replace 25 --init identity                  # the control: the same 25 layers simply removed
-    python distill.py --teacher DIR --replace 12 --data traces.jsonl --out out/mine       # your own model, your traces
+    python distill.py --replace 25                        # the shipped 50-layer teacher becomes an H-25 hybrid
+    python distill.py --replace 25 --init identity        # the control: the same 25 layers simply removed
+    python distill.py --stages 25,27,30,34,37,40          # the whole family, each member from the one before
+    python distill.py --teacher DIR --replace 12 --data traces.jsonl --out out/mine         # your model, your traces
 
-The steps: score every attention layer by leaving it out (LOO); replace the least important ones by Mamba layers that
-start from their weights (MIL); train the student to give the teacher's next-token distribution on reasoning traces
-(reverse KL); let both solve held-out problems; save --out in the Hugging Face layout.
+The steps of a stage: rank the attention layers, by leaving each one out (LOO, first stage) or by trying a Mamba layer
+in its place (MMR, later stages); replace the least important ones by Mamba layers that start from their weights (MIL);
+train the student to give the teacher's next-token distribution on reasoning traces (reverse KL); let both solve
+held-out problems; save --out in the Hugging Face layout.
 """
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,6 +21,8 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -26,8 +30,7 @@ from tqdm import tqdm
 
 import model as nano
 from model import UserError
-from train_sft import (FAMILIES, accuracy, autocast, batches, claim_out, clipped_step, collate, cross_entropy,
-                       encode_problem, learning_rate, list_block, load_progress, make_optimizers, pick_device, pick_dtype,
+from train_sft import (accuracy, autocast, batches, claim_out, clipped_step, collate, encode_problem, learning_rate, list_block, load_progress, make_optimizers, pick_device, pick_dtype,
                        problem_set, read_jsonl, run_main, save_progress, show_example, solve, trace_block)
 
 
@@ -130,8 +133,9 @@ def score(logits, base, targets):
 
 
 def least_important_first(scores):
-    """Highest accuracy without the layer first, ties by the lower loss; by KL where there is no accuracy."""
-    key = lambda s: (s["kl"], s["loss"]) if s["accuracy"] is None else (-s["accuracy"], s["loss"])
+    """LOO: the highest accuracy without the layer first, or the lowest KL where there is no accuracy. Ties, and MMR: the
+    lowest loss first."""
+    key = lambda s: (-s["accuracy"] if s.get("accuracy") is not None else s.get("kl", 0.0), s["loss"])
     return [s["layer"] for s in sorted(scores, key=key)]
 
 
@@ -143,48 +147,99 @@ def weights_hash(model):
     return digest.hexdigest()[:16]
 
 
-def rank_layers(args, teacher, probe, device, dtype):
-    """-> all attention layers of the teacher, first to be replaced first, and the LOO scores or None."""
-    attention = [i for i, kind in enumerate(teacher.config.layout) if kind == "t"]
+def stored_scores(path, key, make):
+    """Scores are expensive: keep them in the file `path` together with what they were made from, reuse them if that is
+    still the same, and otherwise make() them anew. -> the dict in the file."""
+    stored = nano.read_json(path, dict) if os.path.exists(path) else {}
+    if {k: stored.get(k) for k in key} != key:
+        scores = make()
+        stored = key | {"order": least_important_first(scores), "scores": scores}
+        nano.write_json(path, stored)
+    return stored
+
+
+def rank_layers(args, run, student):
+    """-> attention layers of the student, first to be replaced first, and their scores (None without any)."""
+    attention = [i for i, kind in enumerate(student.config.layout) if kind == "t"]
     if args.rank in ("first", "last"):
         return attention if args.rank == "first" else attention[::-1], None
     if args.rank == "random":
         return random.Random(args.seed).sample(attention, len(attention)), None
-    if args.rank != "loo":
+    if args.rank not in ("loo", "mmr"):
         stored = nano.read_json(args.rank)
         order = stored.get("order") if isinstance(stored, dict) else stored
-        if not isinstance(order, list) or set(order) - set(attention) or len(set(order)) < len(order):
-            raise UserError(f"{args.rank}: no list of different attention layers (0 to {len(teacher.layers) - 1})")
-        return order, stored.get("scores") if isinstance(stored, dict) else None
-    file, key = os.path.join(args.out, "loo.json"), {"teacher": weights_hash(teacher), "data": args.data, "probe": args.probe}
-    stored = nano.read_json(file) if os.path.exists(file) else {}
-    if {k: stored.get(k) for k in key} != key:
-        scores = leave_one_out(teacher, probe, device, dtype, use_accuracy=not args.data)
-        stored = key | {"order": least_important_first(scores), "scores": scores}
-        nano.write_json(file, stored)
-    return stored["order"], stored["scores"]
+        if not isinstance(order, list) or set(order) - set(range(len(student.layers))) or len(set(order)) < len(order):
+            raise UserError(f"{args.rank}: not a list of different layers from 0 to {len(student.layers) - 1}")
+        return [i for i in order if i in attention], None
+    key = {"teacher": weights_hash(run.teacher), "data": args.data, "probe": args.probe}
+    if args.rank == "loo":                                                   # always of the teacher itself
+        make = lambda: leave_one_out(run.teacher, run.probe, run.device, run.dtype, use_accuracy=not args.data)
+        stored = stored_scores(os.path.join(args.out, "loo.json"), key, make)
+    else:
+        key = {"teacher": key["teacher"], "student": weights_hash(student), "data": args.data, "init": args.init,
+               "steps": args.probe_steps, "batch": args.batch, "lr": args.lr, "loss": args.loss, "seed": args.seed}
+        make = lambda: try_each_layer(args, run, student, attention, key)
+        stored = stored_scores(os.path.join(args.out, "mmr.json"), key, make)
+    return [i for i in stored["order"] if i in attention], stored["scores"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which layers next: MIL-Mamba-Replacement (MMR).
+#
+# Layers that look unimportant alone may matter together, and once half of the attention is gone LOO misleads. MMR asks
+# the question that counts: put a Mamba layer in this place, distil for a few steps, how good is the student then? All
+# candidates see the same batches, so the teacher's side is computed once; only one trial student exists at a time; and
+# every finished trial is written down, so that a killed run continues with the next one.
+
+def try_each_layer(args, run, student, attention, key):
+    """-> per attention layer {"layer", "loss"}: the distillation loss (nats per token) after args.probe_steps steps."""
+    path, stream = os.path.join(args.out, "mmr-trials.json"), batches(run.block, args.batch)
+    stored = nano.read_json(path, dict) if os.path.exists(path) else {}
+    trials = stored["trials"] if stored.get("key") == key else []
+    data = []
+    for _ in range(args.probe_steps + 1):                                    # the last batch only measures
+        tokens, targets = collate(next(stream), run.device)
+        with torch.no_grad(), autocast(run.device, run.dtype):
+            data.append((tokens, targets, run.teacher.hidden(tokens)[0][targets >= 0]))
+    todo = [layer for layer in attention if layer not in {trial["layer"] for trial in trials}]
+    for layer in tqdm(todo, desc="MMR", unit="layer"):
+        torch.manual_seed(args.seed)                                         # the same fresh parts for every candidate
+        trial = nano.convert(clone(student, args.train), run.teacher, [layer], args.init)
+        optimizers = make_optimizers(set_trained(trial, args.train), args.lr)
+        for step, (tokens, targets, teacher_x) in enumerate(data):
+            last = step == args.probe_steps
+            with autocast(run.device, run.dtype), torch.set_grad_enabled(not last):
+                x = trial.hidden(tokens)[0][targets >= 0]
+                loss = distillation_loss(x, teacher_x, trial.lm_head, run.teacher.lm_head, args.loss) / len(x)
+            if not last:
+                loss.backward()
+                clipped_step(trial, optimizers, args.lr * min(1.0, (step + 1) / 3))
+        trials.append({"layer": layer, "loss": loss.item()})
+        nano.write_json(path, {"key": key, "trials": trials})
+    return trials
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Distillation.
 
-def distill(args, student, teacher, block, device, dtype, meta):
-    """Train the student for args.steps steps. -> list of log entries. meta: a dict that is kept with the progress; it is
+def distill(args, run, student, meta):
+    """Train the student for args.steps steps. -> log entries, one per step. meta: a dict kept with the progress, which is
     saved in args.out/progress.safetensors every 25 steps and on Ctrl-C, and read back with --resume."""
     optimizers, start, log, began = make_optimizers(student, args.lr), 0, [], time.time()
     progress = os.path.join(args.out, "progress.safetensors")
     if args.resume and os.path.exists(progress):
-        meta.update(load_progress(progress, student, optimizers))
+        stored = load_progress(progress, student, optimizers, meta["run"])
+        meta.update(stored)
         start, log = meta["step"], meta["log"]
         began -= log[-1]["seconds"] if log else 0
     bar = tqdm(total=args.steps, initial=start, desc="distilling", unit="step")
-    stream, tokens_seen, step = batches(block, args.batch, start), log[-1]["tokens"] if log else 0, start
-    save = lambda: save_progress(progress, student, optimizers, meta | {"step": step, "log": log})
+    stream, tokens_seen = batches(run.block, args.batch, start), log[-1]["tokens"] if log else 0
+    save = lambda: save_progress(progress, student, optimizers, meta | {"step": len(log), "log": log})
     try:
         for step in range(start, args.steps):
-            tokens, targets = collate(next(stream), device)
-            with autocast(device, dtype):
-                loss, count = batch_loss(student, teacher, tokens, targets, args.loss)
+            tokens, targets = collate(next(stream), run.device)
+            with autocast(run.device, run.dtype):
+                loss, count = batch_loss(student, run.teacher, tokens, targets, args.loss)
             (loss / max(1, count)).backward()
             clipped_step(student, optimizers, learning_rate(step, args.steps, args.lr, args.warmup))
             tokens_seen += tokens.numel()
@@ -193,62 +248,141 @@ def distill(args, student, teacher, block, device, dtype, meta):
             bar.update()
             bar.set_postfix(kl=f"{log[-1]['kl']:.4f}", tok_s=f"{tokens_seen / max(0.1, log[-1]['seconds']):.0f}")
             if (step + 1) % 25 == 0:
-                step += 1
                 save()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)                         # a second Ctrl-C must not spoil the save
-        step = len(log)
         save()
-        print(f"\nsaved step {step}; run the same command with --resume to continue", file=sys.stderr)
+        print(f"\nsaved step {len(log)}; run the same command with --resume to continue", file=sys.stderr)
         raise
     finally:
         bar.close()
     return log
 
 
-def make_student(args, teacher, order):
-    """-> the student, and all layers that it has replaced, in order of replacement."""
-    torch.manual_seed(args.seed)
-    if args.student:
-        student = nano.load_pretrained(args.student)
-        if student.config.n_layer != teacher.config.n_layer or student.config.d_model != teacher.config.d_model:
-            raise UserError(f"{args.student} is not a student of {args.teacher}: other shape")
-    elif args.train == "mixers":                                             # frozen weights are shared, not copied
-        student = copy.deepcopy(teacher, memo={id(p): p for p in teacher.parameters()})
-    else:
-        student = copy.deepcopy(teacher).float()
-    done = [i for i, kind in enumerate(student.config.layout) if kind != teacher.config.layout[i]]
-    if args.student and os.path.exists(os.path.join(args.student, "report.json")):
-        done = nano.read_json(os.path.join(args.student, "report.json")).get("replaced", done)
-    new = [i for i in order if i not in done][:max(0, args.replace - len(done))]
-    if len(done) + len(new) != args.replace:
-        raise UserError(f"--replace {args.replace}: {len(done)} layers are replaced already, and the order names "
-                        f"{len(new)} more")
-    device = teacher.embed_tokens.weight.device
-    student = nano.convert(student.to(device), teacher, new, args.init)
+def clone(model, train):
+    """-> an independent copy; with train "mixers" the weights, which stay frozen, are shared instead of copied."""
+    share = {id(p): p for p in model.parameters()} if train == "mixers" else {}
+    return copy.deepcopy(model, memo=share)
+
+
+def set_trained(student, train):
+    """Say which weights get gradients: all, or those of the Mamba mixers. Trained weights are float32 (autocast makes
+    the products cheap); a model of more than a billion weights recomputes each layer in the backward pass."""
     for name, p in student.named_parameters():
-        p.requires_grad_(args.train == "all" or ".mixer." in name)
+        p.requires_grad_(train == "all" or ".mixer." in name)
         if p.requires_grad:
-            p.data = p.data.float()                                          # float32 masters; autocast casts for the products
-    return student, done + new
+            p.data = p.data.float()
+    student.recompute = sum(p.numel() for p in student.parameters()) > 1e9
+    return student
+
+
+def first_student(args, teacher):
+    """-> the model that this stage starts from, and the layers that are replaced in it already, in order."""
+    if not args.student:
+        return clone(teacher, args.train), []
+    student = nano.load_pretrained(args.student, teacher.embed_tokens.weight.device, teacher.embed_tokens.weight.dtype)
+    if replace(student.config, layout=()) != replace(teacher.config, layout=(), **{
+            key: getattr(student.config, key) for key in ("d_state", "d_conv", "dt_rank", "d_inner", "d_xb")}):
+        raise UserError(f"{args.student} is not a student of {args.teacher}: its config.json describes another model")
+    done = [i for i, kind in enumerate(student.config.layout) if kind != teacher.config.layout[i]]
+    report = os.path.join(args.student, "report.json")
+    known = nano.read_json(report, dict).get("replaced") if os.path.exists(report) else None
+    return student, known if known and sorted(known) == done else done
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One stage, from the ranking to the saved checkpoint.
+
+class Run(NamedTuple):                                   # what all stages of a run have in common
+    teacher: nano.HybridLM
+    enc: object                                          # tiktoken.Encoding
+    device: torch.device
+    dtype: torch.dtype                                   # of matrix products
+    block: object                                        # (number, count) -> training examples, see train_sft.batches
+    probe: list                                          # lists of examples for LOO
+    fixed: list                                          # one held-out batch, for the KL before and after
+
+
+def evaluate(args, run, student):
+    """Let both solve the held-out problems. -> report entries, and the lines of a table."""
+    teacher, result = run.teacher, {"teacher_accuracy": None, "student_accuracy": None, "accuracy_by_family": None}
+    cache = lambda m: m.new_state(1, 1).nbytes()[0]                          # a state for one token: bytes per token
+    state = lambda m: m.new_state(1, 1).nbytes()[1]
+    lines = [f"{'':22}{'teacher':>10}{'student':>10}",
+             f"{'cache bytes per token':22}{cache(teacher):10}{cache(student):10}",
+             f"{'state bytes per text':22}{state(teacher):10}{state(student):10}"]
+    if args.data:
+        return result, lines
+    problems = problem_set("test", args.eval)
+    texts = [solve(m, run.enc, problems, note=f"{who} solves") for m, who in ((teacher, "teacher"), (student, "student"))]
+    (by_t, all_t), (by_s, all_s) = (accuracy(problems, t) for t in texts)
+    result = {"teacher_accuracy": all_t, "student_accuracy": all_s,
+              "accuracy_by_family": {family: [by_t[family], by_s[family]] for family in by_t}}
+    lines += [f"{family:22}{by_t[family]:10.3f}{by_s[family]:10.3f}" for family in by_t]
+    lines += [f"{'all problems':22}{all_t:10.3f}{all_s:10.3f}"]
+    show = max(range(min(30, len(problems))), key=lambda i: len(problems[i][2]))         # a long one
+    lines += ["", f"problem   {problems[show][1]}", f"expected  {problems[show][3]}"]
+    lines += [f"{who}  {text[show][:600]}" for who, text in zip(("teacher ", "student "), texts)]
+    return result, lines
+
+
+def stage(args, run):
+    """Replace up to args.replace layers, distil, evaluate, save args.out. Prints a table, then the report as JSON."""
+    began = time.time()
+    torch.manual_seed(args.seed)
+    student, done = first_student(args, run.teacher)
+    args.rank = ("mmr" if args.student else "loo") if args.rank == "auto" else args.rank
+    order, scores = rank_layers(args, run, student) if len(done) < args.replace else ([], None)
+    new = order[:args.replace - len(done)]
+    if len(done) + len(new) != args.replace:
+        raise UserError(f"--replace {args.replace}: {len(done)} layers are replaced already and {args.rank} names "
+                        f"{len(order)} more")
+    torch.manual_seed(args.seed)                                             # fresh parts do not depend on the ranking
+    student = set_trained(nano.convert(student, run.teacher, new, args.init), args.train).train()
+    print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
+    same = {key: getattr(args, key) for key in ("replace", "data", "init", "loss", "train", "steps", "batch", "lr", "seed")}
+    kl = lambda: mean_loss(student, run.teacher, [run.fixed], "reverse_kl", run.device, run.dtype)
+    meta = {"run": same | {"replaced": done + new}, "kl_first": kl()}
+    log = distill(args, run, student, meta)
+    student.eval()
+    kl_last = kl()
+    result, table = evaluate(args, run, student)
+    nano.save_pretrained(student, args.out, tokenizer_from=args.teacher)
+    table.insert(1, f"{'KL to the teacher':22}{0:10.4f}{kl_last:10.4f}   (before distillation {meta['kl_first']:.4f})")
+    report = {"replaced": done + new, "layout": list(student.config.layout), **result, "kl_first": meta["kl_first"],
+              "kl_last": kl_last, "steps": args.steps, "tokens": log[-1]["tokens"],
+              "seconds": round(time.time() - began + args.set_up, 1), "seed": args.seed}
+    extra = {"args": vars(args), "scores": scores, "log": log, "torch": torch.__version__, "device": str(run.device),
+             "threads": torch.get_num_threads()}
+    nano.write_json(os.path.join(args.out, "report.json"), report | extra)
+    if os.path.exists(os.path.join(args.out, "progress.safetensors")):
+        os.remove(os.path.join(args.out, "progress.safetensors"))
+    print("\n".join([*table, f"saved {args.out}", json.dumps(report)]), flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line.
 
+RANKS = ("auto", "loo", "mmr", "first", "last", "random")
+
+
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--replace", type=int, required=True, help="attention layers to replace, in all")
+    p.add_argument("--replace", type=int, default=25, help="attention layers to replace, in all (default 25)")
+    p.add_argument("--stages", help="several values of --replace, as 25,27,30: one checkpoint each, from the one before")
     p.add_argument("--teacher", default="teacher", help="checkpoint directory of the original (default: teacher)")
     p.add_argument("--student", help="start from this hybrid, an earlier stage (default: the teacher itself)")
-    p.add_argument("--out", help="directory for the result (default: out/hN, with the init's name if it is not the default)")
+    p.add_argument("--out", help="directory for the result; with --stages, the one above (default: out/hN; an --init "
+                                 "other than the default adds its name)")
     p.add_argument("--data", help="JSONL file of prompt/response or messages (default: the built-in traces)")
-    p.add_argument("--rank", default="loo", help="which layers first: loo, first, last, random, or a JSON file (default loo)")
+    p.add_argument("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file with a list; "
+                                                  "auto: loo, and mmr with --student (default auto)")
     p.add_argument("--init", default="aligned", choices=tuple(nano.INITS), help="start of a new mixer (default aligned)")
     p.add_argument("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"), help="default reverse_kl")
     p.add_argument("--train", default="auto", choices=("auto", "all", "mixers"),
-                   help="which weights train; auto: all if they fit into memory (default auto)")
-    p.add_argument("--steps", type=int, default=150, help="optimiser steps (default 150)")
+                   help="which weights train; auto: all if that fits into memory (default auto)")
+    p.add_argument("--steps", type=int, default=150, help="optimiser steps of a stage (default 150)")
+    p.add_argument("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
     p.add_argument("--batch", type=int, default=24, help="texts per step (default 24)")
     p.add_argument("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 0.001)")
@@ -263,86 +397,73 @@ def parse_args():
     return p.parse_args()
 
 
-def check(args, device):
-    """Everything that can be checked before hours of work. -> teacher, tokenizer, training examples, held-out examples."""
-    args.out = args.out or f"out/h{args.replace}" + ("" if args.init == "aligned" else f"-{args.init}")
-    for name in ("replace", "steps", "batch", "ctx", "probe"):
+def plan(args):
+    """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file."""
+    for name in ("replace", "steps", "probe_steps", "batch", "ctx", "probe", "eval"):
         if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.rank not in ("loo", "first", "last", "random") and not os.path.exists(args.rank):
-        raise UserError(f"--rank {args.rank}: neither loo, first, last, random nor a file")
-    dtype = pick_dtype(args.dtype, device)
-    teacher, enc = nano.load_pretrained(args.teacher, device, dtype), nano.load_tokenizer(args.teacher)
-    attention = teacher.config.layout.count("t")
-    if args.replace > attention:
-        raise UserError(f"--replace {args.replace}: {args.teacher} has {attention} attention layers")
-    train, held = read_jsonl(args.data, enc, args.ctx, teacher.config.vocab_size) if args.data else (None, None)
-    claim_out(args.out, args.overwrite, args.resume, done="report.json")
-    size = sum(p.numel() for p in teacher.parameters())
-    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if args.train == "auto":                                                 # weights, gradients, two moments, the teacher
-        args.train = "all" if size * 20 < 0.7 * memory else "mixers"
-    print(f"{args.teacher}: {size / 1e6:.2f} M parameters, {attention} attention layers; device {device}, {dtype}; "
-          f"scan: {nano.scan_backend(device)}; training {args.train}")
-    return teacher, enc, train, held
-
-
-def evaluate(args, teacher, student, enc, held):
-    """Let both solve the held-out problems. -> report entries, and the lines of a table."""
-    result = {"teacher_accuracy": None, "student_accuracy": None, "accuracy_by_family": None}
-    cache = lambda m: sum(2 * m.config.n_kv_head * m.config.head_dim * 4 for kind in m.config.layout if kind == "t")
-    state = lambda m: m.new_state(1, 1).nbytes()[1]
-    lines = [f"{'':22}{'teacher':>10}{'student':>10}"]
-    if not args.data:
-        problems = problem_set("test", args.eval)
-        texts = [solve(m, enc, problems, note=note) for m, note in ((teacher, "teacher solves"), (student, "student solves"))]
-        (by_t, all_t), (by_s, all_s) = (accuracy(problems, t) for t in texts)
-        result = {"teacher_accuracy": all_t, "student_accuracy": all_s,
-                  "accuracy_by_family": {family: [by_t[family], by_s[family]] for family in FAMILIES}}
-        lines += [f"{family:22}{by_t[family]:10.3f}{by_s[family]:10.3f}" for family in FAMILIES]
-        lines += [f"{'all problems':22}{all_t:10.3f}{all_s:10.3f}"]
-        _, question, steps, answer = max(problems[:30], key=lambda p: len(p[2]))
-        shown = [text for p, *both in zip(problems, *texts) if p[1] == question for text in both]
-        lines += ["", f"problem   {question}", f"expected  {answer}", f"teacher  {shown[0]}", f"student  {shown[1]}", ""]
-    lines.insert(1, f"{'cache bytes per token':22}{cache(teacher):10}{cache(student):10}")
-    lines.insert(2, f"{'state bytes per text':22}{state(teacher):10}{state(student):10}")
-    return result, lines
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.rank not in RANKS and not os.path.exists(args.rank):
+        raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
+    name = "" if args.init == "aligned" else f"-{args.init}"
+    if not args.stages:
+        args.out = args.out or f"out/h{args.replace}{name}"
+        return [args]
+    try:
+        counts = [int(n) for n in args.stages.split(",")]
+    except ValueError:
+        raise UserError(f"--stages {args.stages}: expected whole numbers with commas between them") from None
+    if counts != sorted(set(counts)) or counts[0] < 1:
+        raise UserError(f"--stages {args.stages}: the numbers must grow")
+    above, stages = args.out or "out", []
+    for n in counts:                                                         # a stage starts from the one before it
+        student = stages[-1].out if stages else args.student
+        stages.append(argparse.Namespace(**vars(args) | {"replace": n, "student": student, "resume": True,
+                                                         "out": os.path.join(above, f"h{n}{name}")}))
+    return stages
 
 
 def main():
     began, args = time.time(), parse_args()
     device = pick_device(args.device)
-    teacher, enc, train, held = check(args, device)
     dtype = pick_dtype(args.dtype, device)
+    stages = plan(args)
+    teacher, enc = nano.load_pretrained(args.teacher, device, dtype), nano.load_tokenizer(args.teacher)
+    attention = teacher.config.layout.count("t")
+    if stages[-1].replace > attention:
+        raise UserError(f"--replace {stages[-1].replace}: {args.teacher} has {attention} attention layers")
     if args.data:
+        train, held = read_jsonl(args.data, enc, args.ctx, teacher.config.vocab_size)
         probe, fixed, block = held[:args.probe], held[:args.batch], list_block(train, args.seed)
     else:
-        probe = [encode_problem(enc, p) for p in problem_set("probe", args.probe)]
-        fixed = [encode_problem(enc, p) for p in problem_set("dev", 16)]
+        probe, fixed = ([encode_problem(enc, p) for p in problem_set(split, n)]
+                        for split, n in (("probe", args.probe), ("dev", 16)))
         block = trace_block(enc, args.seed)
-    probe.sort(key=lambda e: len(e[0]))
-    probe = [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)]
-    order, scores = rank_layers(args, teacher, probe, device, dtype)
-    student, replaced = make_student(args, teacher, order)
-    print(f"replaced, in this order: {' '.join(map(str, replaced))}\nlayout: {' '.join(student.config.layout)}\n"
+    for s in stages:
+        claim_out(s.out, args.overwrite, s.resume, done="report.json")
+    size = sum(p.numel() for p in teacher.parameters())
+    if args.train == "auto":                                                 # weights, gradients, optimiser, the teacher
+        train_kind = "all" if size * 20 < 0.7 * memory_bytes(device) else "mixers"
+        for s in stages:
+            s.train = train_kind
+    print(f"{args.teacher}: {size / 1e6:.2f} M parameters, {attention} attention layers; on {device}, products in "
+          f"{dtype}; scan: {nano.scan_backend(device)}; training {stages[0].train}\n"
           f"an example, trained part marked: {show_example(enc, block(0, 1)[0])}")
-    meta = {"kl_first": mean_loss(student, teacher, [fixed], "reverse_kl", device, dtype)}
-    log = distill(args, student, teacher, block, device, dtype, meta)
-    student.eval()
-    meta["kl_last"] = mean_loss(student, teacher, [fixed], "reverse_kl", device, dtype)
-    nano.save_pretrained(student, args.out, tokenizer_from=args.teacher)
-    result, table = evaluate(args, teacher, student, enc, held)
-    table.insert(1, f"{'KL to the teacher':22}{0:10.4f}{meta['kl_last']:10.4f}   (before distillation {meta['kl_first']:.4f})")
-    report = {"replaced": replaced, "layout": list(student.config.layout), **result, "kl_first": meta["kl_first"],
-              "kl_last": meta["kl_last"], "steps": args.steps, "tokens": log[-1]["tokens"],
-              "seconds": round(time.time() - began, 1), "seed": args.seed}
-    extra = {"args": vars(args), "scores": scores, "log": log, "torch": torch.__version__, "device": str(device)}
-    nano.write_json(os.path.join(args.out, "report.json"), report | extra)
-    if os.path.exists(os.path.join(args.out, "progress.safetensors")):
-        os.remove(os.path.join(args.out, "progress.safetensors"))
-    print("\n".join(table))
-    print(f"saved {args.out}")
-    print(json.dumps(report))
+    probe = sorted(probe, key=lambda e: len(e[0]))                           # batches of similar length
+    run = Run(teacher, enc, device, dtype, block, [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)], fixed)
+    for s in stages:
+        if args.stages and not args.overwrite and os.path.exists(os.path.join(s.out, "report.json")):
+            print(f"{s.out} is finished already, kept")
+            continue
+        s.set_up, began = time.time() - began, time.time()
+        stage(s, run)
+        began = time.time()
+
+
+def memory_bytes(device):
+    """Memory of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 if __name__ == "__main__":

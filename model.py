@@ -48,6 +48,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 try:
     import triton
@@ -531,6 +532,7 @@ class HybridLM(nn.Module):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.recompute = False               # training: keep only each layer's input, compute the rest again going back
 
     def new_state(self, batch, max_length):
         """Empty caches for `batch` texts of at most `max_length` tokens, on the model's device and in its dtype."""
@@ -558,7 +560,11 @@ class HybridLM(nn.Module):
         place, origin = make_place(self.config, tokens, past, None if state is None else state.origin, reset, x.dtype)
         layers = []
         for i, block in enumerate(self.layers):
-            x, layer = block(x, None if state is None else state.layers[i], place)
+            before = None if state is None else state.layers[i]
+            if self.recompute and torch.is_grad_enabled():
+                x, layer = checkpoint(block, x, before, place, use_reentrant=False)
+            else:
+                x, layer = block(x, before, place)
             layers.append(layer)
         if state is not None:
             state = State(past + tokens.shape[1], state.max_length, tuple(layers), origin)

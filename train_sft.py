@@ -189,7 +189,7 @@ def format_prompt(question):
 
 
 def format_response(steps, answer):
-    return f"<think>{steps}</think> {answer}</s>"
+    return f"<think> {steps}</think> {answer}</s>"       # the space makes the first word the token it is everywhere else
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -478,11 +478,15 @@ def save_progress(path, model, optimizers, meta):
     nano.write_atomic(path, lambda to: save_file(tensors, to, metadata={"meta": json.dumps(meta)}))
 
 
-def load_progress(path, model, optimizers):
-    """The reverse, into a model of the same shape. -> meta."""
+def load_progress(path, model, optimizers, run):
+    """The reverse, into a model of the same shape. -> meta. meta["run"], what the run depends on, must equal run."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, framework="pt") as f, torch.no_grad():
+            meta = json.loads(f.metadata()["meta"])
+            for key in sorted(run):
+                if meta["run"].get(key) != run[key]:
+                    raise UserError(f"{path} was made with {key} = {meta['run'].get(key)}, now {key} = {run[key]}")
             states = {name: {} for name, _ in model.named_parameters()}
             for key in f.keys():
                 kind, name = key.split("|")
@@ -492,7 +496,7 @@ def load_progress(path, model, optimizers):
                 for optimizer in optimizers:
                     if states[name] and any(p is q for group in optimizer.param_groups for q in group["params"]):
                         optimizer.state[p] = {k: v.to(p.device if k != "step" else "cpu") for k, v in states[name].items()}
-            return json.loads(f.metadata()["meta"])
+            return meta
     except (SafetensorError, OSError, KeyError, RuntimeError) as e:
         raise UserError(f"{path} does not continue this run: {e}") from None
 
@@ -578,8 +582,9 @@ def train(args, model, block, device, dtype):
     """The loop. -> list of log entries. Saves args.out/progress.safetensors every args.every steps and on Ctrl-C."""
     optimizers, start, log, began = make_optimizers(model, args.lr), 0, [], time.time()
     progress = os.path.join(args.out, "progress.safetensors")
+    run = {key: getattr(args, key) for key in ("model", "layers", "data", "steps", "batch", "ctx", "lr", "warmup", "easy", "seed")}
     if args.resume and os.path.exists(progress):
-        meta = load_progress(progress, model, optimizers)
+        meta = load_progress(progress, model, optimizers, run)
         start, log = meta["step"], meta["log"]
         began -= log[-1]["seconds"] if log else 0
     tokens_seen, meter = (log[-1]["tokens"] if log else 0), [0.0, 0]
@@ -600,10 +605,10 @@ def train(args, model, block, device, dtype):
                 bar.set_postfix(loss=f"{log[-1]['loss']:.4f}", tok_s=f"{tokens_seen / log[-1]['seconds']:.0f}")
                 meter = [0.0, 0]
             if (step + 1) % args.every == 0:
-                save_progress(progress, model, optimizers, {"step": step + 1, "log": log})
+                save_progress(progress, model, optimizers, {"run": run, "step": step + 1, "log": log})
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)                         # a second Ctrl-C must not spoil the save
-        save_progress(progress, model, optimizers, {"step": step, "log": log})
+        save_progress(progress, model, optimizers, {"run": run, "step": step, "log": log})
         print(f"\nsaved step {step}; run the same command with --resume to continue", file=sys.stderr)
         raise
     finally:
