@@ -1108,7 +1108,7 @@ if triton is not None:
                      y_ptr, N: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
         """start (None: zeros), end (b, n_seg, d, n) and sum of dt (b, n_seg, d) of every segment; tile (b, t / T, d, n):
         the state before each T-th step; y (b, t, d)."""
-        _, part, first, last, live, c, cell, B_at, C_at = scan_place(t, d, seg, n_seg, GB, GC, N, BD, 1)
+        block, part, first, last, live, c, cell, B_at, C_at = scan_place(t, d, seg, n_seg, GB, GC, N, BD, 1)
         A2, bias, D = tl.load(A_ptr + cell) * LOG2E, tl.load(bias_ptr + c), tl.load(D_ptr + c)
         h, total = tl.zeros([BD, N], tl.float32), tl.zeros([BD], tl.float32)
         tile_at = part // n_seg * tl.cdiv(t, T) + part % n_seg * (seg // T)
@@ -1118,7 +1118,7 @@ if triton is not None:
             if tile_ptr is not None:
                 if (row - first) % T == 0:
                     tl.store(tile_ptr + (tile_at + (row - first) // T) * d * N + cell, h, mask=live[:, None])
-            u, _, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias)
+            u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias)
             h = a * h + (dt * u)[:, None] * B
             total = tl.where(reset, float("-inf"), total) + dt  # below zero: the segment forgets all that came before
             if y_ptr is not None:
@@ -1152,11 +1152,11 @@ if triton is not None:
                    x_row, dt_row, B_row, C_row, z_row, t, d, seg, n_seg, GB, GC, dy_ptr, k_ptr,
                    N: tl.constexpr, BD: tl.constexpr):
         """k (b, n_seg, d, n): the gradient that leaves each segment's start if none enters at its end."""
-        _, part, first, last, live, c, cell, B_at, C_at = scan_place(t, d, seg, n_seg, GB, GC, N, BD, 1)
+        block, part, first, last, live, c, cell, B_at, C_at = scan_place(t, d, seg, n_seg, GB, GC, N, BD, 1)
         A2, bias, k = tl.load(A_ptr + cell) * LOG2E, tl.load(bias_ptr + c), tl.zeros([BD, N], tl.float32)
         for i in range(first, last):
             row = first + last - 1 - i
-            _, _, _, _, a, _ = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias)
+            u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias)
             C = tl.load(C_ptr + row * C_row + C_at).to(tl.float32)
             dy = tl.load(dy_ptr + row * d + c).to(tl.float32)
             if z_ptr is not None:
@@ -1193,12 +1193,12 @@ if triton is not None:
             h = tl.load(tile_ptr + (tile_at + tile) * d * N + cell)
             for row in range(low, high):                        # forward, to have the state before every step
                 tl.store(past_at + (row - low) * d * N, h, mask=live[:, None])
-                u, _, dt, B, a, _ = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias)
+                u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias)
                 h = a * h + (dt * u)[:, None] * B
             tl.debug_barrier()
             for j in range(low, high):                          # and back
                 row = low + high - 1 - j
-                u, raw, dt, B, a, _ = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias)
+                u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias)
                 C = tl.load(C_ptr + row * C_row + C_at).to(tl.float32)
                 dy = tl.load(dy_ptr + row * d + c, mask=live, other=0.0).to(tl.float32)
                 kept = a * tl.load(past_at + (row - low) * d * N)
