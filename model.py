@@ -1054,7 +1054,7 @@ def load_tokenizer(path):
 # With many texts there is one segment, and 3 does it alone. Backward keeps the inputs and the segments' starts only:
 #   1. the states again, of which one per tile of SCAN_TILE steps is written down;
 #   2. k through every segment, from zero, and scan_combine from the last segment to the first;
-#   3. tile by tile, last first: the state before every step into a small scratch, then the walk back with all gradients.
+#   3. tile by tile, last first: the state before every step into a small scratch, then back with all gradients.
 # Sums over channels (dB, dC) stop at the largest power of two that divides block and group; torch adds the rest, as it
 # adds dA, dD and d(dt_bias) over parts. No atomics, so a result repeats bit for bit. A pointer that is None switches
 # off what hangs on it. All arithmetic is float32; places are int64, since b * t * d passes 2^31.
@@ -1062,9 +1062,13 @@ def load_tokenizer(path):
 if triton is not None:
     SCAN_CELLS = 512         # cells (channels * n) of a program: 16 per thread; twice as many spill in the backward
     SCAN_TILE = 16           # steps between saved states; the scratch of all running programs should fit the L2 cache
-    SCAN_PROGRAMS = 2048     # cut texts into segments until there are so many programs (an H200 runs about 3000 at once)
+    SCAN_PROGRAMS = 2048     # cut texts into segments until there are so many programs; an H200 runs about 3000 at once
     SCAN_SEGMENT = 64        # ... but into none shorter than this
     LOG2E = tl.constexpr(1.4426950408889634)
+
+    @triton.jit
+    def load(ptr):
+        return tl.load(ptr).to(tl.float32)
 
     @triton.jit
     def softplus(v):
@@ -1077,8 +1081,8 @@ if triton is not None:
 
     @triton.jit
     def scan_place(t, d, seg, n_seg, GB, GC, N: tl.constexpr, BD: tl.constexpr, PAIR: tl.constexpr):
-        """Which text, steps and channels are this program's, and where its rows of B and C lie. A thread holds rows r and
-        r + BD / 2 of a tile; with PAIR = 2 these are neighbouring channels, whose dB and dC it adds up on its own."""
+        """Which text, steps and channels are this program's, and where its rows of B and C lie. A thread holds rows r
+        and r + BD / 2 of a tile; with PAIR = 2 these are neighbouring channels, whose dB and dC it adds on its own."""
         blocks = tl.cdiv(d, BD)
         block, part = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
         first = part % n_seg * seg
@@ -1092,10 +1096,8 @@ if triton is not None:
     @triton.jit
     def scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias):
         """-> u, dt before its softplus, dt (BD), B and the decay a (BD, N), and whether a document begins (a is 0)."""
-        u = tl.load(x_ptr + row * x_row + c).to(tl.float32)
-        raw = tl.load(dt_ptr + row * dt_row + c).to(tl.float32) + bias
-        B = tl.load(B_ptr + row * B_row + B_at).to(tl.float32)
-        dt = softplus(raw)
+        u, raw = load(x_ptr + row * x_row + c), load(dt_ptr + row * dt_row + c) + bias
+        B, dt = load(B_ptr + row * B_row + B_at), softplus(raw)
         a, reset = tl.exp2(dt[:, None] * A2), False
         if reset_ptr is not None:
             reset = tl.load(reset_ptr + row) != 0
@@ -1104,28 +1106,28 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["t", "seg", "n_seg"])
     def scan_forward(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, reset_ptr,
-                     x_row, dt_row, B_row, C_row, z_row, t, d, seg, n_seg, GB, GC, start_ptr, end_ptr, sum_ptr, tile_ptr,
-                     y_ptr, N: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
-        """start (None: zeros), end (b, n_seg, d, n) and sum of dt (b, n_seg, d) of every segment; tile (b, t / T, d, n):
-        the state before each T-th step; y (b, t, d)."""
+                     x_row, dt_row, B_row, C_row, z_row, t, d, seg, n_seg, GB, GC,
+                     start_ptr, end_ptr, sum_ptr, tile_ptr, y_ptr, N: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
+        """start (None: zeros), end (b, n_seg, d, n) and sum of dt (b, n_seg, d) of every segment; y (b, t, d);
+        tile (b, n_seg, seg / T, d, n): the state before each T-th step."""
         block, part, first, last, live, c, cell, B_at, C_at = scan_place(t, d, seg, n_seg, GB, GC, N, BD, 1)
         A2, bias, D = tl.load(A_ptr + cell) * LOG2E, tl.load(bias_ptr + c), tl.load(D_ptr + c)
         h, total = tl.zeros([BD, N], tl.float32), tl.zeros([BD], tl.float32)
-        tile_at = part // n_seg * tl.cdiv(t, T) + part % n_seg * (seg // T)
         if start_ptr is not None:
             h = tl.load(start_ptr + part * d * N + cell)
         for row in range(first, last):
             if tile_ptr is not None:
                 if (row - first) % T == 0:
-                    tl.store(tile_ptr + (tile_at + (row - first) // T) * d * N + cell, h, mask=live[:, None])
-            u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias)
+                    tile = part * (seg // T) + (row - first) // T
+                    tl.store(tile_ptr + tile * d * N + cell, h, mask=live[:, None])
+            u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row,
+                                                row, c, B_at, A2, bias)
             h = a * h + (dt * u)[:, None] * B
             total = tl.where(reset, float("-inf"), total) + dt  # below zero: the segment forgets all that came before
             if y_ptr is not None:
-                C = tl.load(C_ptr + row * C_row + C_at).to(tl.float32)
-                y = tl.sum(h * C, axis=1) + D * u
+                y = tl.sum(h * load(C_ptr + row * C_row + C_at), axis=1) + D * u
                 if z_ptr is not None:
-                    z = tl.load(z_ptr + row * z_row + c).to(tl.float32)
+                    z = load(z_ptr + row * z_row + c)
                     y *= z * tl.sigmoid(z)
                 tl.store(y_ptr + row * d + c, y, mask=live)
         tl.store(end_ptr + part * d * N + cell, h, mask=live[:, None])
@@ -1133,8 +1135,9 @@ if triton is not None:
             tl.store(sum_ptr + part * d + c, total, mask=live)
 
     @triton.jit(do_not_specialize=["n_seg"])
-    def scan_combine(A_ptr, init_ptr, sum_ptr, part_ptr, d, n_seg, N: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr):
-        """part (b, n_seg, d, n), in place: what a segment yields on its own -> what enters it. BACK: last segment first."""
+    def scan_combine(A_ptr, init_ptr, sum_ptr, part_ptr, d, n_seg, N: tl.constexpr, BLOCK: tl.constexpr,
+                     BACK: tl.constexpr):
+        """part (b, n_seg, d, n), in place: what a segment yields on its own -> what enters it. BACK: last one first."""
         blocks = tl.cdiv(d * N, BLOCK)
         b, cell = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
         live = cell < d * N
@@ -1156,18 +1159,18 @@ if triton is not None:
         A2, bias, k = tl.load(A_ptr + cell) * LOG2E, tl.load(bias_ptr + c), tl.zeros([BD, N], tl.float32)
         for i in range(first, last):
             row = first + last - 1 - i
-            u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias)
-            C = tl.load(C_ptr + row * C_row + C_at).to(tl.float32)
-            dy = tl.load(dy_ptr + row * d + c).to(tl.float32)
+            u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row,
+                                                row, c, B_at, A2, bias)
+            dy = load(dy_ptr + row * d + c)
             if z_ptr is not None:
-                z = tl.load(z_ptr + row * z_row + c).to(tl.float32)
+                z = load(z_ptr + row * z_row + c)
                 dy *= z * tl.sigmoid(z)
-            k = a * (k + dy[:, None] * C)
+            k = a * (k + dy[:, None] * load(C_ptr + row * C_row + C_at))
         tl.store(k_ptr + part * d * N + cell, k, mask=live[:, None])
 
     @triton.jit
-    def store_group_sum(ptr, row, block, d, v, W: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, PAIR: tl.constexpr):
-        """v (BD, N), rows as in scan_place: sums over W neighbouring channels go to ptr (rows, d / W, n)."""
+    def store_sums(ptr, row, block, d, v, W: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, PAIR: tl.constexpr):
+        """v (BD, N), rows as in scan_place: its sums over W neighbouring channels go to ptr (b, t, d / W, n)."""
         v = tl.sum(tl.reshape(v, [PAIR, BD // PAIR, N]), axis=0)
         v = tl.sum(tl.reshape(v, [BD // W, W // PAIR, N]), axis=1)
         i = block * (BD // W) + tl.arange(0, BD // W)[:, None]
@@ -1176,35 +1179,35 @@ if triton is not None:
     @triton.jit(do_not_specialize=["t", "seg", "n_seg"])
     def scan_backward(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, reset_ptr,
                       x_row, dt_row, B_row, C_row, z_row, t, d, seg, n_seg, GB, GC, dy_ptr, k_ptr, tile_ptr, past_ptr,
-                      dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, dh_ptr,
-                      N: tl.constexpr, BD: tl.constexpr, T: tl.constexpr, WB: tl.constexpr, WC: tl.constexpr,
-                      PAIR: tl.constexpr):
-        """k (b, n_seg, d, n) enters at each segment's end; past (b, n_seg, T, d, n): scratch. Gradients: dB (b, t, d / WB, n),
-        dC (b, t, d / WC, n); dA, dh (b, n_seg, d, n), dD, dbias (b, n_seg, d) per segment; the rest as the inputs."""
+                      dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, dh_ptr, N: tl.constexpr,
+                      BD: tl.constexpr, T: tl.constexpr, WB: tl.constexpr, WC: tl.constexpr, PAIR: tl.constexpr):
+        """k (b, n_seg, d, n) enters each segment's end; past (b, n_seg, T, d, n) is scratch. dB (b, t, d / WB, n), dC
+        (b, t, d / WC, n); per segment dA, dh (b, n_seg, d, n), dD, dbias (b, n_seg, d); the others as the inputs."""
         block, part, first, last, live, c, cell, B_at, C_at = scan_place(t, d, seg, n_seg, GB, GC, N, BD, PAIR)
         A2, bias, D = tl.load(A_ptr + cell) * LOG2E, tl.load(bias_ptr + c), tl.load(D_ptr + c)
         dA, dD, dbias = tl.zeros([BD, N], tl.float32), tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
         k = tl.load(k_ptr + part * d * N + cell, mask=live[:, None], other=0.0)
-        tile_at = part // n_seg * tl.cdiv(t, T) + part % n_seg * (seg // T)
         past_at = past_ptr + part * T * d * N + cell
         for i in range(tl.cdiv(last - first, T)):
             tile = tl.cdiv(last - first, T) - 1 - i
             low, high = first + tile * T, tl.minimum(first + tile * T + T, last)
-            h = tl.load(tile_ptr + (tile_at + tile) * d * N + cell)
+            h = tl.load(tile_ptr + (part * (seg // T) + tile) * d * N + cell)
             for row in range(low, high):                        # forward, to have the state before every step
                 tl.store(past_at + (row - low) * d * N, h, mask=live[:, None])
-                u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias)
+                u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row,
+                                                    row, c, B_at, A2, bias)
                 h = a * h + (dt * u)[:, None] * B
             tl.debug_barrier()
             for j in range(low, high):                          # and back
                 row = low + high - 1 - j
-                u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias)
-                C = tl.load(C_ptr + row * C_row + C_at).to(tl.float32)
+                u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row,
+                                                    row, c, B_at, A2, bias)
+                C = load(C_ptr + row * C_row + C_at)
                 dy = tl.load(dy_ptr + row * d + c, mask=live, other=0.0).to(tl.float32)
                 kept = a * tl.load(past_at + (row - low) * d * N)
                 h = kept + (dt * u)[:, None] * B
                 if z_ptr is not None:
-                    z = tl.load(z_ptr + row * z_row + c).to(tl.float32)
+                    z = load(z_ptr + row * z_row + c)
                     s, y = tl.sigmoid(z), tl.sum(h * C, axis=1) + D * u
                     tl.store(dz_ptr + row * d + c, dy * y * s * (1 + z * (1 - s)), mask=live)
                     dy *= z * s                                 # from here: the gradient of C . h + D u
@@ -1213,8 +1216,8 @@ if triton is not None:
                 ddt = (du * u + tl.sum(w * A2, axis=1) / LOG2E) * tl.sigmoid(raw)
                 tl.store(dx_ptr + row * d + c, du * dt + dy * D, mask=live)
                 tl.store(ddt_ptr + row * d + c, ddt, mask=live)
-                store_group_sum(dB_ptr, row, block, d, g * (dt * u)[:, None], WB, N, BD, PAIR)
-                store_group_sum(dC_ptr, row, block, d, h * dy[:, None], WC, N, BD, PAIR)
+                store_sums(dB_ptr, row, block, d, g * (dt * u)[:, None], WB, N, BD, PAIR)
+                store_sums(dC_ptr, row, block, d, h * dy[:, None], WC, N, BD, PAIR)
                 dA, dD, dbias = dA + w * dt[:, None], dD + dy * u, dbias + ddt
                 k = a * g
             tl.debug_barrier()
@@ -1224,17 +1227,17 @@ if triton is not None:
         tl.store(dbias_ptr + part * d + c, dbias, mask=live)
 
     def scan_plan(inputs, b):
-        """inputs as TritonScan.forward has them -> the arguments all kernels share, sizes, the grid."""
+        """inputs as TritonScan.forward has them -> the arguments that all kernels share, sizes, the grid."""
         x, dt, A, B, C, _, z, _, _ = inputs
         t, (d, n) = len(x) // b, A.shape
-        width, n_seg = max(1, min(64, SCAN_CELLS // n)), 1
+        width, n_seg = min(64, max(1, SCAN_CELLS // n)), 1
         while b * triton.cdiv(d, width) * n_seg < SCAN_PROGRAMS and t >= 2 * n_seg * SCAN_SEGMENT:
             n_seg *= 2
         seg = triton.cdiv(triton.cdiv(t, n_seg), SCAN_TILE) * SCAN_TILE                          # whole tiles
         n_seg = triton.cdiv(t, seg)
         strides = [0 if m is None else m.stride(0) for m in (x, dt, B, C, z)]
         shared = (*inputs, *strides, t, d, seg, n_seg, d * n // B.shape[1], d * n // C.shape[1])
-        return shared, (t, d, n, width, n_seg), (triton.cdiv(d, width) * n_seg * b,)
+        return shared, (t, d, n, width, seg, n_seg), (triton.cdiv(d, width) * n_seg * b,)
 
     class TritonScan(torch.autograd.Function):
         """x, dt, z (b * t, d), B, C (b * t, g * n), whose rows may lie apart; A, D, bias, state (b, d, n) float32 and
@@ -1243,32 +1246,33 @@ if triton is not None:
         @staticmethod
         def forward(ctx, x, dt, A, B, C, D, z, bias, reset, state):
             b, inputs = len(state), (x, dt, A, B, C, D, z, bias, reset)
-            shared, (t, d, n, width, n_seg), grid = scan_plan(inputs, b)
+            shared, (t, d, n, width, seg, n_seg), grid = scan_plan(inputs, b)
             start, y, end = state, x.new_empty(x.shape), state.new_empty(b, n_seg, d, n)
             fixed = dict(N=n, BD=width, T=SCAN_TILE, num_warps=1)
             with torch.cuda.device_of(x):
                 if n_seg > 1:
                     start, total = torch.empty_like(end), state.new_empty(b, n_seg, d)
-                    scan_forward[grid](*shared, None, start, total, None, None, **fixed)
-                    scan_combine[(b * triton.cdiv(d * n, 256),)](A, state, total, start, d, n_seg, n, 256, False)
-                scan_forward[grid](*shared, start, end, None, None, y, **fixed)
+                    scan_forward[grid](*shared, None, start, total, None, None, **fixed)                       # step 1
+                    scan_combine[(b * triton.cdiv(d * n, 256),)](A, state, total, start, d, n_seg, n, 256, False)  # 2
+                scan_forward[grid](*shared, start, end, None, None, y, **fixed)                                # 3
             ctx.save_for_backward(*inputs, start)
             return y, end[:, -1].contiguous()
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx, dy, dh):
+        def backward(ctx, dy, k):
             *inputs, start = ctx.saved_tensors
-            (x, dt, A, B, C, _, z, _, _), b, dy = inputs, len(start), dy.contiguous()
-            shared, (t, d, n, width, n_seg), grid = scan_plan(inputs, b)
-            part, total, k = start.new_empty(b, n_seg, d, n), start.new_empty(b, n_seg, d), dh.contiguous()
-            tiles = start.new_empty(b, triton.cdiv(t, SCAN_TILE), d, n)
-            past = start.new_empty(b, n_seg, SCAN_TILE, d, n)
-            WB, WC = (math.gcd(width, d * n // m.shape[1], 64) for m in (B, C))
-            sums = [m.new_empty(b * t, d // W, n, dtype=m.dtype if d // W * n == m.shape[1] else torch.float32)
-                    for m, W in ((B, WB), (C, WC))]
+            (x, dt, A, B, C, _, z, _, _), b, dy, k = inputs, len(start), dy.contiguous(), k.contiguous()
+            shared, (t, d, n, width, seg, n_seg), grid = scan_plan(inputs, b)
+            part, dA, dh = (start.new_empty(b, n_seg, d, n) for _ in range(3))
+            total, dD, dbias = (start.new_empty(b, n_seg, d) for _ in range(3))
             dx, ddt, dz = (None if m is None else m.new_empty(m.shape) for m in (x, dt, z))
-            dA, dh, dD, dbias = torch.empty_like(part), torch.empty_like(part), torch.empty_like(total), torch.empty_like(total)
+            tiles = start.new_empty(b, n_seg, seg // SCAN_TILE, d, n)
+            past = start.new_empty(b, n_seg, SCAN_TILE, d, n)
+            W = [math.gcd(width, d * n // m.shape[1]) for m in (B, C)]       # channels that a program adds up
+            left = [d * n // m.shape[1] // w for m, w in zip((B, C), W)]     # such sums that make up a group
+            sums = [m.new_empty(b * t, m.shape[1] // n, l, n, dtype=m.dtype if l == 1 else torch.float32)
+                    for m, l in zip((B, C), left)]
             with torch.cuda.device_of(x):
                 scan_forward[grid](*shared, start, part, total, tiles, None, N=n, BD=width, T=SCAN_TILE, num_warps=1)
                 if n_seg > 1:
@@ -1276,14 +1280,12 @@ if triton is not None:
                     scan_combine[(b * triton.cdiv(d * n, 256),)](A, k, total, part, d, n_seg, n, 256, True)
                     k = part
                 scan_backward[grid](*shared, dy, k, tiles, past, dx, ddt, dA, *sums, dD, dz, dbias, dh, N=n, BD=width,
-                                    T=SCAN_TILE, WB=WB, WC=WC, PAIR=min(2, WB, WC), num_warps=1)
-            dB, dC = (s.view(m.shape) if s.dtype == m.dtype and s.numel() == m.numel() else
-                      s.view(b * t, -1, d * n // m.shape[1] // W, n).sum(2).view(m.shape).to(m.dtype)
-                      for s, m, W in zip(sums, (B, C), (WB, WC)))
+                                    T=SCAN_TILE, WB=W[0], WC=W[1], PAIR=min(2, *W), num_warps=1)
+            dB, dC = ((s if l == 1 else s.sum(2).to(m.dtype)).view(m.shape) for m, s, l in zip((B, C), sums, left))
             return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1)), None, dh[:, 0]
 
     def scan_triton(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None, reset=None):
-        """The selective scan as a Triton kernel. Arguments and results as in selective_scan."""
+        """The selective scan in Triton kernels. Arguments and results as in selective_scan."""
         (b, t, d), n = x.shape, A.shape[1]
         def rows(m):                                            # a slice of in_proj's output passes without a copy
             m = m if m is None else m.reshape(b * t, -1)
@@ -1294,65 +1296,58 @@ if triton is not None:
                                 reset, full(state, b, d, n))
         return y.view(b, t, d), h
 
-    # One token, the case of decoding, is the work of one kernel instead of about twenty: conv window, SiLU, softplus, cells,
-    # read-out, skip and gate. A program takes a chunk of d_xb and all the channels that repeat it, so that it may shift
-    # the conv window in place when it has read it. SCAN_CELLS * 8 cells at once, in a loop if there are more.
+    # One token, the case of decoding, is the work of one kernel instead of some twenty: conv window, SiLU, softplus,
+    # cells, read-out, skip and gate. A program takes a chunk of d_xb and all the channels that repeat it, so that it
+    # may shift the conv window in place once it has read it.
 
     @triton.jit
-    def step_kernel(x_ptr, dt_ptr, B_ptr, C_ptr, z_ptr, conv_ptr, h_ptr, pos_ptr, weight_ptr, conv_bias_ptr, A_log_ptr, D_ptr,
-                    bias_ptr, y_ptr, in_row, d_xb, R, TAPS: tl.constexpr, SLOTS: tl.constexpr, N: tl.constexpr,
+    def step_kernel(x_ptr, dt_ptr, B_ptr, C_ptr, z_ptr, conv_ptr, h_ptr, pos_ptr, weight_ptr, conv_bias_ptr, A_log_ptr,
+                    D_ptr, bias_ptr, y_ptr, in_row, d_xb, R, TAPS: tl.constexpr, SLOTS: tl.constexpr, N: tl.constexpr,
                     BD: tl.constexpr, EXPAND: tl.constexpr):
         """x, B (b, d_xb) and C, z (b, d), rows in_row apart; dt, y (b, d); conv (b, TAPS - 1, d_xb) and h (b, d, n) are
-        updated; pos (b) or None. R = d / d_xb; EXPAND: the conv has d channels, not d_xb."""
+        updated; pos (b) or None. R = d / d_xb; EXPAND: the conv has d channels, not d_xb. SLOTS: TAPS - 1 or more."""
         chunk, b = tl.program_id(0) % (d_xb // N), (tl.program_id(0) // (d_xb // N)).to(tl.int64)
-        d, n, window = d_xb * R, tl.arange(0, N)[None, :], conv_ptr + b * (TAPS - 1) * d_xb
-        B = tl.load(B_ptr + b * in_row + chunk * N + n).to(tl.float32)
+        d, n, window, pos = d_xb * R, tl.arange(0, N)[None, :], conv_ptr + b * (TAPS - 1) * d_xb, TAPS
+        if pos_ptr is not None:
+            pos = tl.load(pos_ptr + b)
         for low in range(0, R * N, BD):
             r = low + tl.arange(0, BD)
             live, c, source = r < R * N, chunk * R * N + tl.minimum(r, R * N - 1), chunk * N + r % N
-            tap = (c if EXPAND else source) * TAPS
-            u = tl.zeros([BD], tl.float32)
+            tap = c if EXPAND else source
+            u = load(weight_ptr + tap * TAPS + TAPS - 1) * load(x_ptr + b * in_row + source)
+            for i in tl.static_range(TAPS - 1):                 # inputs from before the document began count as zero
+                v = tl.where(pos < TAPS - 1 - i, 0.0, load(window + i * d_xb + source))
+                u += load(weight_ptr + tap * TAPS + i) * v
             if conv_bias_ptr is not None:
-                u += tl.load(conv_bias_ptr + (c if EXPAND else source)).to(tl.float32)
-            for i in tl.static_range(TAPS):
-                if i == TAPS - 1:
-                    v = tl.load(x_ptr + b * in_row + source).to(tl.float32)
-                else:
-                    v = tl.load(window + i * d_xb + source).to(tl.float32)
-                    if pos_ptr is not None:
-                        v = tl.where(tl.load(pos_ptr + b) < TAPS - 1 - i, 0.0, v)
-                u += v * tl.load(weight_ptr + tap + i).to(tl.float32)
-            u *= tl.sigmoid(u)
-            dt = tl.load(dt_ptr + b * d + c).to(tl.float32)
+                u += load(conv_bias_ptr + tap)
+            dt = load(dt_ptr + b * d + c)                       # holds the bias once
             if bias_ptr is not None:
-                dt += tl.load(bias_ptr + c).to(tl.float32)
-            dt = softplus(dt)
-            cell = b * d * N + c[:, None] * N + n
-            h = tl.load(h_ptr + cell)
-            if pos_ptr is not None:
-                h = tl.where(tl.load(pos_ptr + b) == 0, 0.0, h)
-            h = tl.exp(-dt[:, None] * tl.exp(tl.load(A_log_ptr + c[:, None] * N + n).to(tl.float32))) * h + (dt * u)[:, None] * B
-            C = tl.load(C_ptr + b * in_row + (c // N)[:, None] * N + n).to(tl.float32)
-            z = tl.load(z_ptr + b * in_row + c).to(tl.float32)
-            y = (tl.sum(h * C, axis=1) + tl.load(D_ptr + c).to(tl.float32) * u) * z * tl.sigmoid(z)
-            tl.store(h_ptr + cell, h, mask=live[:, None])
-            tl.store(y_ptr + b * d + c, y, mask=live)
+                dt += load(bias_ptr + c)
+            u, dt = u * tl.sigmoid(u), softplus(dt)
+            cell, A = c[:, None] * N + n, -tl.exp(load(A_log_ptr + c[:, None] * N + n))
+            h = tl.where(pos == 0, 0.0, tl.load(h_ptr + b * d * N + cell))
+            h = tl.exp(dt[:, None] * A) * h + (dt * u)[:, None] * load(B_ptr + b * in_row + chunk * N + n)
+            y = tl.sum(h * load(C_ptr + b * in_row + (c // N)[:, None] * N + n), axis=1) + load(D_ptr + c) * u
+            z = load(z_ptr + b * in_row + c)
+            tl.store(h_ptr + b * d * N + cell, h, mask=live[:, None])
+            tl.store(y_ptr + b * d + c, y * z * tl.sigmoid(z), mask=live)
         slot, source = tl.arange(0, SLOTS)[:, None], chunk * N + n
         older = tl.load(window + (slot + 1) * d_xb + source, mask=slot < TAPS - 2, other=0.0)
         newest = tl.load(x_ptr + b * in_row + source)
-        tl.debug_barrier()                                      # all have read the window
+        tl.debug_barrier()                                      # all threads have read the window
         tl.store(window + slot * d_xb + source, tl.where(slot == TAPS - 2, newest, older), mask=slot < TAPS - 1)
 
     def mamba_step(mixer, x, dt, B, C, z, state, pos):
-        """What Mamba.forward does between its projections, for one token and in place on state: x, B (b, 1, d_xb), C, z
-        (b, 1, d_inner) slices of one tensor, dt (b, 1, d_inner), pos (b, 1) or None -> y (b, 1, d_inner)."""
+        """What Mamba.forward does between its projections, for one token and in place on state: x, B (b, 1, d_xb), C,
+        z (b, 1, d_inner) slices of one tensor, dt (b, 1, d_inner), pos (b, 1) or None -> y (b, 1, d_inner)."""
         c, b, y = mixer.config, len(x), torch.empty_like(dt)
-        r, n, taps = c.d_inner // c.d_xb, c.d_state, c.d_conv
-        assert {m.stride(0) for m in (x, B, C, z)} == {z.stride(0)} and state.conv.is_contiguous() and state.h.is_contiguous()
+        r, n = c.d_inner // c.d_xb, c.d_state
+        assert all(m.stride(0) == z.stride(0) for m in (x, B, C)) and all(m.is_contiguous() for m in (dt, *state))
         width = min(triton.next_power_of_2(r * n), max(1, 8 * SCAN_CELLS // n))
         with torch.cuda.device_of(x):
             step_kernel[(b * c.d_xb // n,)](
                 x, dt, B, C, z, state.conv, state.h, pos, mixer.conv1d.weight, mixer.conv1d.bias, mixer.A_log, mixer.D,
-                mixer.dt_proj.bias, y, z.stride(0), c.d_xb, r, TAPS=taps, SLOTS=triton.next_power_of_2(max(1, taps - 1)),
-                N=n, BD=width, EXPAND=c.expand_before_conv, num_warps=max(1, width * n // 512))
+                mixer.dt_proj.bias, y, z.stride(0), c.d_xb, r, TAPS=c.d_conv,
+                SLOTS=triton.next_power_of_2(max(1, c.d_conv - 1)), N=n, BD=width, EXPAND=c.expand_before_conv,
+                num_warps=max(1, width * n // 512))
         return y
