@@ -375,9 +375,10 @@ def scan_backend(device, t=2, n=16, dtype=torch.float32, impl="auto"):
         raise UserError(f"selective_scan: unknown impl {impl!r}; known: loop, chunk, triton, auto")
     if impl in ("loop", "chunk"):
         return impl
-    if triton is None or not (kind == "cuda" or impl == "triton" and kind == "cpu" and interpreted):     # ROCm is "cuda"
+    usable = kind == "cuda" or impl == "triton" and kind == "cpu" and interpreted                # ROCm is "cuda", too
+    if triton is None or not usable:
         if impl == "triton":
-            raise UserError(f"impl='triton' needs " + ("Triton: pip install triton" if triton is None else
+            raise UserError("impl='triton' needs " + ("Triton: pip install triton" if triton is None else
                             f"a GPU, or TRITON_INTERPRET=1 set before the start; the tensors are on {kind}"))
         return "loop" if t == 1 else "chunk"                                 # one step needs no machinery
     if n > 64 or n & (n - 1) or dtype == torch.float64:
@@ -513,7 +514,7 @@ class Block(nn.Module):
 @dataclass(frozen=True)
 class State:
     """All that a model remembers of a batch of texts. A value: it belongs to the caller, not to the model. The
-    caches (and on a GPU the cells) are changed in place, so take clone() before continuing the same text in two ways."""
+    caches (and the SSM parts, where Triton runs) change in place, so clone() before continuing a text in two ways."""
     position: int                            # tokens seen so far, padding included
     max_length: int                          # tokens that fit into the key/value caches
     layers: tuple                            # per layer: KV, SSM or None
@@ -1135,19 +1136,20 @@ if triton is not None:
             tl.store(sum_ptr + part * d + c, total, mask=live)
 
     @triton.jit(do_not_specialize=["n_seg"])
-    def scan_combine(A_ptr, init_ptr, sum_ptr, part_ptr, d, n_seg, N: tl.constexpr, BLOCK: tl.constexpr,
+    def scan_combine(A_ptr, first_ptr, sum_ptr, own_ptr, enter_ptr, d, n_seg, N: tl.constexpr, BLOCK: tl.constexpr,
                      BACK: tl.constexpr):
-        """part (b, n_seg, d, n), in place: what a segment yields on its own -> what enters it. BACK: last one first."""
+        """own (b, n_seg, d, n): what each segment yields by itself -> enter, likewise: what comes into it. first
+        (b, d, n) comes into the first one; BACK: into the last, and so on towards the first."""
         blocks = tl.cdiv(d * N, BLOCK)
         b, cell = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
         live = cell < d * N
         A2 = tl.load(A_ptr + cell, mask=live, other=0.0) * LOG2E
-        h = tl.load(init_ptr + b * d * N + cell, mask=live, other=0.0)
+        h = tl.load(first_ptr + b * d * N + cell, mask=live, other=0.0)
         for i in range(n_seg):
             part = b * n_seg + (n_seg - 1 - i if BACK else i)
             total = tl.load(sum_ptr + part * d + cell // N, mask=live, other=0.0)
-            own = tl.load(part_ptr + part * d * N + cell, mask=live, other=0.0)
-            tl.store(part_ptr + part * d * N + cell, h, mask=live)
+            own = tl.load(own_ptr + part * d * N + cell, mask=live, other=0.0)
+            tl.store(enter_ptr + part * d * N + cell, h, mask=live)
             h = tl.where(total < 0, 0.0, tl.exp2(A2 * total)) * h + own
 
     @triton.jit(do_not_specialize=["t", "seg", "n_seg"])
@@ -1179,10 +1181,10 @@ if triton is not None:
     @triton.jit(do_not_specialize=["t", "seg", "n_seg"])
     def scan_backward(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, reset_ptr,
                       x_row, dt_row, B_row, C_row, z_row, t, d, seg, n_seg, GB, GC, dy_ptr, k_ptr, tile_ptr, past_ptr,
-                      dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, dh_ptr, N: tl.constexpr,
+                      dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, N: tl.constexpr,
                       BD: tl.constexpr, T: tl.constexpr, WB: tl.constexpr, WC: tl.constexpr, PAIR: tl.constexpr):
-        """k (b, n_seg, d, n) enters each segment's end; past (b, n_seg, T, d, n) is scratch. dB (b, t, d / WB, n), dC
-        (b, t, d / WC, n); per segment dA, dh (b, n_seg, d, n), dD, dbias (b, n_seg, d); the others as the inputs."""
+        """k (b, n_seg, d, n) as it enters each segment's end -> as it leaves its start. past (b, n_seg, T, d, n) is
+        scratch. dB (b, t, d / WB, n), dC (b, t, d / WC, n), dA (b, n_seg, d, n), dD, dbias (b, n_seg, d)."""
         block, part, first, last, live, c, cell, B_at, C_at = scan_place(t, d, seg, n_seg, GB, GC, N, BD, PAIR)
         A2, bias, D = tl.load(A_ptr + cell) * LOG2E, tl.load(bias_ptr + c), tl.load(D_ptr + c)
         dA, dD, dbias = tl.zeros([BD, N], tl.float32), tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
@@ -1221,7 +1223,7 @@ if triton is not None:
                 dA, dD, dbias = dA + w * dt[:, None], dD + dy * u, dbias + ddt
                 k = a * g
             tl.debug_barrier()
-        tl.store(dh_ptr + part * d * N + cell, k, mask=live[:, None])
+        tl.store(k_ptr + part * d * N + cell, k, mask=live[:, None])
         tl.store(dA_ptr + part * d * N + cell, dA, mask=live[:, None])
         tl.store(dD_ptr + part * d + c, dD, mask=live)
         tl.store(dbias_ptr + part * d + c, dbias, mask=live)
@@ -1252,19 +1254,19 @@ if triton is not None:
             with torch.cuda.device_of(x):
                 if n_seg > 1:
                     start, total = torch.empty_like(end), state.new_empty(b, n_seg, d)
-                    scan_forward[grid](*shared, None, start, total, None, None, **fixed)                       # step 1
-                    scan_combine[(b * triton.cdiv(d * n, 256),)](A, state, total, start, d, n_seg, n, 256, False)  # 2
-                scan_forward[grid](*shared, start, end, None, None, y, **fixed)                                # 3
+                    scan_forward[grid](*shared, None, end, total, None, None, **fixed)                         # step 1
+                    scan_combine[(b * triton.cdiv(d * n, 256),)](A, state, total, end, start, d, n_seg, n, 256, False)
+                scan_forward[grid](*shared, start, end, None, None, y, **fixed)                                # step 3
             ctx.save_for_backward(*inputs, start)
             return y, end[:, -1].contiguous()
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx, dy, k):
+        def backward(ctx, dy, dh):
             *inputs, start = ctx.saved_tensors
-            (x, dt, A, B, C, _, z, _, _), b, dy, k = inputs, len(start), dy.contiguous(), k.contiguous()
+            (x, dt, A, B, C, _, z, _, _), b, dy, dh = inputs, len(start), dy.contiguous(), dh.contiguous()
             shared, (t, d, n, width, seg, n_seg), grid = scan_plan(inputs, b)
-            part, dA, dh = (start.new_empty(b, n_seg, d, n) for _ in range(3))
+            end, dA, k = (start.new_empty(b, n_seg, d, n) for _ in range(3))
             total, dD, dbias = (start.new_empty(b, n_seg, d) for _ in range(3))
             dx, ddt, dz = (None if m is None else m.new_empty(m.shape) for m in (x, dt, z))
             tiles = start.new_empty(b, n_seg, seg // SCAN_TILE, d, n)
@@ -1274,15 +1276,16 @@ if triton is not None:
             sums = [m.new_empty(b * t, m.shape[1] // n, l, n, dtype=m.dtype if l == 1 else torch.float32)
                     for m, l in zip((B, C), left)]
             with torch.cuda.device_of(x):
-                scan_forward[grid](*shared, start, part, total, tiles, None, N=n, BD=width, T=SCAN_TILE, num_warps=1)
+                scan_forward[grid](*shared, start, end, total, tiles, None, N=n, BD=width, T=SCAN_TILE, num_warps=1)
                 if n_seg > 1:
-                    scan_carry[grid](*shared, dy, part, N=n, BD=width, num_warps=1)
-                    scan_combine[(b * triton.cdiv(d * n, 256),)](A, k, total, part, d, n_seg, n, 256, True)
-                    k = part
-                scan_backward[grid](*shared, dy, k, tiles, past, dx, ddt, dA, *sums, dD, dz, dbias, dh, N=n, BD=width,
+                    scan_carry[grid](*shared, dy, end, N=n, BD=width, num_warps=1)
+                    scan_combine[(b * triton.cdiv(d * n, 256),)](A, dh, total, end, k, d, n_seg, n, 256, True)
+                else:
+                    k.copy_(dh[:, None])
+                scan_backward[grid](*shared, dy, k, tiles, past, dx, ddt, dA, *sums, dD, dz, dbias, N=n, BD=width,
                                     T=SCAN_TILE, WB=W[0], WC=W[1], PAIR=min(2, *W), num_warps=1)
             dB, dC = ((s if l == 1 else s.sum(2).to(m.dtype)).view(m.shape) for m, s, l in zip((B, C), sums, left))
-            return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1)), None, dh[:, 0]
+            return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1)), None, k[:, 0]
 
     def scan_triton(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None, reset=None):
         """The selective scan in Triton kernels. Arguments and results as in selective_scan."""
