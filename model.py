@@ -1068,8 +1068,8 @@ if triton is not None:
     LOG2E = tl.constexpr(1.4426950408889634)
 
     @triton.jit
-    def load(ptr):
-        return tl.load(ptr).to(tl.float32)
+    def load32(ptr):
+        return tl.load(ptr).to(tl.float32)                      # whatever lies there
 
     @triton.jit
     def softplus(v):
@@ -1085,25 +1085,28 @@ if triton is not None:
         """Which text, steps and channels are this program's, and where its rows of B and C lie. A thread holds rows r
         and r + BD / 2 of a tile; with PAIR = 2 these are neighbouring channels, whose dB and dC it adds on its own."""
         blocks = tl.cdiv(d, BD)
-        block, part = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-        first = part % n_seg * seg
+        block, part = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)       # neighbours share B, C
+        first = part % n_seg * seg                              # the segment's first step within its text
         start, end = part // n_seg * t + first, part // n_seg * t + tl.minimum(first + seg, t)
         r, n = tl.arange(0, BD), tl.arange(0, N)[None, :]
-        c = block * BD + r % (BD // PAIR) * PAIR + r // (BD // PAIR)
+        c = block * BD + r % (BD // PAIR) * PAIR + r // (BD // PAIR)            # for PAIR 1: block * BD + r
         live, c = c < d, tl.minimum(c, d - 1)                   # rows past d repeat the last channel and write nothing
-        cell = c[:, None] * N + n
+        cell = c[:, None] * N + n                               # (BD, N)
         return block, part, start, end, live, c, cell, (c // GB)[:, None] * N + n, (c // GC)[:, None] * N + n
 
     @triton.jit
     def scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias):
         """-> u, dt before its softplus, dt (BD), B and the decay a (BD, N), and whether a document begins (a is 0)."""
-        u, raw = load(x_ptr + row * x_row + c), load(dt_ptr + row * dt_row + c) + bias
-        B, dt = load(B_ptr + row * B_row + B_at), softplus(raw)
+        u, raw = load32(x_ptr + row * x_row + c), load32(dt_ptr + row * dt_row + c) + bias
+        B, dt = load32(B_ptr + row * B_row + B_at), softplus(raw)
         a, reset = tl.exp2(dt[:, None] * A2), False
         if reset_ptr is not None:
-            reset = tl.load(reset_ptr + row) != 0
+            reset = tl.load(reset_ptr + row) != 0               # one flag for all channels
             a = tl.where(reset, 0.0, a)
         return u, raw, dt, B, a, reset
+
+    # t, seg and n_seg are not specialised: a new prompt length must not mean a new compilation. Rows may lie x_row,
+    # dt_row ... elements apart, as slices of in_proj's output do; GB, GC channels share a row of B, of C.
 
     @triton.jit(do_not_specialize=["t", "seg", "n_seg"])
     def scan_forward(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, reset_ptr,
@@ -1113,7 +1116,7 @@ if triton is not None:
         tile (b, n_seg, seg / T, d, n): the state before each T-th step."""
         block, part, first, last, live, c, cell, B_at, C_at = scan_place(t, d, seg, n_seg, GB, GC, N, BD, 1)
         A2, bias, D = tl.load(A_ptr + cell) * LOG2E, tl.load(bias_ptr + c), tl.load(D_ptr + c)
-        h, total = tl.zeros([BD, N], tl.float32), tl.zeros([BD], tl.float32)
+        h, total = tl.zeros([BD, N], tl.float32), tl.zeros([BD], tl.float32)  # the cells; dt since the start
         if start_ptr is not None:
             h = tl.load(start_ptr + part * d * N + cell)
         for row in range(first, last):
@@ -1125,14 +1128,14 @@ if triton is not None:
                                                 row, c, B_at, A2, bias)
             h = a * h + (dt * u)[:, None] * B
             total = tl.where(reset, float("-inf"), total) + dt  # below zero: the segment forgets all that came before
-            if y_ptr is not None:
-                y = tl.sum(h * load(C_ptr + row * C_row + C_at), axis=1) + D * u
+            if y_ptr is not None:                               # else: a pass for the states alone
+                y = tl.sum(h * load32(C_ptr + row * C_row + C_at), axis=1) + D * u
                 if z_ptr is not None:
-                    z = load(z_ptr + row * z_row + c)
+                    z = load32(z_ptr + row * z_row + c)
                     y *= z * tl.sigmoid(z)
-                tl.store(y_ptr + row * d + c, y, mask=live)
+                tl.store(y_ptr + row * d + c, y, mask=live)     # in the dtype of x
         tl.store(end_ptr + part * d * N + cell, h, mask=live[:, None])
-        if sum_ptr is not None:
+        if sum_ptr is not None:                                 # wanted by scan_combine
             tl.store(sum_ptr + part * d + c, total, mask=live)
 
     @triton.jit(do_not_specialize=["n_seg"])
@@ -1142,7 +1145,7 @@ if triton is not None:
         (b, d, n) comes into the first one; BACK: into the last, and so on towards the first."""
         blocks = tl.cdiv(d * N, BLOCK)
         b, cell = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-        live = cell < d * N
+        live = cell < d * N                                     # cells are independent here
         A2 = tl.load(A_ptr + cell, mask=live, other=0.0) * LOG2E
         h = tl.load(first_ptr + b * d * N + cell, mask=live, other=0.0)
         for i in range(n_seg):
@@ -1163,20 +1166,29 @@ if triton is not None:
             row = first + last - 1 - i
             u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row,
                                                 row, c, B_at, A2, bias)
-            dy = load(dy_ptr + row * d + c)
+            dy = load32(dy_ptr + row * d + c)
             if z_ptr is not None:
-                z = load(z_ptr + row * z_row + c)
+                z = load32(z_ptr + row * z_row + c)
                 dy *= z * tl.sigmoid(z)
-            k = a * (k + dy[:, None] * load(C_ptr + row * C_row + C_at))
+            k = a * (k + dy[:, None] * load32(C_ptr + row * C_row + C_at))    # neither x nor B matters to it
         tl.store(k_ptr + part * d * N + cell, k, mask=live[:, None])
 
     @triton.jit
     def store_sums(ptr, row, block, d, v, W: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, PAIR: tl.constexpr):
-        """v (BD, N), rows as in scan_place: its sums over W neighbouring channels go to ptr (b, t, d / W, n)."""
-        v = tl.sum(tl.reshape(v, [PAIR, BD // PAIR, N]), axis=0)
-        v = tl.sum(tl.reshape(v, [BD // W, W // PAIR, N]), axis=1)
+        """v (BD, N), rows as in scan_place: its sums over W neighbouring channels go to ptr (b, t, d / W, n). W divides
+        d, so that no sum has rows from both sides of d."""
+        v = tl.sum(tl.reshape(v, [PAIR, BD // PAIR, N]), axis=0)                # within a thread: c, c + 1
+        v = tl.sum(tl.reshape(v, [BD // W, W // PAIR, N]), axis=1)              # across threads
         i = block * (BD // W) + tl.arange(0, BD // W)[:, None]
         tl.store(ptr + row * (d // W) * N + i * N + tl.arange(0, N)[None, :], v, mask=i < d // W)
+
+    # The gradients of one step. From h_t = a h_{t-1} + dt u B and y_t = (C . h_t + D u) silu(z), with g = dL / dh_t:
+    #       g   = dy silu(z) C + k                  dB  = g dt u                    dC = h_t dy silu(z)
+    #       du  = g . B         (of dt u)           dx  = du dt + D dy silu(z)      dD = u dy silu(z)
+    #       w   = g a h_{t-1}   (of dt A)           ddt = (du u + w . A) sigmoid    dA = w dt
+    # where sigmoid(raw) is the derivative of softplus, and dz = dy (C . h_t + D u) silu'(z). h_t needs h_{t-1}, but the
+    # walk goes from late to early, and dividing by a would be unstable: hence the tiles. SCAN_TILE trades the size of
+    # the saved states (b, t / SCAN_TILE, d, n), which live during one layer's backward only, against the scratch.
 
     @triton.jit(do_not_specialize=["t", "seg", "n_seg"])
     def scan_backward(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, reset_ptr,
@@ -1188,9 +1200,9 @@ if triton is not None:
         block, part, first, last, live, c, cell, B_at, C_at = scan_place(t, d, seg, n_seg, GB, GC, N, BD, PAIR)
         A2, bias, D = tl.load(A_ptr + cell) * LOG2E, tl.load(bias_ptr + c), tl.load(D_ptr + c)
         dA, dD, dbias = tl.zeros([BD, N], tl.float32), tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
-        k = tl.load(k_ptr + part * d * N + cell, mask=live[:, None], other=0.0)
-        past_at = past_ptr + part * T * d * N + cell
-        for i in range(tl.cdiv(last - first, T)):
+        k = tl.load(k_ptr + part * d * N + cell)
+        past_at = past_ptr + part * T * d * N + cell            # a slot for each step of one tile
+        for i in range(tl.cdiv(last - first, T)):               # tiles, the last one first
             tile = tl.cdiv(last - first, T) - 1 - i
             low, high = first + tile * T, tl.minimum(first + tile * T + T, last)
             h = tl.load(tile_ptr + (part * (seg // T) + tile) * d * N + cell)
@@ -1199,21 +1211,20 @@ if triton is not None:
                 u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row,
                                                     row, c, B_at, A2, bias)
                 h = a * h + (dt * u)[:, None] * B
-            tl.debug_barrier()
+            tl.debug_barrier()                                  # a thread may read what another wrote
             for j in range(low, high):                          # and back
                 row = low + high - 1 - j
                 u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row,
                                                     row, c, B_at, A2, bias)
-                C = load(C_ptr + row * C_row + C_at)
-                dy = tl.load(dy_ptr + row * d + c, mask=live, other=0.0).to(tl.float32)
-                kept = a * tl.load(past_at + (row - low) * d * N)
-                h = kept + (dt * u)[:, None] * B
+                C, dy = load32(C_ptr + row * C_row + C_at), load32(dy_ptr + row * d + c)
+                kept = a * tl.load(past_at + (row - low) * d * N)               # a_t h_{t-1}
+                h = kept + (dt * u)[:, None] * B                                # h_t, as in the forward
                 if z_ptr is not None:
-                    z = load(z_ptr + row * z_row + c)
+                    z = load32(z_ptr + row * z_row + c)
                     s, y = tl.sigmoid(z), tl.sum(h * C, axis=1) + D * u
                     tl.store(dz_ptr + row * d + c, dy * y * s * (1 + z * (1 - s)), mask=live)
                     dy *= z * s                                 # from here: the gradient of C . h + D u
-                g = k + dy[:, None] * C
+                g = k + dy[:, None] * C                                         # dL / dh_t
                 du, w = tl.sum(g * B, axis=1), g * kept         # gradients of dt * u and of dt * A
                 ddt = (du * u + tl.sum(w * A2, axis=1) / LOG2E) * tl.sigmoid(raw)
                 tl.store(dx_ptr + row * d + c, du * dt + dy * D, mask=live)
@@ -1221,8 +1232,8 @@ if triton is not None:
                 store_sums(dB_ptr, row, block, d, g * (dt * u)[:, None], WB, N, BD, PAIR)
                 store_sums(dC_ptr, row, block, d, h * dy[:, None], WC, N, BD, PAIR)
                 dA, dD, dbias = dA + w * dt[:, None], dD + dy * u, dbias + ddt
-                k = a * g
-            tl.debug_barrier()
+                k = a * g                                       # what the step before receives
+            tl.debug_barrier()                                  # all slots read, before the next tile overwrites them
         tl.store(k_ptr + part * d * N + cell, k, mask=live[:, None])
         tl.store(dA_ptr + part * d * N + cell, dA, mask=live[:, None])
         tl.store(dD_ptr + part * d + c, dD, mask=live)
@@ -1234,9 +1245,9 @@ if triton is not None:
         t, (d, n) = len(x) // b, A.shape
         width, n_seg = min(64, max(1, SCAN_CELLS // n)), 1
         while b * triton.cdiv(d, width) * n_seg < SCAN_PROGRAMS and t >= 2 * n_seg * SCAN_SEGMENT:
-            n_seg *= 2
+            n_seg *= 2                                          # twice as many programs, half as long
         seg = triton.cdiv(triton.cdiv(t, n_seg), SCAN_TILE) * SCAN_TILE                          # whole tiles
-        n_seg = triton.cdiv(t, seg)
+        n_seg = triton.cdiv(t, seg)                             # the last may be shorter
         strides = [0 if m is None else m.stride(0) for m in (x, dt, B, C, z)]
         shared = (*inputs, *strides, t, d, seg, n_seg, d * n // B.shape[1], d * n // C.shape[1])
         return shared, (t, d, n, width, seg, n_seg), (triton.cdiv(d, width) * n_seg * b,)
@@ -1269,10 +1280,11 @@ if triton is not None:
             end, dA, k = (start.new_empty(b, n_seg, d, n) for _ in range(3))
             total, dD, dbias = (start.new_empty(b, n_seg, d) for _ in range(3))
             dx, ddt, dz = (None if m is None else m.new_empty(m.shape) for m in (x, dt, z))
-            tiles = start.new_empty(b, n_seg, seg // SCAN_TILE, d, n)
-            past = start.new_empty(b, n_seg, SCAN_TILE, d, n)
-            W = [math.gcd(width, d * n // m.shape[1]) for m in (B, C)]       # channels that a program adds up
-            left = [d * n // m.shape[1] // w for m, w in zip((B, C), W)]     # such sums that make up a group
+            tiles = start.new_empty(b, n_seg, seg // SCAN_TILE, d, n)           # a state per tile
+            past = start.new_empty(b, n_seg, SCAN_TILE, d, n)                   # scratch for one tile of every program
+            # W channels are added up by a program, left such sums make up a group: 1 is final, more are partial sums
+            W = [math.gcd(width, d * n // m.shape[1]) for m in (B, C)]
+            left = [d * n // m.shape[1] // w for m, w in zip((B, C), W)]
             sums = [m.new_empty(b * t, m.shape[1] // n, l, n, dtype=m.dtype if l == 1 else torch.float32)
                     for m, l in zip((B, C), left)]
             with torch.cuda.device_of(x):
@@ -1281,7 +1293,7 @@ if triton is not None:
                     scan_carry[grid](*shared, dy, end, N=n, BD=width, num_warps=1)
                     scan_combine[(b * triton.cdiv(d * n, 256),)](A, dh, total, end, k, d, n_seg, n, 256, True)
                 else:
-                    k.copy_(dh[:, None])
+                    k.copy_(dh[:, None])                        # one segment: what comes from the caller
                 scan_backward[grid](*shared, dy, k, tiles, past, dx, ddt, dA, *sums, dD, dz, dbias, N=n, BD=width,
                                     T=SCAN_TILE, WB=W[0], WC=W[1], PAIR=min(2, *W), num_warps=1)
             dB, dC = ((s if l == 1 else s.sum(2).to(m.dtype)).view(m.shape) for m, s, l in zip((B, C), sums, left))
@@ -1316,27 +1328,27 @@ if triton is not None:
         for low in range(0, R * N, BD):
             r = low + tl.arange(0, BD)
             live, c, source = r < R * N, chunk * R * N + tl.minimum(r, R * N - 1), chunk * N + r % N
-            tap = c if EXPAND else source
-            u = load(weight_ptr + tap * TAPS + TAPS - 1) * load(x_ptr + b * in_row + source)
+            tap = c if EXPAND else source                       # the channel of the conv
+            u = load32(weight_ptr + tap * TAPS + TAPS - 1) * load32(x_ptr + b * in_row + source)     # newest input
             for i in tl.static_range(TAPS - 1):                 # inputs from before the document began count as zero
-                v = tl.where(pos < TAPS - 1 - i, 0.0, load(window + i * d_xb + source))
-                u += load(weight_ptr + tap * TAPS + i) * v
+                v = tl.where(pos < TAPS - 1 - i, 0.0, load32(window + i * d_xb + source))
+                u += load32(weight_ptr + tap * TAPS + i) * v
             if conv_bias_ptr is not None:
-                u += load(conv_bias_ptr + tap)
-            dt = load(dt_ptr + b * d + c)                       # holds the bias once
+                u += load32(conv_bias_ptr + tap)
+            dt = load32(dt_ptr + b * d + c)                       # holds the bias once
             if bias_ptr is not None:
-                dt += load(bias_ptr + c)
+                dt += load32(bias_ptr + c)
             u, dt = u * tl.sigmoid(u), softplus(dt)
-            cell, A = c[:, None] * N + n, -tl.exp(load(A_log_ptr + c[:, None] * N + n))
+            cell, A = c[:, None] * N + n, -tl.exp(load32(A_log_ptr + c[:, None] * N + n))
             h = tl.where(pos == 0, 0.0, tl.load(h_ptr + b * d * N + cell))
-            h = tl.exp(dt[:, None] * A) * h + (dt * u)[:, None] * load(B_ptr + b * in_row + chunk * N + n)
-            y = tl.sum(h * load(C_ptr + b * in_row + (c // N)[:, None] * N + n), axis=1) + load(D_ptr + c) * u
-            z = load(z_ptr + b * in_row + c)
-            tl.store(h_ptr + b * d * N + cell, h, mask=live[:, None])
+            h = tl.exp(dt[:, None] * A) * h + (dt * u)[:, None] * load32(B_ptr + b * in_row + chunk * N + n)
+            C, z = load32(C_ptr + b * in_row + (c // N)[:, None] * N + n), load32(z_ptr + b * in_row + c)
+            y = tl.sum(h * C, axis=1) + load32(D_ptr + c) * u
+            tl.store(h_ptr + b * d * N + cell, h, mask=live[:, None])           # in place
             tl.store(y_ptr + b * d + c, y * z * tl.sigmoid(z), mask=live)
-        slot, source = tl.arange(0, SLOTS)[:, None], chunk * N + n
+        slot, source = tl.arange(0, SLOTS)[:, None], chunk * N + n             # (SLOTS, N): the window moves on by one
         older = tl.load(window + (slot + 1) * d_xb + source, mask=slot < TAPS - 2, other=0.0)
-        newest = tl.load(x_ptr + b * in_row + source)
+        newest = tl.load(x_ptr + b * in_row + source)                          # raw: before conv and SiLU
         tl.debug_barrier()                                      # all threads have read the window
         tl.store(window + slot * d_xb + source, tl.where(slot == TAPS - 2, newest, older), mask=slot < TAPS - 1)
 

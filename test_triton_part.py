@@ -1,6 +1,6 @@
 """
 The Triton part of the tests (to be merged into test_model.py): python -m pytest test_triton_part.py -q
-Without a GPU the kernels run in Triton's interpreter, at toy sizes. With one, the same tests run on it, and real sizes too.
+Without a GPU the kernels run in Triton's interpreter, at toy sizes; with one, on it, and at real sizes, too.
 """
 import os
 import subprocess
@@ -74,7 +74,8 @@ def resets(b, t, *places):
 @needs_triton
 @pytest.mark.parametrize("b, t, d, n, g, gc", [
     (2, 1, 8, 4, 2, 8), (1, 7, 64, 16, 1, 4), (1, 33, 16, 4, 4, 2),          # one segment, whole tiles and a rest
-    (1, 5, 64, 2, 1, 64), (1, 5, 64, 4, 64, 1), (1, 5, 48, 16, 1, 3), (1, 3, 24, 8, 8, 1)])    # d // g: 64, 1, 48, 16, 3, 24
+    (1, 5, 64, 2, 1, 64), (1, 5, 64, 4, 64, 1), (1, 5, 48, 16, 1, 3),                # d // g: 64, 1, 48, 16
+    (1, 3, 24, 8, 8, 1)])                                                                        # and 3, 24
 def test_triton_scan_is_the_loop(b, t, d, n, g, gc):
     check_scan(scan_inputs(b, t, d, n, g, gc))
 
@@ -103,7 +104,8 @@ def test_triton_softplus_is_exact_for_small_steps():
     inputs = scan_inputs(1, 2, 32, 4, 1, 1)
     dt = torch.linspace(-25, 25, 64, device=DEVICE).view(1, 2, 32)
     y, h = selective_scan(**inputs | {"dt": dt, "state": None, "D": None, "dt_bias": None, "z": None}, impl="triton")
-    want = torch.nn.functional.softplus(dt.double())[:, 0] * inputs["x"][:, 0] * (inputs["B"] * inputs["C"])[:, 0].sum(-1)
+    read = (inputs["B"] * inputs["C"])[:, 0].sum(-1)
+    want = torch.nn.functional.softplus(dt.double())[:, 0] * inputs["x"][:, 0] * read
     assert ((y[:, 0] / want - 1).abs() < 1e-5).all()
 
 
@@ -263,7 +265,7 @@ for arch in (80, 90):
 
 @needs_triton
 def test_kernels_compile_without_spilling(tmp_path):
-    """For sm_80 and sm_90, no GPU needed; in a process of its own, since the interpreter cannot be switched off again."""
+    """For sm_80 and sm_90, without a GPU; in a process of its own, where the interpreter was never switched on."""
     tool = os.path.join(os.path.dirname(model.triton.__file__), "backends/nvidia/bin/cuobjdump")
     if not os.path.exists(tool):
         pytest.skip("this Triton has no NVIDIA tools")
@@ -278,8 +280,9 @@ def test_kernels_compile_without_spilling(tmp_path):
 # Real sizes, on a GPU: python -m pytest test_triton_part.py -q -k gpu
 
 @needs_gpu
-@pytest.mark.parametrize("b, t, d, n, g, gc", [(1, 4096, 4096, 16, 64, 256), (8, 512, 4096, 16, 256, 256), (3, 1000, 1000, 16, 25, 125),
-                                               (1, 777, 2048, 64, 8, 32), (40, 64, 4096, 16, 64, 256), (1, 2048, 96, 8, 1, 96)])
+@pytest.mark.parametrize("b, t, d, n, g, gc", [
+    (1, 4096, 4096, 16, 64, 256), (8, 512, 4096, 16, 256, 256), (3, 1000, 1000, 16, 25, 125),
+    (1, 777, 2048, 64, 8, 32), (40, 64, 4096, 16, 64, 256), (1, 2048, 96, 8, 1, 96)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gpu_scan_is_chunk(b, t, d, n, g, gc, packed):
     """Against scan_chunk in float64 (itself tested against the loop)."""
@@ -328,7 +331,8 @@ def test_gpu_step_at_15b_shape():
     mixer = model.cast(model.Mamba(config), DEVICE, torch.bfloat16)
     x = torch.randn(41, 1, 512, device=DEVICE, dtype=torch.bfloat16)
     place = model.Place(9, None, None, None, None)
-    state = SSM(torch.randn(41, 3, config.d_xb, device=DEVICE).bfloat16(), torch.randn(41, config.d_inner, 16, device=DEVICE))
+    state = SSM(torch.randn(41, 3, config.d_xb, device=DEVICE).bfloat16(),
+                torch.randn(41, config.d_inner, 16, device=DEVICE))
     slow = SSM(state.conv.clone(), state.h.clone())
     with torch.enable_grad():                                                # gradients on: the slow path
         want, after = mixer(x, slow, place)
