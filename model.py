@@ -42,6 +42,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -368,18 +369,39 @@ def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None, res
     if t == 0 or d % B.shape[2] or d % C.shape[2]:
         raise UserError(f"selective_scan: need t > 0 and groups that divide d = {d}, got t = {t}, "
                         f"{B.shape[2]} groups of B and {C.shape[2]} of C")
-    if impl == "auto":
-        impl = scan_backend(x.device, t)
-    scans = {"loop": scan_loop, "chunk": scan_chunk}
-    if impl not in scans:
-        raise UserError(f"selective_scan: unknown impl {impl!r}; known here: {', '.join(scans)}, auto")
+    name = scan_backend(x.device, t, n, x.dtype, impl)
+    scan = scan_loop if name == "loop" else scan_chunk if name == "chunk" else scan_triton
     with torch.autocast(x.device.type, enabled=False):                       # its products stay float32 in mixed precision
-        return scans[impl](x, dt, A, B, C, D, z, dt_bias, state, reset)
+        return scan(x, dt, A, B, C, D, z, dt_bias, state, reset)
 
 
-def scan_backend(device, t=2):
-    """The name of the scan that impl="auto" takes for t steps on this device: the only place that decides."""
-    return "loop" if t == 1 else "chunk"                                     # one step needs no machinery
+def scan_backend(device, t=2, n=16, dtype=torch.float32, impl="auto"):
+    """The scan to take for t steps of n cells in dtype on this device: "loop", "chunk" or "triton". The only place that
+    decides. Raises UserError if impl asks for what is not there."""
+    kind, interpreted = torch.device(device).type, triton is not None and triton.knobs.runtime.interpret
+    if impl not in ("auto", "loop", "chunk", "triton"):
+        raise UserError(f"selective_scan: unknown impl {impl!r}; known: loop, chunk, triton, auto")
+    if impl in ("loop", "chunk"):
+        return impl
+    usable = kind == "cuda" or impl == "triton" and kind == "cpu" and interpreted                # ROCm is "cuda", too
+    if triton is None or not usable:
+        if impl == "triton":
+            raise UserError("impl='triton' needs " + ("Triton: pip install triton" if triton is None else
+                            f"a GPU, or TRITON_INTERPRET=1 set before the start; the tensors are on {kind}"))
+        return "loop" if t == 1 else "chunk"                                 # one step needs no machinery
+    if n > 64 or n & (n - 1) or dtype == torch.float64:
+        warnings.warn(f"scan: the Triton kernels want d_state a power of two up to 64 and at most float32, "
+                      f"not {n} and {dtype}: taking chunk")                  # Python shows a warning once
+        return "chunk"
+    return "triton"
+
+
+def scan_backend_reason(device):
+    """One line for scripts to print: the scan that impl="auto" takes on this device, and why."""
+    name, kind = scan_backend(device), torch.device(device).type
+    why = (f"Triton {triton.__version__} on {torch.cuda.get_device_name(device)}" if name == "triton" else
+           "Triton is not installed" if kind == "cuda" else f"pure PyTorch: Triton needs a GPU, this is {kind}")
+    return f"scan: {name} ({why})"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -451,6 +473,9 @@ class Mamba(nn.Module):
         c, (b, t, _) = self.config, x.shape
         z, u, B, C = self.in_proj(x).split([c.d_inner, c.d_xb, c.d_xb, c.d_inner], dim=-1)
         dt = self.dt_proj(self.dt_in_proj(x))                                # (b, t, d_inner), holds the bias once
+        if t == 1 and state is not None and not torch.is_grad_enabled() and \
+                scan_backend(x.device, t, c.d_state, x.dtype) == "triton":   # the rest as one kernel, in place on state
+            return self.out_proj(mamba_step(self, u, dt, B, C, z, state, place.pos)), state
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))      # (d_inner, d_state)
         before = u.new_zeros(b, c.d_conv - 1, c.d_xb) if state is None else state.conv
         new = min(t, c.d_conv - 1)                                           # a slice of all of u would keep u alive
@@ -499,7 +524,7 @@ class Block(nn.Module):
 @dataclass(frozen=True)
 class State:
     """All that a model remembers of a batch of texts. A value: it belongs to the caller, not to the model. The
-    key/value caches are filled in place, so take clone() before continuing the same text in two ways."""
+    caches (and the SSM parts, where Triton runs) change in place, so clone() before continuing a text in two ways."""
     position: int                            # tokens seen so far, padding included
     max_length: int                          # tokens that fit into the key/value caches
     layers: tuple                            # per layer: KV, SSM or None
@@ -1048,3 +1073,337 @@ def load_tokenizer(path):
         raise
     except ValueError as e:
         refuse(f"tiktoken refused the pattern: {e}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Appendix: the same scan in Triton. You may stop reading here: nothing below changes a result, it is only faster.
+#
+# One program (a single warp, so nothing to synchronise) takes a block of channels of one text, keeps their cells in
+# registers and walks through time: scan_loop for a block. A time step is read and written once, y needs one sum over
+# n, and grouped B and C are read where they lie. The names are those of scan_loop:
+#
+#       kernel          scan_loop                       kernel             ChunkedScan, backward
+#       u, dt, h        u, dt, h (of the block)         k                  a_{t+1} k_{t+1}: k from the next step alone
+#       A2              A * log2(e): exp2 is cheaper    g                  k_t, the full gradient of a state
+#       B, C            a row of B, C per channel       kept, h            a_t h_{t-1} and h_t
+#       c, live         channel numbers; c < d          part               (text, segment) as one number
+#       cell            c * n + n: place in (d, n)      row                (text, step) as one number
+#
+# A few long texts would leave most of the GPU idle. They are cut into segments, a program for each:
+#   1. every segment runs from empty cells and tells where it ends, and the sum of its dt (exp(A sum) is its decay);
+#   2. scan_combine walks over the segments: start <- decay * start + end;
+#   3. every segment runs again, now from its true start, and writes y.
+# With many texts there is one segment, and 3 does it alone. Backward keeps the inputs and the segments' starts only:
+#   1. the states again, of which one per tile of SCAN_TILE steps is written down;
+#   2. k through every segment, from zero, and scan_combine from the last segment to the first;
+#   3. tile by tile, last first: the state before every step into a small scratch, then back with all gradients.
+# Sums over channels (dB, dC) stop at the largest power of two that divides block and group; torch adds the rest, as it
+# adds dA, dD and d(dt_bias) over parts. No atomics, so a result repeats bit for bit. A pointer that is None switches
+# off what hangs on it. All arithmetic is float32; places are int64, since b * t * d passes 2^31.
+
+if triton is not None:
+    SCAN_CELLS = 512         # cells (channels * n) of a program: 16 per thread; twice as many spill in the backward
+    SCAN_TILE = 16           # steps between saved states; the scratch of all running programs should fit the L2 cache
+    SCAN_PROGRAMS = 2048     # cut texts into segments until there are so many programs; an H200 runs about 3000 at once
+    SCAN_SEGMENT = 64        # ... but into none shorter than this
+    LOG2E = tl.constexpr(1.4426950408889634)
+
+    @triton.jit
+    def load32(ptr):
+        return tl.load(ptr).to(tl.float32)                      # whatever lies there
+
+    @triton.jit
+    def softplus(v):
+        """max(v, 0) + log(1 + e), e = exp(-|v|), the log by its series in s = e / (2 + e) <= 1/3: exact for small e."""
+        e = tl.exp(-tl.abs(v))
+        s = e / (2 + e)
+        q = s * s
+        series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q / 13)))))
+        return tl.maximum(v, 0.0) + 2 * s * series
+
+    @triton.jit
+    def scan_place(t, d, seg, n_seg, GB, GC, N: tl.constexpr, BD: tl.constexpr, PAIR: tl.constexpr):
+        """Which text, steps and channels are this program's, and where its rows of B and C lie. A thread holds rows r
+        and r + BD / 2 of a tile; with PAIR = 2 these are neighbouring channels, whose dB and dC it adds on its own."""
+        blocks = tl.cdiv(d, BD)
+        block, part = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)       # neighbours share B, C
+        first = part % n_seg * seg                              # the segment's first step within its text
+        start, end = part // n_seg * t + first, part // n_seg * t + tl.minimum(first + seg, t)
+        r, n = tl.arange(0, BD), tl.arange(0, N)[None, :]
+        c = block * BD + r % (BD // PAIR) * PAIR + r // (BD // PAIR)            # for PAIR 1: block * BD + r
+        live, c = c < d, tl.minimum(c, d - 1)                   # rows past d repeat the last channel and write nothing
+        cell = c[:, None] * N + n                               # (BD, N)
+        return block, part, start, end, live, c, cell, (c // GB)[:, None] * N + n, (c // GC)[:, None] * N + n
+
+    @triton.jit
+    def scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row, row, c, B_at, A2, bias):
+        """-> u, dt before its softplus, dt (BD), B and the decay a (BD, N), and whether a document begins (a is 0)."""
+        u, raw = load32(x_ptr + row * x_row + c), load32(dt_ptr + row * dt_row + c) + bias
+        B, dt = load32(B_ptr + row * B_row + B_at), softplus(raw)
+        a, reset = tl.exp2(dt[:, None] * A2), False
+        if reset_ptr is not None:
+            reset = tl.load(reset_ptr + row) != 0               # one flag for all channels
+            a = tl.where(reset, 0.0, a)
+        return u, raw, dt, B, a, reset
+
+    # t, seg and n_seg are not specialised: a new prompt length must not mean a new compilation. Rows may lie x_row,
+    # dt_row ... elements apart, as slices of in_proj's output do; GB, GC channels share a row of B, of C.
+
+    @triton.jit(do_not_specialize=["t", "seg", "n_seg"])
+    def scan_forward(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, reset_ptr,
+                     x_row, dt_row, B_row, C_row, z_row, t, d, seg, n_seg, GB, GC,
+                     start_ptr, end_ptr, sum_ptr, tile_ptr, y_ptr, N: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
+        """start (None: zeros), end (b, n_seg, d, n) and sum of dt (b, n_seg, d) of every segment; y (b, t, d);
+        tile (b, n_seg, seg / T, d, n): the state before each T-th step."""
+        block, part, first, last, live, c, cell, B_at, C_at = scan_place(t, d, seg, n_seg, GB, GC, N, BD, 1)
+        A2, bias, D = tl.load(A_ptr + cell) * LOG2E, tl.load(bias_ptr + c), tl.load(D_ptr + c)
+        h, total = tl.zeros([BD, N], tl.float32), tl.zeros([BD], tl.float32)  # the cells; dt since the start
+        if start_ptr is not None:
+            h = tl.load(start_ptr + part * d * N + cell)
+        for row in range(first, last):
+            if tile_ptr is not None:
+                if (row - first) % T == 0:
+                    tile = part * (seg // T) + (row - first) // T
+                    tl.store(tile_ptr + tile * d * N + cell, h, mask=live[:, None])
+            u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row,
+                                                row, c, B_at, A2, bias)
+            h = a * h + (dt * u)[:, None] * B
+            total = tl.where(reset, float("-inf"), total) + dt  # below zero: the segment forgets all that came before
+            if y_ptr is not None:                               # else: a pass for the states alone
+                y = tl.sum(h * load32(C_ptr + row * C_row + C_at), axis=1) + D * u
+                if z_ptr is not None:
+                    z = load32(z_ptr + row * z_row + c)
+                    y *= z * tl.sigmoid(z)
+                tl.store(y_ptr + row * d + c, y, mask=live)     # in the dtype of x
+        tl.store(end_ptr + part * d * N + cell, h, mask=live[:, None])
+        if sum_ptr is not None:                                 # wanted by scan_combine
+            tl.store(sum_ptr + part * d + c, total, mask=live)
+
+    @triton.jit(do_not_specialize=["n_seg"])
+    def scan_combine(A_ptr, first_ptr, sum_ptr, own_ptr, enter_ptr, d, n_seg, N: tl.constexpr, BLOCK: tl.constexpr,
+                     BACK: tl.constexpr):
+        """own (b, n_seg, d, n): what each segment yields by itself -> enter, likewise: what comes into it. first
+        (b, d, n) comes into the first one; BACK: into the last, and so on towards the first."""
+        blocks = tl.cdiv(d * N, BLOCK)
+        b, cell = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+        live = cell < d * N                                     # cells are independent here
+        A2 = tl.load(A_ptr + cell, mask=live, other=0.0) * LOG2E
+        h = tl.load(first_ptr + b * d * N + cell, mask=live, other=0.0)
+        for i in range(n_seg):
+            part = b * n_seg + (n_seg - 1 - i if BACK else i)
+            total = tl.load(sum_ptr + part * d + cell // N, mask=live, other=0.0)
+            own = tl.load(own_ptr + part * d * N + cell, mask=live, other=0.0)
+            tl.store(enter_ptr + part * d * N + cell, h, mask=live)
+            h = tl.where(total < 0, 0.0, tl.exp2(A2 * total)) * h + own
+
+    @triton.jit(do_not_specialize=["t", "seg", "n_seg"])
+    def scan_carry(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, reset_ptr,
+                   x_row, dt_row, B_row, C_row, z_row, t, d, seg, n_seg, GB, GC, dy_ptr, k_ptr,
+                   N: tl.constexpr, BD: tl.constexpr):
+        """k (b, n_seg, d, n): the gradient that leaves each segment's start if none enters at its end."""
+        block, part, first, last, live, c, cell, B_at, C_at = scan_place(t, d, seg, n_seg, GB, GC, N, BD, 1)
+        A2, bias, k = tl.load(A_ptr + cell) * LOG2E, tl.load(bias_ptr + c), tl.zeros([BD, N], tl.float32)
+        for i in range(first, last):
+            row = first + last - 1 - i
+            u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row,
+                                                row, c, B_at, A2, bias)
+            dy = load32(dy_ptr + row * d + c)
+            if z_ptr is not None:
+                z = load32(z_ptr + row * z_row + c)
+                dy *= z * tl.sigmoid(z)
+            k = a * (k + dy[:, None] * load32(C_ptr + row * C_row + C_at))    # neither x nor B matters to it
+        tl.store(k_ptr + part * d * N + cell, k, mask=live[:, None])
+
+    @triton.jit
+    def store_sums(ptr, row, block, d, v, W: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, PAIR: tl.constexpr):
+        """v (BD, N), rows as in scan_place: its sums over W neighbouring channels go to ptr (b, t, d / W, n). W divides
+        d, so that no sum has rows from both sides of d."""
+        v = tl.sum(tl.reshape(v, [PAIR, BD // PAIR, N]), axis=0)                # within a thread: c, c + 1
+        v = tl.sum(tl.reshape(v, [BD // W, W // PAIR, N]), axis=1)              # across threads
+        i = block * (BD // W) + tl.arange(0, BD // W)[:, None]
+        tl.store(ptr + row * (d // W) * N + i * N + tl.arange(0, N)[None, :], v, mask=i < d // W)
+
+    # The gradients of one step. From h_t = a h_{t-1} + dt u B and y_t = (C . h_t + D u) silu(z), with g = dL / dh_t:
+    #       g   = dy silu(z) C + k                  dB  = g dt u                    dC = h_t dy silu(z)
+    #       du  = g . B         (of dt u)           dx  = du dt + D dy silu(z)      dD = u dy silu(z)
+    #       w   = g a h_{t-1}   (of dt A)           ddt = (du u + w . A) sigmoid    dA = w dt
+    # where sigmoid(raw) is the derivative of softplus, and dz = dy (C . h_t + D u) silu'(z). h_t needs h_{t-1}, but the
+    # walk goes from late to early, and dividing by a would be unstable: hence the tiles. SCAN_TILE trades the size of
+    # the saved states (b, t / SCAN_TILE, d, n), which live during one layer's backward only, against the scratch.
+
+    @triton.jit(do_not_specialize=["t", "seg", "n_seg"])
+    def scan_backward(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, reset_ptr,
+                      x_row, dt_row, B_row, C_row, z_row, t, d, seg, n_seg, GB, GC, dy_ptr, k_ptr, tile_ptr, past_ptr,
+                      dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, N: tl.constexpr,
+                      BD: tl.constexpr, T: tl.constexpr, WB: tl.constexpr, WC: tl.constexpr, PAIR: tl.constexpr):
+        """k (b, n_seg, d, n) as it enters each segment's end -> as it leaves its start. past (b, n_seg, T, d, n) is
+        scratch. dB (b, t, d / WB, n), dC (b, t, d / WC, n), dA (b, n_seg, d, n), dD, dbias (b, n_seg, d)."""
+        block, part, first, last, live, c, cell, B_at, C_at = scan_place(t, d, seg, n_seg, GB, GC, N, BD, PAIR)
+        A2, bias, D = tl.load(A_ptr + cell) * LOG2E, tl.load(bias_ptr + c), tl.load(D_ptr + c)
+        dA, dD, dbias = tl.zeros([BD, N], tl.float32), tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
+        k = tl.load(k_ptr + part * d * N + cell)
+        past_at = past_ptr + part * T * d * N + cell            # a slot for each step of one tile
+        for i in range(tl.cdiv(last - first, T)):               # tiles, the last one first
+            tile = tl.cdiv(last - first, T) - 1 - i
+            low, high = first + tile * T, tl.minimum(first + tile * T + T, last)
+            h = tl.load(tile_ptr + (part * (seg // T) + tile) * d * N + cell)
+            for row in range(low, high):                        # forward, to have the state before every step
+                tl.store(past_at + (row - low) * d * N, h, mask=live[:, None])
+                u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row,
+                                                    row, c, B_at, A2, bias)
+                h = a * h + (dt * u)[:, None] * B
+            tl.debug_barrier()                                  # a thread may read what another wrote
+            for j in range(low, high):                          # and back
+                row = low + high - 1 - j
+                u, raw, dt, B, a, reset = scan_step(x_ptr, dt_ptr, B_ptr, reset_ptr, x_row, dt_row, B_row,
+                                                    row, c, B_at, A2, bias)
+                C, dy = load32(C_ptr + row * C_row + C_at), load32(dy_ptr + row * d + c)
+                kept = a * tl.load(past_at + (row - low) * d * N)               # a_t h_{t-1}
+                h = kept + (dt * u)[:, None] * B                                # h_t, as in the forward
+                if z_ptr is not None:
+                    z = load32(z_ptr + row * z_row + c)
+                    s, y = tl.sigmoid(z), tl.sum(h * C, axis=1) + D * u
+                    tl.store(dz_ptr + row * d + c, dy * y * s * (1 + z * (1 - s)), mask=live)
+                    dy *= z * s                                 # from here: the gradient of C . h + D u
+                g = k + dy[:, None] * C                                         # dL / dh_t
+                du, w = tl.sum(g * B, axis=1), g * kept         # gradients of dt * u and of dt * A
+                ddt = (du * u + tl.sum(w * A2, axis=1) / LOG2E) * tl.sigmoid(raw)
+                tl.store(dx_ptr + row * d + c, du * dt + dy * D, mask=live)
+                tl.store(ddt_ptr + row * d + c, ddt, mask=live)
+                store_sums(dB_ptr, row, block, d, g * (dt * u)[:, None], WB, N, BD, PAIR)
+                store_sums(dC_ptr, row, block, d, h * dy[:, None], WC, N, BD, PAIR)
+                dA, dD, dbias = dA + w * dt[:, None], dD + dy * u, dbias + ddt
+                k = a * g                                       # what the step before receives
+            tl.debug_barrier()                                  # all slots read, before the next tile overwrites them
+        tl.store(k_ptr + part * d * N + cell, k, mask=live[:, None])
+        tl.store(dA_ptr + part * d * N + cell, dA, mask=live[:, None])
+        tl.store(dD_ptr + part * d + c, dD, mask=live)
+        tl.store(dbias_ptr + part * d + c, dbias, mask=live)
+
+    def scan_plan(inputs, b):
+        """inputs as TritonScan.forward has them -> the arguments that all kernels share, sizes, the grid."""
+        x, dt, A, B, C, _, z, _, _ = inputs
+        t, (d, n) = len(x) // b, A.shape
+        width, n_seg = min(64, max(1, SCAN_CELLS // n)), 1
+        while b * triton.cdiv(d, width) * n_seg < SCAN_PROGRAMS and t >= 2 * n_seg * SCAN_SEGMENT:
+            n_seg *= 2                                          # twice as many programs, half as long
+        seg = triton.cdiv(triton.cdiv(t, n_seg), SCAN_TILE) * SCAN_TILE                          # whole tiles
+        n_seg = triton.cdiv(t, seg)                             # the last may be shorter
+        strides = [0 if m is None else m.stride(0) for m in (x, dt, B, C, z)]
+        shared = (*inputs, *strides, t, d, seg, n_seg, d * n // B.shape[1], d * n // C.shape[1])
+        return shared, (t, d, n, width, seg, n_seg), (triton.cdiv(d, width) * n_seg * b,)
+
+    class TritonScan(torch.autograd.Function):
+        """x, dt, z (b * t, d), B, C (b * t, g * n), whose rows may lie apart; A, D, bias, state (b, d, n) float32 and
+        contiguous; reset (b * t) uint8; z and reset may be None -> y (b * t, d), the last state."""
+
+        @staticmethod
+        def forward(ctx, x, dt, A, B, C, D, z, bias, reset, state):
+            b, inputs = len(state), (x, dt, A, B, C, D, z, bias, reset)
+            shared, (t, d, n, width, seg, n_seg), grid = scan_plan(inputs, b)
+            start, y, end = state, x.new_empty(x.shape), state.new_empty(b, n_seg, d, n)
+            fixed = dict(N=n, BD=width, T=SCAN_TILE, num_warps=1)
+            with torch.cuda.device_of(x):
+                if n_seg > 1:
+                    start, total = torch.empty_like(end), state.new_empty(b, n_seg, d)
+                    scan_forward[grid](*shared, None, end, total, None, None, **fixed)                         # step 1
+                    scan_combine[(b * triton.cdiv(d * n, 256),)](A, state, total, end, start, d, n_seg, n, 256, False)
+                scan_forward[grid](*shared, start, end, None, None, y, **fixed)                                # step 3
+            ctx.save_for_backward(*inputs, start)
+            return y, end[:, -1].contiguous()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, dy, dh):
+            *inputs, start = ctx.saved_tensors
+            (x, dt, A, B, C, _, z, _, _), b, dy, dh = inputs, len(start), dy.contiguous(), dh.contiguous()
+            shared, (t, d, n, width, seg, n_seg), grid = scan_plan(inputs, b)
+            end, dA, k = (start.new_empty(b, n_seg, d, n) for _ in range(3))
+            total, dD, dbias = (start.new_empty(b, n_seg, d) for _ in range(3))
+            dx, ddt, dz = (None if m is None else m.new_empty(m.shape) for m in (x, dt, z))
+            tiles = start.new_empty(b, n_seg, seg // SCAN_TILE, d, n)           # a state per tile
+            past = start.new_empty(b, n_seg, SCAN_TILE, d, n)                   # scratch for one tile of every program
+            # W channels are added up by a program, left such sums make up a group: 1 is final, more are partial sums
+            W = [math.gcd(width, d * n // m.shape[1]) for m in (B, C)]
+            left = [d * n // m.shape[1] // w for m, w in zip((B, C), W)]
+            sums = [m.new_empty(b * t, m.shape[1] // n, l, n, dtype=m.dtype if l == 1 else torch.float32)
+                    for m, l in zip((B, C), left)]
+            with torch.cuda.device_of(x):
+                scan_forward[grid](*shared, start, end, total, tiles, None, N=n, BD=width, T=SCAN_TILE, num_warps=1)
+                if n_seg > 1:
+                    scan_carry[grid](*shared, dy, end, N=n, BD=width, num_warps=1)
+                    scan_combine[(b * triton.cdiv(d * n, 256),)](A, dh, total, end, k, d, n_seg, n, 256, True)
+                else:
+                    k.copy_(dh[:, None])                        # one segment: what comes from the caller
+                scan_backward[grid](*shared, dy, k, tiles, past, dx, ddt, dA, *sums, dD, dz, dbias, N=n, BD=width,
+                                    T=SCAN_TILE, WB=W[0], WC=W[1], PAIR=min(2, *W), num_warps=1)
+            dB, dC = ((s if l == 1 else s.sum(2).to(m.dtype)).view(m.shape) for m, s, l in zip((B, C), sums, left))
+            return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1)), None, k[:, 0]
+
+    def scan_triton(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None, reset=None):
+        """The selective scan in Triton kernels. Arguments and results as in selective_scan."""
+        (b, t, d), n = x.shape, A.shape[1]
+        def rows(m):                                            # a slice of in_proj's output passes without a copy
+            m = m if m is None else m.reshape(b * t, -1)
+            return m if m is None or m.stride(1) == 1 else m.contiguous()
+        full = lambda m, *shape: x.new_zeros(shape, dtype=torch.float32) if m is None else m.float().contiguous()
+        reset = None if reset is None else reset.contiguous().view(torch.uint8)
+        y, h = TritonScan.apply(rows(x), rows(dt), full(A), rows(B), rows(C), full(D, d), rows(z), full(dt_bias, d),
+                                reset, full(state, b, d, n))
+        return y.view(b, t, d), h
+
+    # One token, the case of decoding, is the work of one kernel instead of some twenty: conv window, SiLU, softplus,
+    # cells, read-out, skip and gate. A program takes a chunk of d_xb and all the channels that repeat it, so that it
+    # may shift the conv window in place once it has read it.
+
+    @triton.jit
+    def step_kernel(x_ptr, dt_ptr, B_ptr, C_ptr, z_ptr, conv_ptr, h_ptr, pos_ptr, weight_ptr, conv_bias_ptr, A_log_ptr,
+                    D_ptr, bias_ptr, y_ptr, in_row, d_xb, R, TAPS: tl.constexpr, SLOTS: tl.constexpr, N: tl.constexpr,
+                    BD: tl.constexpr, EXPAND: tl.constexpr):
+        """x, B (b, d_xb) and C, z (b, d), rows in_row apart; dt, y (b, d); conv (b, TAPS - 1, d_xb) and h (b, d, n) are
+        updated; pos (b) or None. R = d / d_xb; EXPAND: the conv has d channels, not d_xb. SLOTS: TAPS - 1 or more."""
+        chunk, b = tl.program_id(0) % (d_xb // N), (tl.program_id(0) // (d_xb // N)).to(tl.int64)
+        d, n, window, pos = d_xb * R, tl.arange(0, N)[None, :], conv_ptr + b * (TAPS - 1) * d_xb, TAPS
+        if pos_ptr is not None:
+            pos = tl.load(pos_ptr + b)
+        for low in range(0, R * N, BD):
+            r = low + tl.arange(0, BD)
+            live, c, source = r < R * N, chunk * R * N + tl.minimum(r, R * N - 1), chunk * N + r % N
+            tap = c if EXPAND else source                       # the channel of the conv
+            u = load32(weight_ptr + tap * TAPS + TAPS - 1) * load32(x_ptr + b * in_row + source)     # newest input
+            for i in tl.static_range(TAPS - 1):                 # inputs from before the document began count as zero
+                v = tl.where(pos < TAPS - 1 - i, 0.0, load32(window + i * d_xb + source))
+                u += load32(weight_ptr + tap * TAPS + i) * v
+            if conv_bias_ptr is not None:
+                u += load32(conv_bias_ptr + tap)
+            dt = load32(dt_ptr + b * d + c)                       # holds the bias once
+            if bias_ptr is not None:
+                dt += load32(bias_ptr + c)
+            u, dt = u * tl.sigmoid(u), softplus(dt)
+            cell, A = c[:, None] * N + n, -tl.exp(load32(A_log_ptr + c[:, None] * N + n))
+            h = tl.where(pos == 0, 0.0, tl.load(h_ptr + b * d * N + cell))
+            h = tl.exp(dt[:, None] * A) * h + (dt * u)[:, None] * load32(B_ptr + b * in_row + chunk * N + n)
+            C, z = load32(C_ptr + b * in_row + (c // N)[:, None] * N + n), load32(z_ptr + b * in_row + c)
+            y = tl.sum(h * C, axis=1) + load32(D_ptr + c) * u
+            tl.store(h_ptr + b * d * N + cell, h, mask=live[:, None])           # in place
+            tl.store(y_ptr + b * d + c, y * z * tl.sigmoid(z), mask=live)
+        slot, source = tl.arange(0, SLOTS)[:, None], chunk * N + n             # (SLOTS, N): the window moves on by one
+        older = tl.load(window + (slot + 1) * d_xb + source, mask=slot < TAPS - 2, other=0.0)
+        newest = tl.load(x_ptr + b * in_row + source)                          # raw: before conv and SiLU
+        tl.debug_barrier()                                      # all threads have read the window
+        tl.store(window + slot * d_xb + source, tl.where(slot == TAPS - 2, newest, older), mask=slot < TAPS - 1)
+
+    def mamba_step(mixer, x, dt, B, C, z, state, pos):
+        """What Mamba.forward does between its projections, for one token and in place on state: x, B (b, 1, d_xb), C,
+        z (b, 1, d_inner) slices of one tensor, dt (b, 1, d_inner), pos (b, 1) or None -> y (b, 1, d_inner)."""
+        c, b, y = mixer.config, len(x), torch.empty_like(dt)
+        r, n = c.d_inner // c.d_xb, c.d_state
+        assert all(m.stride(0) == z.stride(0) for m in (x, B, C)) and all(m.is_contiguous() for m in (dt, *state))
+        width = min(triton.next_power_of_2(r * n), max(1, 8 * SCAN_CELLS // n))
+        with torch.cuda.device_of(x):
+            step_kernel[(b * c.d_xb // n,)](
+                x, dt, B, C, z, state.conv, state.h, pos, mixer.conv1d.weight, mixer.conv1d.bias, mixer.A_log, mixer.D,
+                mixer.dt_proj.bias, y, z.stride(0), c.d_xb, r, TAPS=c.d_conv,
+                SLOTS=triton.next_power_of_2(max(1, c.d_conv - 1)), N=n, BD=width, EXPAND=c.expand_before_conv,
+                num_warps=max(1, width * n // 512))
+        return y
