@@ -479,7 +479,7 @@ class Mamba(nn.Module):
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))      # (d_inner, d_state)
         before = u.new_zeros(b, c.d_conv - 1, c.d_xb) if state is None else state.conv
         new = min(t, c.d_conv - 1)                                           # a slice of all of u would keep u alive
-        conv = torch.cat([before.to(u.dtype), u[:, t - new:]], dim=1)[:, new:]                   # for the next call
+        conv = torch.cat([before.to(u.dtype), u[:, t - new:]], dim=1)[:, new:].contiguous()      # for the next call
         if c.expand_before_conv:
             before, u = self.expand(before), self.expand(u)
         u = F.silu(causal_conv(u, before, self.conv1d.weight[:, 0], self.conv1d.bias, place.pos))
