@@ -927,3 +927,367 @@ def test_saving_where_a_file_stands_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         save_pretrained(tiny("t"), tmp_path / "file")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Refusals: what cannot be read, or would be read wrongly, is a UserError that names the thing.
+
+REFUSED_CONFIGS = {                          # change of config.json, and what the message must name
+    "discrete Mamba-2 layers": ({"hybrid_block_layout": ["m2d", "t", "m2"]}, "m2d"),
+    "sliding-window layers": ({"hybrid_block_layout": ["m2", "swa", "m2"]}, "swa"),
+    "gated delta layers": ({"hybrid_block_layout": ["m2", "t", "gdn"]}, "gdn"),
+    "a layout of another length": ({"hybrid_block_layout": ["m2", "t"]}, "2 layers, the model has 3"),
+    "a layout that is no list": ({"hybrid_block_layout": 3}, "wrong type"),
+    "another model type": ({"model_type": "qwen2"}, "qwen2"),
+    "no model type": ({"model_type": ...}, "None"),
+    "no layout": ({"hybrid_block_layout": ...}, "hybrid_block_layout"),
+    "no hidden size": ({"hidden_size": ...}, "hidden_size"),
+    "no layer count": ({"num_hidden_layers": ...}, "num_hidden_layers"),
+    "no heads": ({"num_attention_heads": ...}, "num_attention_heads"),
+    "no MLP width": ({"intermediate_size": ...}, "intermediate_size"),
+    "no vocabulary size": ({"vocab_size": ...}, "vocab_size"),
+    "linear rope scaling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
+    "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters.*yarn"),
+    "yarn beside default rope": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+                                  "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_scaling.*yarn"),
+    "rope per layer type": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
+    "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "partial rope, newer spelling": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
+    "gelu": ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
+    "attention bias": ({"attention_bias": True}, "attention_bias"),
+    "MLP bias": ({"mlp_bias": True}, "mlp_bias"),
+    "quantisation": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
+    "an unknown key of ssm_cfg": ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate"),
+    "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "16 % 5"),
+    "d_state null": ({"ssm_cfg": {"d_state": None}}, "wrong type|d_state"),
+    "heads that do not divide": ({"num_key_value_heads": 3}, "4 % 3"),
+    "a width in words": ({"hidden_size": "twenty-four"}, "d_model.*twenty-four"),
+    "a width of zero": ({"intermediate_size": 0}, "d_mlp.*0"),
+    "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "wrong type|n_head"),
+    "theta in words": ({"rope_theta": "big"}, "wrong type"),
+    "rope as a list": ({"rope_scaling": [1, 2]}, "wrong type"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_CONFIGS)
+def test_config_is_refused_by_name(case, tmp_path):
+    change, named = REFUSED_CONFIGS[case]
+    path = write_checkpoint(tmp_path / "model", raw_config(), random_tensors(raw_config()))
+    (path / "config.json").write_text(json.dumps(raw_config(**change)))
+    with pytest.raises(UserError, match=f"(?s)config.json.*({named})"):
+        load_pretrained(path)
+
+
+def test_settings_that_change_nothing_are_accepted(tmp_path):
+    harmless = {"layer_types": ["mamba2", "full_attention", "mamba2"], "linear_attn_config": {}, "auto_map": {}, "use_cache": False,
+                "attention_dropout": 0.1, "initializer_range": 0.5, "attention_bias": False, "quantization_config": None,
+                "rope_scaling": None, "ssm_cfg": {"activation": "silu", "n_v_heads": 32, "n_qk_heads": 32, "chunk_size": 128}}
+    tensors, tokens = random_tensors(raw_config()), some_tokens(1, 9)
+    plain = load_pretrained(write_checkpoint(tmp_path / "a", raw_config(), tensors))
+    other = load_pretrained(write_checkpoint(tmp_path / "b", raw_config(**harmless), tensors))
+    assert torch.equal(plain(tokens)[0], other(tokens)[0])
+
+
+def break_config(text):
+    return lambda path: (path / "config.json").write_text(text)
+
+
+def edit_tensors(edit, file="model.safetensors"):
+    def apply(path):
+        tensors = load_file(path / file)
+        edit(tensors)
+        (path / file).unlink()
+        save_file(tensors, path / file)
+    return apply
+
+
+def edit_index(edit):
+    def apply(path):
+        index = json.loads((path / "model.safetensors.index.json").read_text())
+        edit(index)
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return apply
+
+
+def truncate(path, keep):
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[:keep if keep >= 0 else len(whole) + keep])
+
+
+def reshape(name, shape):
+    return edit_tensors(lambda tensors: tensors.update({name: torch.zeros(shape)}))
+
+
+IN_PROJ, DT_IN = "model.layers.0.mixer.in_proj.weight", "model.layers.0.mixer.dt_in_proj.weight"
+BROKEN = {                                   # shards, damage, what the message must name
+    "no config": (1, lambda path: (path / "config.json").unlink(), "config.json"),
+    "broken JSON": (1, break_config('{"model_type": "mistral", '), "config.json is not valid JSON"),
+    "config is a list": (1, break_config("[]"), "config.json holds a list"),
+    "config is not text": (1, lambda path: (path / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
+    "no weights": (1, lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "empty weights": (1, lambda path: truncate(path, 0), "model.safetensors is not a readable"),
+    "weights cut in the header": (1, lambda path: truncate(path, 100), "model.safetensors is not a readable"),
+    "weights cut in the data": (1, lambda path: truncate(path, -10), "model.safetensors is not a readable"),
+    "pickle in disguise": (1, lambda path: torch.save({}, path / "model.safetensors"), "not a readable safetensors"),
+    "missing shard": (3, lambda path: (path / "part_1.safetensors").unlink(), "part_1.safetensors is missing"),
+    "index without a map": (3, edit_index(lambda index: index.pop("weight_map")), "no weight_map"),
+    "index with odd values": (3, edit_index(lambda index: index["weight_map"].update({IN_PROJ: None})), "weight_map"),
+    "index is a list": (3, lambda path: (path / "model.safetensors.index.json").write_text("[]"), "index.json holds a list"),
+    "index names an absent tensor": (3, edit_index(lambda index: index["weight_map"].update(ghost="part_0.safetensors")), "ghost"),
+    "index names the wrong file": (3, edit_index(lambda index: index["weight_map"].update(
+        {"model.norm.weight": "part_2.safetensors"})), "model.norm.weight"),
+    "index leaves a tensor out": (3, edit_index(lambda index: index["weight_map"].pop(IN_PROJ)), f"missing {IN_PROJ}"),
+    "missing tensor": (1, edit_tensors(lambda tensors: tensors.pop(IN_PROJ)), f"missing {IN_PROJ}"),
+    "missing dt rows": (1, edit_tensors(lambda tensors: tensors.pop(DT_IN)), f"missing {DT_IN}"),
+    "missing head": (1, edit_tensors(lambda tensors: tensors.pop("lm_head.weight")), "missing lm_head.weight"),
+    "unexpected tensor": (1, edit_tensors(lambda tensors: tensors.update(stray=torch.zeros(2))), "unexpected stray"),
+    "a bias that is not announced": (1, reshape("model.layers.1.self_attn.q_proj.bias", (32,)), "unexpected .*q_proj.bias"),
+    "a layer too many": (1, reshape("model.layers.3.mixer.D", (32,)), "unexpected model.layers.3.mixer.D"),
+    "mis-shaped tensor": (1, reshape("model.norm.weight", (23,)), r"model.norm.weight has shape \(23,\), expected \(24,\)"),
+    "too few rows in in_proj": (1, reshape(IN_PROJ, (95, 24)), r"in_proj.weight has shape \(95, 24\)"),
+    "rows too many beside dt rows": (1, reshape(IN_PROJ, (99, 24)), r"in_proj.weight has shape \(99, 24\)"),
+    "flat in_proj": (1, reshape(IN_PROJ, (96 * 24,)), r"in_proj.weight has shape \(2304,\)"),
+    "scalar in_proj": (1, reshape(IN_PROJ, ()), r"in_proj.weight has shape \(\)"),
+    "scalar dt rows": (1, reshape("model.layers.2.mixer.dt_in_proj.weight", ()), r"dt_in_proj.weight has shape \(\)"),
+    "ranks that differ": (1, reshape("model.layers.2.mixer.dt_in_proj.weight", (5, 24)), "dt_in_proj.weight has shape"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_damaged_checkpoint_is_refused_by_name(case, tmp_path):
+    shards, damage, named = BROKEN[case]
+    path = write_checkpoint(tmp_path / "model", raw_config(), random_tensors(raw_config()), shards)
+    load_pretrained(path)
+    damage(path)
+    with pytest.raises(UserError, match=named) as error:
+        load_pretrained(path)
+    assert "\n" not in str(error.value)                                      # the scripts print it as one line
+
+
+@pytest.mark.parametrize("path, named", [("nowhere", "no such directory.*nowhere"), ("file", "no such directory.*file")])
+def test_a_path_that_is_no_directory_is_refused(path, named, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=named):
+        load_pretrained(tmp_path / path)
+
+
+def test_float16_is_refused(tmp_path):
+    path = write_checkpoint(tmp_path, raw_config(), random_tensors(raw_config()))
+    with pytest.raises(UserError, match="float16"):
+        load_pretrained(path, dtype=torch.float16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conversion.
+
+def rows_of(linear, columns=False):
+    """Make every row (or column) of a Linear's weight recognisable: row i holds the value i."""
+    weight = linear.weight.data
+    weight.copy_(torch.arange(weight.shape[columns], dtype=weight.dtype).view((1, -1) if columns else (-1, 1)))
+
+
+@pytest.mark.parametrize("init", ["aligned", "plain"])
+def test_conversion_puts_every_row_where_the_table_says(init):
+    """4 query heads, 2 key/value heads of width 8, d_state 4: 2 chunks per head, 2 query heads share a key/value head.
+    aligned lays out (kv head, chunk, member) where plain keeps the order of heads (kv head, member, chunk)."""
+    teacher = tiny("t t")
+    attention = teacher.layers[1].self_attn
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+        rows_of(linear)
+    rows_of(attention.o_proj, columns=True)
+    mixer = convert(tiny("t t", seed=1), teacher, [1], init).layers[1].mixer
+    weight = mixer.in_proj.weight
+    assert weight.shape == (32 + 16 + 16 + 32, 24)
+    assert weight[:32].abs().max() <= 24 ** -0.5                             # z is fresh, U(+-1/sqrt(hidden))
+    assert weight[32:48, 0].tolist() == weight[48:64, 0].tolist() == list(range(16))         # x from v, B from k
+    chunks = {"plain": [0, 1, 2, 3, 4, 5, 6, 7], "aligned": [0, 2, 1, 3, 4, 6, 5, 7]}[init]
+    order = [4 * chunk + lane for chunk in chunks for lane in range(4)]
+    assert weight[64:, 0].tolist() == order                                  # C from q
+    assert mixer.out_proj.weight[0].tolist() == order                        # out from o, by columns
+    assert (weight[32:] == weight[32:, :1]).all() and (mixer.out_proj.weight == mixer.out_proj.weight[:1]).all()
+
+
+@pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [(4, 2, 8, 4), (8, 2, 16, 4), (6, 1, 8, 2), (32, 8, 32, 4)])
+def test_aligned_conversion_pairs_each_query_chunk_with_its_own_key_chunk(n_head, n_kv_head, head_dim, d_state):
+    """Read off the recurrence: channel chunk j uses chunk j of C and chunk j // r of B. For plain this fails."""
+    shape = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
+    teacher, r, per_head = tiny("t", **shape), n_head // n_kv_head, head_dim // d_state
+    rows_of(teacher.layers[0].self_attn.q_proj)
+    matched = {}
+    for init in ("aligned", "plain"):
+        C = convert(tiny("t", **shape), teacher, [0], init).layers[0].mixer.in_proj.weight[-n_head * head_dim:, 0]
+        pairs = [(int(C[j * d_state]) // d_state, j // r) for j in range(n_head * per_head)]
+        matched[init] = [(q // per_head // r, q % per_head) == (k // per_head, k % per_head) for q, k in pairs]
+        assert all(q // per_head // r == k // per_head for q, k in pairs)    # the kv head is right in either order
+    assert all(matched["aligned"]) and sum(matched["plain"]) == n_head       # plain: one chunk per head
+
+
+def test_aligned_and_plain_differ_in_nothing_but_that_order():
+    models = {}
+    for init in ("aligned", "plain"):
+        student, teacher = tiny("t t", seed=1), tiny("t t")
+        torch.manual_seed(5)
+        models[init] = dict(convert(student, teacher, [0], init).named_parameters())
+    order = torch.tensor([4 * chunk + lane for chunk in (0, 2, 1, 3, 4, 6, 5, 7) for lane in range(4)])
+    for name, p in models["plain"].items():
+        wanted = p.clone()
+        if name.endswith("mixer.in_proj.weight"):
+            wanted[-32:] = p[-32:][order]
+        if name.endswith("mixer.out_proj.weight"):
+            wanted = p[:, order]
+        assert torch.equal(models["aligned"][name], wanted), name
+
+
+def test_plain_is_aligned_where_a_chunk_is_a_whole_head():
+    models = []
+    for init in ("aligned", "plain"):
+        student, teacher = tiny("t", seed=1, d_state=8), tiny("t", d_state=8)
+        torch.manual_seed(5)
+        models.append(convert(student, teacher, [0], init))
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("init", ["aligned", "plain", "random"])
+def test_fresh_parts_start_in_their_ranges(init):
+    """The step size counts its bias twice, so softplus(2 * bias) must span [0.001, 0.1], log-uniformly."""
+    wide = dict(n_head=32, n_kv_head=8, head_dim=16, d_model=64, d_state=8, dt_rank=9)
+    mixer = convert(tiny("t", torch.float32, **wide), tiny("t", torch.float32, **wide), [0], init).layers[0].mixer
+    step = torch.nn.functional.softplus(2 * mixer.dt_proj.bias)
+    assert 0.00099 < step.min() < 0.0015 and 0.07 < step.max() < 0.101
+    assert abs(step.log().mean() - math.log(0.01)) < 0.3                     # the middle of the range, on a log scale
+    assert torch.equal(mixer.A_log, torch.arange(1, 9).float().log().expand(512, 8))
+    assert torch.equal(mixer.D, torch.ones(512))
+    for part, bound in ((mixer.conv1d.weight, 0.5), (mixer.conv1d.bias, 0.5), (mixer.dt_in_proj.weight, 1 / 8),
+                        (mixer.dt_proj.weight, 1 / 3), (mixer.in_proj.weight[:512], 1 / 8)):
+        assert 0.9 * bound < part.abs().max() <= bound
+        assert abs(part.mean()) < 0.1 * bound and part.abs().mean() > 0.4 * bound            # uniform, both signs
+
+
+def test_fresh_parts_follow_the_seed_and_differ_between_layers():
+    def mixers(seed):
+        student, teacher = tiny("t t t", seed=1), tiny("t t t")
+        torch.manual_seed(seed)
+        return [block.mixer for block in convert(student, teacher, [0, 1], "aligned").layers[:2]]
+    (a, b), (same, _), (other, _) = mixers(0), mixers(0), mixers(1)
+    for name in ("dt_proj.bias", "conv1d.weight", "dt_in_proj.weight"):
+        get = lambda mixer: mixer.get_parameter(name)
+        assert torch.equal(get(a), get(same)) and not torch.equal(get(a), get(b)) and not torch.equal(get(a), get(other))
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_conversion_changes_nothing_else(init, dtype):
+    """The other parameters of the student are the very same objects' values, the teacher is untouched, the layout and
+    the parameter names are those of the new layers, and the result runs, saves and goes on converting."""
+    teacher, student = tiny("t t t", dtype), tiny("t t t", dtype, seed=1)
+    before, kept = ({k: v.clone() for k, v in m.state_dict().items()} for m in (teacher, student))
+    assert convert(student, teacher, [2, 0], init) is student
+    new = "n" if init == "identity" else "m2"
+    assert student.config.layout == (new, "t", new) == tuple(block.kind for block in student.layers)
+    assert teacher.config.layout == ("t", "t", "t")
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    after = student.state_dict()
+    for name, value in kept.items():
+        gone = name.startswith(("layers.0.", "layers.2.")) and (
+            "self_attn" in name or (init == "identity" and "input_layernorm" in name))
+        assert (name not in after) if gone else torch.equal(after[name], value), name
+    rest = {name for name in after if name not in kept}
+    assert all(".mixer." in name for name in rest) and (len(rest) == 0) == (init == "identity")
+    for name in rest:
+        assert after[name].dtype == (torch.float32 if name.endswith(("A_log", ".D")) and dtype == torch.bfloat16
+                                     else dtype if dtype == torch.bfloat16 else torch.float64), name
+    twin = HybridLM(student.config)
+    assert set(twin.state_dict()) == set(after)
+    logits, _ = student(some_tokens(2, 5))
+    assert torch.isfinite(logits).all() and convert(student, teacher, [1], init).config.layout == (new,) * 3
+
+
+def test_identity_removes_the_mixer():
+    student = convert(tiny("t t"), tiny("t t"), [0], "identity")
+    block, x = student.layers[0], torch.randn(2, 3, 24, dtype=torch.float64)
+    assert torch.equal(block(x, None, None)[0], x + block.mlp(block.post_attention_layernorm(x)))
+    assert not hasattr(block, "self_attn") and not hasattr(block, "input_layernorm")
+
+
+def test_random_copies_nothing():
+    teacher = tiny("t")
+    for linear in (teacher.layers[0].self_attn.q_proj, teacher.layers[0].self_attn.v_proj):
+        linear.weight.data.fill_(7.0)
+    mixer = convert(tiny("t"), teacher, [0], "random").layers[0].mixer
+    assert mixer.in_proj.weight.abs().max() < 1 and mixer.out_proj.weight.abs().max() < 1
+
+
+IMPOSSIBLE = {
+    "no such layer": ([5], "aligned", {}, {}, "layer 5"),
+    "negative layer": ([-1], "aligned", {}, {}, "layer -1"),
+    "layer named twice": ([1, 1], "aligned", {}, {}, "layer 1"),
+    "already Mamba": ([0, 2], "aligned", {"layout": "t t m2"}, {}, "layer 2"),
+    "teacher has no attention there": ([0], "aligned", {}, {"layout": "m2 t t"}, "layer 0"),
+    "teacher with fewer layers": ([0], "aligned", {}, {"layout": "t t"}, "n_layer"),
+    "teacher with other heads": ([0], "random", {}, {"n_kv_head": 4}, "n_kv_head"),
+    "unknown init": ([0], "magic", {}, {}, "magic"),
+    "d_state that does not divide a head": ([0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "d_state 16"),
+    "d_state that divides nothing": ([0], "random", {"d_state": 5}, {}, "16 % 5"),
+    "widths unlike the heads": ([0], "plain", {"d_inner": 64}, {}, "d_inner 64"),
+    "projection biases": ([0], "aligned", {"proj_bias": True}, {}, "bias True"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_conversion_is_refused_and_changes_nothing(case):
+    layers, init, student, teacher, named = IMPOSSIBLE[case]
+    student, teacher = tiny(**{"layout": "t t t"} | student), tiny(**{"layout": "t t t"} | teacher)
+    config, names = student.config, list(student.state_dict())
+    with pytest.raises(UserError, match=named):
+        convert(student, teacher, layers, init)
+    assert student.config == config and list(student.state_dict()) == names
+
+
+def linear_attention_mixer(attention, config, init):
+    """Convert, then set the fresh parts so that nothing but the copied weights acts: decay 1, step 1, no D, the conv lets
+    only the newest input through. The two SiLUs cannot be switched off, but are straight lines far from 0 (30 + x, to
+    1e-12), so the conv's bias is 30, and z reads 30 from a feature that is always 1. Both 30s come back in the result."""
+    student = convert(tiny("t", **config), attention, [0], init)
+    mixer = student.layers[0].mixer
+    with torch.no_grad():
+        mixer.dt_in_proj.weight.zero_()
+        mixer.dt_proj.bias.fill_(math.log(math.e - 1) / 2)                   # softplus(2 * bias) = 1
+        mixer.A_log.fill_(-math.inf)                                         # A = -exp(-inf) = 0, exp(dt A) = 1
+        mixer.D.zero_()
+        mixer.conv1d.weight.zero_()
+        mixer.conv1d.weight[:, 0, -1] = 1
+        mixer.conv1d.bias.fill_(30)
+        mixer.in_proj.weight[:config["n_head"] * config["head_dim"]] = 0
+        mixer.in_proj.weight[:config["n_head"] * config["head_dim"], 0] = 30
+    return student
+
+
+@pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [(4, 2, 8, 8), (4, 2, 8, 4), (6, 2, 12, 2), (2, 2, 8, 4)])
+@pytest.mark.parametrize("init", ["aligned", "plain"])
+def test_converted_layer_is_linear_attention_chunk_by_chunk(init, n_head, n_kv_head, head_dim, d_state):
+    """With d_state = head_dim the mixer is causal linear attention, grouped, through o_proj. With smaller d_state, aligned
+    weighs each chunk of a value by its own chunk of q . k. So does plain only if there is one chunk, or no grouping."""
+    config = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
+    teacher = tiny("t", **config)
+    mixer, attention = linear_attention_mixer(teacher, config, init).layers[0].mixer, teacher.layers[0].self_attn
+    x = torch.randn(1, 6, 24, dtype=torch.float64) * 0.3
+    x[..., 0] = 1
+    q, k, v = ((linear(x)[0].detach().view(6, heads, head_dim // d_state, d_state)) for linear, heads in (
+        (attention.q_proj, n_head), (attention.k_proj, n_kv_head), (attention.v_proj, n_kv_head)))
+    y = torch.zeros_like(q)
+    for head, now, then in ((h, i, j) for h in range(n_head) for i in range(6) for j in range(i + 1)):
+        kv = head // (n_head // n_kv_head)
+        for chunk in range(head_dim // d_state):
+            y[now, head, chunk] += 30 * (q[now, head, chunk] @ k[then, kv, chunk]) * (v[then, kv, chunk] + 30)
+    wanted = attention.o_proj(y.view(1, 6, -1))
+    got = mixer(x, None, teacher_place(teacher, x))[0]
+    if init == "aligned" or d_state == head_dim or n_head == n_kv_head:
+        assert off(got, wanted) < 1e-8
+    else:
+        assert off(got, wanted) > 1e-3
+
+
+def teacher_place(model, x):
+    """The Place of a plain sequence, for calling a mixer by itself."""
+    from model import make_place
+    return make_place(model.config, torch.zeros(x.shape[:2], dtype=torch.long), 0, None, None, x.dtype)[0]
