@@ -34,9 +34,10 @@ def off(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() if b.numel() else 0.0
 
 
-def tiny(layout, dtype=torch.float64, seed=0, **change):
+def tiny(layout, dtype=torch.float64, seed=0, train=False, **change):
     """A small model, every parameter random, so that no term can be dropped unseen. As in the 15B: hidden size unlike
-    heads * head_dim, several query heads per key/value head, d_state smaller than head_dim, odd dt_rank."""
+    heads * head_dim, several query heads per key/value head, d_state smaller than head_dim, odd dt_rank. Without
+    train no gradient flows, and the key/value caches are written in place as they are when generating."""
     torch.manual_seed(seed)
     layout = tuple(layout.split())
     shape = dict(vocab_size=61, d_model=24, n_layer=len(layout), n_head=4, n_kv_head=2, head_dim=8, d_mlp=20,
@@ -45,7 +46,7 @@ def tiny(layout, dtype=torch.float64, seed=0, **change):
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.add_(torch.randn_like(p) * (1.0 if name.endswith("dt_proj.bias") else 0.1))
-    return model.to(dtype).eval()
+    return model.to(dtype).eval().requires_grad_(train)
 
 
 def some_tokens(*shape, seed=0):
@@ -334,7 +335,7 @@ def test_pieces_agree_in_the_precisions_that_are_used(layout, dtype, tolerance):
 
 def test_split_at_every_point_also_when_gradients_flow():
     """Truncated backpropagation hands states on in training mode: caches are then copied, not written in place."""
-    model, tokens = tiny("t m2"), some_tokens(2, 9)
+    model, tokens = tiny("t m2", train=True), some_tokens(2, 9)
     def gradients(logits):
         model.zero_grad()
         logits.square().sum().backward()
@@ -358,6 +359,18 @@ def test_a_row_of_a_ragged_batch_gives_what_it_gives_alone(layout):
             alone, _ = model(torch.tensor([prompt + follow[row].tolist()]))
             assert off(logits[row], alone[0, len(prompt) - 1]) < 1e-10
             assert off(later[row], alone[0, len(prompt):]) < 1e-10
+
+
+def test_a_sliding_window_counts_from_each_row_of_a_ragged_batch():
+    """The window, the padding and the cache meet in one mask."""
+    model, prompts = tiny("t m2 t", sliding_window=4), [some_tokens(n, seed=n).tolist() for n in (1, 3, 9)]
+    follow = some_tokens(3, 8, seed=99)
+    for chunk in (2, 2048):
+        logits, state = model.prefill(prompts, 8, chunk=chunk)
+        later, _ = in_pieces(model, follow, [1, 6, 1], state)
+        for row, prompt in enumerate(prompts):
+            alone, _ = model(torch.tensor([prompt + follow[row].tolist()]))
+            assert off(torch.cat([logits[row:row + 1], later[row]]), alone[0, len(prompt) - 1:]) < 1e-10
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -386,7 +399,7 @@ def packed(lengths, rows=2):
 def test_packed_documents_do_not_see_each_other(layout):
     """Logits and parameter gradients of documents packed into rows equal those of the documents one by one. The control
     without borders must differ, in attention and in Mamba alike."""
-    model = tiny(layout)
+    model = tiny(layout, train=True)
     tokens, reset, documents = packed([1, 3, 70, 2, 5])
     weight = torch.randn(2, 81, 61, dtype=torch.float64)
     def logits_and_gradients(parts):
@@ -501,7 +514,7 @@ def test_position_is_counted_without_asking_a_layer():
 
 @pytest.mark.parametrize("t", [1, 5, 127])
 def test_training_under_autocast_is_finite(t):
-    model, tokens = tiny("m2 t m2", torch.float32), some_tokens(2, t)
+    model, tokens = tiny("m2 t m2", torch.float32, train=True), some_tokens(2, t)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(tokens)[0].float().square().mean()
     loss.backward()
