@@ -107,8 +107,8 @@ class Config:
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)
-        for name in ("vocab_size", "d_model", "n_layer", "n_head", "n_kv_head", "head_dim", "d_mlp", "d_state", "d_conv",
-                     "sliding_window", "d_inner", "d_xb", "dt_rank"):
+        for name in ("vocab_size", "d_model", "n_layer", "n_head", "n_kv_head", "head_dim", "d_mlp", "sliding_window",
+                     "d_inner", "d_xb", "d_state", "d_conv", "dt_rank"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"{name} must be a positive whole number, got {value!r}")
@@ -122,8 +122,8 @@ class Config:
         if unknown:
             raise UserError(f"unsupported layer type {', '.join(unknown)}; known: {', '.join(LAYER_KINDS)}")
         mamba = ((self.d_inner, self.d_xb, "d_inner % d_xb"), (self.d_xb, self.d_state, "d_xb % d_state"))
-        for big, small, name in ((self.n_head, self.n_kv_head, "n_head % n_kv_head"), (self.head_dim, 2, "head_dim % 2"),
-                                 *(mamba if "m2" in self.layout else ())):
+        for big, small, name in ((self.n_head, self.n_kv_head, "n_head % n_kv_head"),
+                                 (self.head_dim, 2, "head_dim % 2"), *(mamba if "m2" in self.layout else ())):
             if big <= 0 or small <= 0 or big % small:
                 raise UserError(f"{name} must be 0, got {big} % {small}")
 
@@ -166,7 +166,7 @@ class MLP(nn.Module):
 # the state already holds (`past`) and where each row's document began. Documents matter twice: several may be packed
 # into one row, and prompts of different length are padded on the left, where the padding is simply an earlier document
 # of its own. `reset` marks each document's first token; from it come positions (attention turns by them, the conv and
-# the scan forget at position 0) and the attention mask. With one document per row all of that is None and costs nothing.
+# the scan forget at position 0) and the attention mask. With one document per row all that is None and costs nothing.
 
 class Place(NamedTuple):
     past: int                                # tokens in the state before this call
@@ -236,7 +236,7 @@ class Attention(nn.Module):
             k, v = cache.k[:, :place.past + t], cache.v[:, :place.past + t]
         y = F.scaled_dot_product_attention(                                  # heads first: (b, heads, tokens, head_dim)
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=place.mask,
-            is_causal=place.mask is None and t > 1, enable_gqa=True)         # query head a reads kv head a // (n_head / n_kv_head)
+            is_causal=place.mask is None and t > 1, enable_gqa=True)         # n_head / n_kv_head share a kv head
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1)), cache
 
 
@@ -371,7 +371,7 @@ def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None, res
                         f"{B.shape[2]} groups of B and {C.shape[2]} of C")
     name = scan_backend(x.device, t, n, x.dtype, impl)
     scan = scan_loop if name == "loop" else scan_chunk if name == "chunk" else scan_triton
-    with torch.autocast(x.device.type, enabled=False):                       # its products stay float32 in mixed precision
+    with torch.autocast(x.device.type, enabled=False):                       # mixed precision must not touch it
         return scan(x, dt, A, B, C, D, z, dt_bias, state, reset)
 
 
@@ -695,14 +695,15 @@ def mil_mixer(attention, config, init="aligned"):
     if init == "random":
         return mixer
     if c.d_inner != c.n_head * c.head_dim or c.d_xb != c.n_kv_head * c.head_dim or c.head_dim % n or c.proj_bias:
-        raise UserError(f"attention with {c.n_head} / {c.n_kv_head} heads of {c.head_dim} cannot become a Mamba layer of "
-                        f"d_inner {c.d_inner}, d_xb {c.d_xb}, d_state {n}, projection bias {c.proj_bias}")
+        raise UserError(f"attention with {c.n_head} / {c.n_kv_head} heads of {c.head_dim} cannot become a Mamba layer "
+                        f"of d_inner {c.d_inner}, d_xb {c.d_xb}, d_state {n}, projection bias {c.proj_bias}")
     order = torch.arange(c.d_inner)
     if init == "aligned":                                                    # (g, a, k, lane) -> (g, k, a, lane)
         order = order.view(c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim // n, n).transpose(1, 2).reshape(-1)
     z, x, B, C = mixer.in_proj.weight.split([c.d_inner, c.d_xb, c.d_xb, c.d_inner])
     for target, source in ((x, attention.v_proj.weight), (B, attention.k_proj.weight),
-                           (C, attention.q_proj.weight[order]), (mixer.out_proj.weight, attention.o_proj.weight[:, order])):
+                           (C, attention.q_proj.weight[order]),
+                           (mixer.out_proj.weight, attention.o_proj.weight[:, order])):
         assert target.shape == source.shape, (target.shape, source.shape)
         target.copy_(source)
     return mixer
@@ -725,11 +726,11 @@ def convert(student, teacher, layers, init="aligned"):
     config = replace(student.config, layout=tuple(layout))
     for i in layers:
         block = student.layers[i]
-        weight = block.mlp.down_proj.weight
         if init == "identity":
             del block.input_layernorm
-        else:                                                                # raises, if at all, at the first layer
-            block.mixer = cast(mil_mixer(teacher.layers[i].self_attn, config, init), weight.device, weight.dtype)
+        else:
+            mixer = mil_mixer(teacher.layers[i].self_attn, config, init)     # raises, if at all, at the first layer
+            block.mixer = cast(mixer, block.mlp.down_proj.weight.device, block.mlp.down_proj.weight.dtype)
         block.kind = layout[i]
         del block.self_attn
     student.config = config
@@ -796,8 +797,8 @@ def config_fields(raw):
     for key in needed + ["hybrid_block_layout"] * hybrid:
         if raw.get(key) is None:
             raise UserError(f"the key {key!r} is missing")
-    refused = {"hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias", False),
-               "mlp_bias": raw.get("mlp_bias", False), "quantization_config": raw.get("quantization_config"),
+    refused = {"hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias"),
+               "mlp_bias": raw.get("mlp_bias"), "quantization_config": raw.get("quantization_config"),
                "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1}
     rope = {}
     for key in ("rope_scaling", "rope_parameters"):                          # transformers 4 and 5
@@ -895,7 +896,8 @@ def load_pretrained(path, device="cpu", dtype=torch.float32):
     path = os.fspath(path)
     if not os.path.isdir(path):
         raise UserError(f"no such directory: {path}")
-    config = config_from_json(read_json(os.path.join(path, "config.json"), dict), os.path.join(path, "config.json"))
+    file = os.path.join(path, "config.json")
+    config = config_from_json(read_json(file, dict), file)
     tensors = open_tensors(path)
     shapes, joined = {name: shape for name, (_, shape) in tensors.items()}, {}
     rows = 2 * config.d_inner + 2 * config.d_xb                              # of in_proj: z, x, B, C
@@ -904,11 +906,11 @@ def load_pretrained(path, device="cpu", dtype=torch.float32):
         if dt_name not in shapes and shapes[name][0] > rows:                 # M1, older Fast-LLM: dt's rows come last
             joined[dt_name], width = name, shapes[name][1]
             shapes[name], shapes[dt_name] = (rows, width), (shapes[name][0] - rows, width)
-    ranks = [shape[0] for name, shape in shapes.items() if name.endswith("mixer.dt_in_proj.weight") and len(shape) == 2]
-    config = replace(config, dt_rank=ranks[0]) if ranks else config          # published configs disagree; weights decide
+    ranks = [shape[0] for name, shape in shapes.items() if name.endswith("dt_in_proj.weight") and len(shape) == 2]
+    config = replace(config, dt_rank=ranks[0]) if ranks else config          # configs disagree on it; weights decide
     with torch.device("meta"):
         model = HybridLM(config)
-    params = {file_name(name): (name, p) for name, p in model.named_parameters()}                # a tied head is not listed
+    params = {file_name(name): (name, p) for name, p in model.named_parameters()}            # a tied head is not listed
     wrong = ([f"missing {name}" for name in params if name not in shapes] +
              [f"unexpected {name}" for name in shapes if name not in params] +
              [f"{name} has shape {shapes[name]}, expected {tuple(p.shape)}" for name, (_, p) in params.items()
@@ -921,7 +923,7 @@ def load_pretrained(path, device="cpu", dtype=torch.float32):
         w = w[rows:] if name in joined else w[:rows] if name in joined.values() else w
         to = torch.promote_types(dtype, torch.float32) if keeps_float32(own) else dtype
         weights[own] = nn.Parameter(w.to(device, to, copy=True))
-    model.load_state_dict(weights, strict=False, assign=True)                # strict was decided above, with better words
+    model.load_state_dict(weights, strict=False, assign=True)                # it was strict above, with better words
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
@@ -956,14 +958,15 @@ def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30):
     except OSError as e:
         raise UserError(f"cannot make the directory {path}: {e.strerror}") from None
     shards, size = [{}], 0
-    for name, p in model.named_parameters():                                 # a tied head appears once, as the embedding
+    for name, p in model.named_parameters():                                 # a tied head appears as the embedding
         w = (p.float() if keeps_float32(name) and p.dtype != torch.float64 else p).detach().cpu().contiguous()
         if shards[-1] and size + w.nbytes > shard_bytes:
             shards.append({})
             size = 0
         shards[-1][file_name(name)], size = w, size + w.nbytes
     count, index = len(shards), os.path.join(path, "model.safetensors.index.json")
-    files = ["model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    files = ["model.safetensors"] if count == 1 else files
     for file, shard in zip(files, shards):
         write_atomic(os.path.join(path, file), lambda to, shard=shard: save_file(shard, to, metadata={"format": "pt"}))
     if count > 1:
@@ -971,8 +974,8 @@ def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30):
         where = {name: file for file, shard in zip(files, shards) for name in shard}
         write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
     stale = index if count == 1 else os.path.join(path, "model.safetensors")
-    if os.path.exists(stale):                                                # left by an earlier save of the other kind,
-        os.remove(stale)                                                     # and what some readers would look at first
+    if os.path.exists(stale):                                                # left by a save of the other kind, where
+        os.remove(stale)                                                     # some readers look first
     write_json(os.path.join(path, "config.json"), config_to_json(model.config, model.embed_tokens.weight.dtype))
     for file in TOKENIZER_FILES if tokenizer_from else ():
         source = os.path.join(os.fspath(tokenizer_from), file)
@@ -991,7 +994,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 
 
 def byte_characters():
-    """The GPT-2 table {character in tokenizer.json: byte}: printable bytes stand for themselves, others from U+0100 on."""
+    """GPT-2's table {character in tokenizer.json: byte}: printable bytes are themselves, others from U+0100 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -1019,13 +1022,14 @@ def split_pattern(pre, refuse):
     if len(steps) != 2 or split.get("type") != "Split" or level.get("use_regex", True):
         refuse("the pre-tokenizer is not one Split followed by ByteLevel")
     if split.get("behavior") != "Isolated" or split.get("invert") or "Regex" not in split.get("pattern", {}):
-        refuse(f"Split with behavior {split.get('behavior')}, invert {split.get('invert')}, pattern {split.get('pattern')}")
+        refuse(f"Split with behavior {split.get('behavior')}, invert {split.get('invert')}, "
+               f"pattern {split.get('pattern')}")
     pattern = split["pattern"]["Regex"]
-    return f"{pattern}|(?:(?!{pattern})(?s:.))+"                             # what the pattern skips is a piece of its own
+    return f"{pattern}|(?:(?!{pattern})(?s:.))+"                             # what the pattern skips is a piece too
 
 
 def load_tokenizer(path):
-    """path/tokenizer.json -> tiktoken.Encoding. Encode with allowed_special="all" to cut special tokens out of the text.
+    """path/tokenizer.json -> tiktoken.Encoding. Encode with allowed_special="all" to cut special tokens out of a text.
     Raises UserError, with the reason, for a tokenizer that tiktoken cannot represent exactly."""
     import tiktoken
     file = os.path.join(os.fspath(path), "tokenizer.json")
@@ -1067,8 +1071,9 @@ def load_tokenizer(path):
         if not (every and model.get("ignore_merges")) and bpe([bytes([x]) for x in token], rank) != [token]:
             refuse(f"the token {token!r} is not what its merges give; tiktoken would use it elsewhere")
     try:
-        return tiktoken.Encoding(os.path.basename(os.path.normpath(path)), pat_str=split_pattern(raw.get("pre_tokenizer") or {}, refuse),
-                                 mergeable_ranks=ranks, special_tokens=special)
+        pattern = split_pattern(raw.get("pre_tokenizer") or {}, refuse)
+        return tiktoken.Encoding(os.path.basename(os.path.normpath(path)), pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens=special)
     except UserError:
         raise
     except ValueError as e:
