@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # waiting threads sleep: spinning ruins small products on busy cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # waiting threads sleep instead of spinning on busy cores
 import torch
 from tqdm import tqdm
 
@@ -44,17 +44,20 @@ def parse_args():
     add("--prefill-chunk", type=int, default=2048, help="tokens of the prompt per forward (default: 2048)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
     add("--dtype", default="auto", help="float32 or bfloat16 (default: bfloat16 on cuda, else float32)")
-    add("--json", action="store_true", help="one JSON object per answer on stdout: prompt, text, tokens (how many), ids, "
-        "prefill_tokens_per_s and decode_tokens_per_s (whole batch), kv_bytes and state_bytes (one answer, as allocated)")
+    add("--json", action="store_true", help="one JSON object per answer on stdout: prompt, text, tokens (a count), "
+        "ids, prefill_tokens_per_s, decode_tokens_per_s (whole batch), kv_bytes, state_bytes (one answer, as allocated)")
     args = p.parse_args()
     if sum((args.prompt is not None, args.prompt_file is not None, args.chat)) > 1:
         raise UserError("give one of --prompt, --prompt-file and --chat")
-    for name, ok, wanted in (("num_samples", args.num_samples >= 1, "at least 1"), ("top_k", args.top_k >= 0, "0 or more"),
-                             ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"), ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
-                             ("temperature", 0 <= args.temperature < float("inf"), "0 or more"),
-                             ("prefill_chunk", args.prefill_chunk >= 1, "at least 1")):
+    for flag, value, ok, wanted in (
+            ("--num-samples", args.num_samples, args.num_samples >= 1, "at least 1"),
+            ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
+            ("--temperature", args.temperature, 0 <= args.temperature < float("inf"), "0 or more"),
+            ("--top-k", args.top_k, args.top_k >= 0, "0 or more"),
+            ("--top-p", args.top_p, 0 < args.top_p <= 1, "in (0, 1]"),
+            ("--prefill-chunk", args.prefill_chunk, args.prefill_chunk >= 1, "at least 1")):
         if not ok:
-            raise UserError(f"--{name.replace('_', '-')} must be {wanted}, got {getattr(args, name)}")
+            raise UserError(f"{flag} must be {wanted}, got {value}")
     if args.chat and (args.num_samples > 1 or args.raw or args.json):
         raise UserError("--chat goes without --num-samples, --raw and --json")
     return args
@@ -81,7 +84,7 @@ def encode(enc, config, text, raw):
         raise UserError("an empty prompt needs a begin token, and this checkpoint has none")
     ids = ids or [config.bos_id]
     if max(ids) >= config.vocab_size:
-        raise UserError(f"the tokenizer makes id {max(ids)}, the model knows {config.vocab_size}: they do not belong together")
+        raise UserError(f"the tokenizer makes id {max(ids)}, but the model knows only {config.vocab_size} tokens")
     return ids
 
 
@@ -95,7 +98,7 @@ def token_bytes(enc, token):
 
 def warn_length(tokens, config):
     if tokens > config.max_length:
-        print(f"warning: {tokens} tokens of context, trained on {config.max_length}: expect worse text", file=sys.stderr)
+        print(f"warning: {tokens} tokens of context, trained on {config.max_length}: it may get worse", file=sys.stderr)
 
 
 def sync(device):
@@ -112,7 +115,7 @@ def answer(model, enc, args, logits, state, streams, show=None):
     outputs, done, times = [[] for _ in range(rows)], [False] * rows, []
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")           # holds back the bytes of a cut character
     tokens = model.decode(logits, state, args.temperature, args.top_k, args.top_p, (args.seed, streams))
-    bar = tqdm(total=args.max_new_tokens, unit="token", leave=False, disable=show is not None or not sys.stderr.isatty())
+    bar = tqdm(total=args.max_new_tokens, unit="step", leave=False, disable=bool(show) or not sys.stderr.isatty())
     while not all(done):
         token, state = next(tokens)
         token = token.tolist()                                               # waits for the device
@@ -137,8 +140,8 @@ def report(n_prompt, seconds, n_new, start, timing, state, rows):
     """The figures of one run, on stderr. Rates are those of the whole batch."""
     kv, ssm = state.nbytes()
     rate = timing["decode_tokens_per_s"]
-    print(f"prefill {n_prompt} tokens, {n_prompt / seconds:.0f} tokens/s; first token after {timing['first'] - start:.3f} s; "
-          f"decode {n_new} tokens, {'-' if rate is None else f'{rate:.0f}'} tokens/s\n"
+    print(f"prefill {n_prompt} tokens, {n_prompt / seconds:.0f} tokens/s; first token after "
+          f"{timing['first'] - start:.3f} s; decode {n_new} tokens, {'-' if rate is None else f'{rate:.0f}'} tokens/s\n"
           f"{rows} text{'s' * (rows > 1)} of at most {state.max_length} tokens: KV cache {kv / 1e6:.3f} MB, "
           f"recurrent state {ssm / 1e6:.3f} MB", file=sys.stderr)
 
@@ -156,7 +159,7 @@ def sample(model, enc, args, device):
     logits, state = model.prefill(ids, args.max_new_tokens, args.prefill_chunk)
     sync(device)
     seconds, n_prompt = time.perf_counter() - start, sum(map(len, ids))
-    if n > 1:                                                                # each prompt is read once, its state copied
+    if n > 1:                                                                # each prompt is read once, then copied
         rows = [row for row in range(len(ids)) for _ in range(n)]
         logits, state = logits[rows], state.take(rows)
     single = len(ids) * n == 1 and not args.json
@@ -206,7 +209,7 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.set_flush_denormal(True)                                           # a faded state must not slow the CPU down
-    torch.backends.cuda.enable_cudnn_sdp(False)                              # cuDNN would make a plan for every new length
+    torch.backends.cuda.enable_cudnn_sdp(False)                              # cuDNN makes a plan for every new length
     model = join_projections(load_pretrained(args.model, device, dtype))
     enc = load_tokenizer(args.model)
     with torch.inference_mode():
