@@ -420,8 +420,9 @@ def bench_scan(args, config, device, dtype, about, bandwidth):
         both, spread2 = measure(lambda: torch.autograd.grad(run(*inputs), inputs, dy), device, args.seconds)
         low = scan_limits(1, t, c.d_inner, c.d_state, c.d_xb, dtype, bandwidth, device)
         back = both - forward
-        print(line.format(name, t, f"{1e3 * forward:.3f} +-{100 * spread:.0f}%", f"{low[0]:.3f}",
-                          f"{1e3 * back:.3f} +-{100 * spread2:.0f}%", f"{low[1]:.3f}", f"{1e9 * forward / t:.0f}"), flush=True)
+        cells = [f"{1e3 * forward:.3f} +-{100 * spread:.0f}%", f"{low[0]:.3f}",
+                 f"{1e3 * back:.3f} +-{100 * spread2:.0f}%", f"{low[1]:.3f}", f"{1e9 * forward / t:.0f}"]
+        print(line.format(name, t, *cells), flush=True)
         yield about | {"row": f"scan {name}", "tokens": t, "forward_s": forward, "backward_s": back, "spread": spread,
                        "forward_limit_s": low[0] / 1e3, "backward_limit_s": low[1] / 1e3,
                        "peak_bytes": peak_memory(device)}

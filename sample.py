@@ -45,7 +45,7 @@ def parse_args():
     add("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
     add("--dtype", default="auto", help="float32 or bfloat16 (default: bfloat16 on cuda, else float32)")
     add("--json", action="store_true", help="one JSON object per answer on stdout: prompt, text, tokens (a count), "
-        "ids, prefill_tokens_per_s, decode_tokens_per_s (whole batch), kv_bytes, state_bytes (one answer, as allocated)")
+        "ids, prefill_tokens_per_s, decode_tokens_per_s (whole batch), kv_bytes, state_bytes (one text, as allocated)")
     args = p.parse_args()
     if sum((args.prompt is not None, args.prompt_file is not None, args.chat)) > 1:
         raise UserError("give one of --prompt, --prompt-file and --chat")
