@@ -143,9 +143,10 @@ class RMSNorm(nn.Module):
 
 
 def rotary(x, cos, sin):
-    """x (b, t, heads, head_dim), cos and sin (1 or b, t, 1, head_dim / 2): turn each pair (i, i + head_dim / 2)."""
-    x1, x2 = x.chunk(2, dim=-1)              # the split-half layout of Llama and Mistral, not interleaved pairs
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    """x (b, t, heads, head_dim), cos and sin (1 or b, t, 1, head_dim): turn each pair (i, i + head_dim / 2), the
+    split-half layout of Llama and Mistral. x1' = x1 cos - x2 sin, x2' = x2 cos + x1 sin: rolling by half a head swaps
+    x1 and x2, and sin's first half holds the minus (three operations, for decoding is bound by their number)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class MLP(nn.Module):
@@ -154,9 +155,14 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.d_model, config.d_mlp, bias=False)
         self.up_proj = nn.Linear(config.d_model, config.d_mlp, bias=False)
         self.down_proj = nn.Linear(config.d_mlp, config.d_model, bias=False)
+        self.joined = None                   # gate and up as one matrix, see join_projections
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.joined is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = F.linear(x, self.joined).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -171,7 +177,7 @@ class MLP(nn.Module):
 class Place(NamedTuple):
     past: int                                # tokens in the state before this call
     pos: torch.Tensor | None                 # (b, t) position within the document; None: past ... past + t - 1
-    cos: torch.Tensor                        # (1 or b, t, 1, head_dim / 2)
+    cos: torch.Tensor                        # (1 or b, t, 1, head_dim), as rotary takes them
     sin: torch.Tensor
     mask: torch.Tensor | None                # (1 or b, 1, t, past + t) True where the query may look; None: causal
 
@@ -197,7 +203,8 @@ def make_place(config, tokens, past, origin, reset, dtype):
             mask = mask & (back < window)
         mask = mask[None] if pos is None else mask & (back <= pos[..., None])
         mask = mask[:, None]                                                 # (1 or b, 1, t, past + t)
-    return Place(past, pos, angle.cos().to(dtype), angle.sin().to(dtype), mask), origin
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return Place(past, pos, torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1), mask), origin
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,20 +231,32 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.d_model, config.n_kv_head * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.d_model, config.n_kv_head * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=False)
+        self.joined = None                   # q, k and v as one matrix, see join_projections
 
     def forward(self, x, cache, place):
         """x (b, t, d_model), cache KV or None, place Place -> (b, t, d_model), the cache with t more tokens."""
         b, t, _ = x.shape
-        q = rotary(self.q_proj(x).view(b, t, self.n_head, self.head_dim), place.cos, place.sin)
-        k = rotary(self.k_proj(x).view(b, t, self.n_kv_head, self.head_dim), place.cos, place.sin)
-        v = self.v_proj(x).view(b, t, self.n_kv_head, self.head_dim)
+        if self.joined is None:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            width = self.n_kv_head * self.head_dim
+            q, k, v = F.linear(x, self.joined).split([self.n_head * self.head_dim, width, width], dim=-1)
+        q = rotary(q.view(b, t, self.n_head, self.head_dim), place.cos, place.sin)
+        k = rotary(k.view(b, t, self.n_kv_head, self.head_dim), place.cos, place.sin)
+        v = v.view(b, t, self.n_kv_head, self.head_dim)
         if cache is not None:
             cache = KV(extend(cache.k, k, place.past), extend(cache.v, v, place.past))
             k, v = cache.k[:, :place.past + t], cache.v[:, :place.past + t]
-        y = F.scaled_dot_product_attention(                                  # heads first: (b, heads, tokens, head_dim)
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=place.mask,
-            is_causal=place.mask is None and t > 1, enable_gqa=True)         # n_head / n_kv_head share a kv head
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1)), cache
+        k, v = k.transpose(1, 2), v.transpose(1, 2)                          # heads first: (b, heads, tokens, head_dim)
+        if t == 1:                           # heads that share a key stand in for tokens, so each key is read only once
+            q = q.view(b, self.n_kv_head, -1, self.head_dim)                 # (b, n_kv_head, heads per key, head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=place.mask)
+        else:                                # query head a reads kv head a // (n_head / n_kv_head)
+            if x.is_cuda and place.mask is not None:                         # kernels take a mask or groups, not both
+                k, v = (m.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for m in (k, v))
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=place.mask,
+                                               is_causal=place.mask is None, enable_gqa=True).transpose(1, 2)
+        return self.o_proj(y.reshape(b, t, -1)), cache
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -541,6 +560,15 @@ class State:
         clone = lambda layer: None if layer is None else type(layer)(*(m.clone() for m in layer))
         return replace(self, layers=tuple(map(clone, self.layers)))
 
+    def resize(self, max_length):
+        """The same State with room for max_length >= position tokens (key/value caches are copied)."""
+        def fit(m):                                                          # (b, max_length, n_kv_head, head_dim)
+            new = m.new_zeros(len(m), max_length, *m.shape[2:])
+            new[:, :self.position] = m[:, :self.position]
+            return new
+        layers = tuple(KV(*map(fit, layer)) if isinstance(layer, KV) else layer for layer in self.layers)
+        return replace(self, max_length=max_length, layers=layers)
+
     def nbytes(self):
         """-> (bytes of key/value caches, bytes of conv and SSM states), for the whole batch as allocated."""
         size = lambda kind: sum(m.nbytes for layer in self.layers if isinstance(layer, kind) for m in layer)
@@ -626,12 +654,14 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def decode(self, logits, state, temperature=0.0, top_k=0, top_p=1.0, seed=0):
-        """Endless generator. Yields the next tokens (b,) int64 and feeds them back; row i draws from a random stream of
-        its own, seeded by (seed, i). temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off."""
-        rngs = [torch.Generator(logits.device).manual_seed(seed * 1_000_003 + i) for i in range(len(logits))]
+        """Endless generator. Yields the next tokens (b,) int64 with the State that does not hold them yet, then feeds
+        them. Row i draws from a random stream of its own, seeded by (seed, i), or by (seed, streams[i]) if seed is the
+        pair (seed, streams). temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off."""
+        seed, streams = seed if isinstance(seed, tuple) else (seed, range(len(logits)))
+        rngs = [torch.Generator(logits.device).manual_seed(seed * 1_000_003 + i) for i in streams]
         while True:
             token = choose(logits, temperature, top_k, top_p, rngs)
-            yield token
+            yield token, state
             x, state = self.hidden(token[:, None], state)
             logits = self.lm_head(x[:, -1])
 
@@ -643,11 +673,27 @@ class HybridLM(nn.Module):
         logits, state = self.prefill(prompts, max_new_tokens)
         tokens = self.decode(logits, state, temperature, top_k, top_p, seed)
         while not all(done):
-            for i, token in enumerate(next(tokens).tolist()):
+            for i, token in enumerate(next(tokens)[0].tolist()):
                 if not done[i] and token not in stop:
                     outputs[i].append(token)
                 done[i] = done[i] or token in stop or len(outputs[i]) >= max_new_tokens
         return outputs
+
+
+@torch.no_grad()
+def join_projections(model):
+    """For generation: projections that read the same input (q, k, v; gate, up) become one product each, because a step
+    of one token costs calls, not arithmetic. The single weights become views of the joined ones: no more memory, and
+    the model can still be saved. Do it last: weights that are moved or replaced afterwards would be missed."""
+    for block in model.layers:
+        pairs = [(block.mlp, ("gate_proj", "up_proj"))] if block.kind != "i" else []
+        pairs += [(block.self_attn, ("q_proj", "k_proj", "v_proj"))] if block.kind == "t" else []
+        for module, names in pairs:
+            parts = [getattr(module, name).weight for name in names]         # (rows, d_model) each
+            module.joined = torch.cat([w.data for w in parts])
+            for w, view in zip(parts, module.joined.split([len(w) for w in parts])):
+                w.data = view
+    return model
 
 
 def choose(logits, temperature, top_k, top_p, rngs):
