@@ -8,15 +8,22 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import regex
 from safetensors.torch import load_file, save_file
 
+import bench
+import model as nano
+import sample
 from model import (Config, GPT2_PATTERN, HybridLM, INITS, KV, SSM, UserError, ChunkedScan, convert, load_pretrained,
-                   load_tokenizer, save_pretrained, selective_scan)
+                   byte_characters, choose, join_projections, load_tokenizer, save_pretrained, scan_chunk,
+                   scan_loop, selective_scan)
 
 torch.set_num_threads(1)                     # the same numbers, and nearly the same time, on any machine
 
@@ -1559,3 +1566,602 @@ def test_unreadable_tokenizer_files_are_refused(tmp_path):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(UserError, match="tokenizer.json"):
             load_tokenizer(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Triton. Without a GPU the kernels run in Triton's interpreter, at toy sizes; with one, on it, and at real sizes, too.
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(nano.triton is None, reason="needs Triton")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or nano.triton is None, reason="needs a GPU and Triton")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Triton scan against the definition in float64.
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Tiles, segments and blocks so small that toy sizes have several of each."""
+    for name, value in {"SCAN_CELLS": 64, "SCAN_TILE": 2, "SCAN_SEGMENT": 4, "SCAN_PROGRAMS": 1 << 20}.items():
+        monkeypatch.setattr(nano, name, value, raising=False)
+
+
+def kernel_inputs(b, t, d, n, g, gc, dtype=torch.float32, device=DEVICE, seed=0):
+    """Arguments of the scan by name; the values of those in dtype are exact in it."""
+    rng = torch.Generator(device).manual_seed(seed)
+    r = lambda *s, to=torch.float32: torch.randn(*s, generator=rng, device=device).to(to)
+    return dict(x=r(b, t, d, to=dtype), dt=r(b, t, d, to=dtype), A=-2 * r(d, n).abs() - 0.01, B=r(b, t, g, n, to=dtype),
+                C=r(b, t, gc, n, to=dtype), D=r(d), z=r(b, t, d, to=dtype), dt_bias=r(d), state=r(b, d, n))
+
+
+def run_scan(scan, inputs, reset, cotangents, dtype=None, **kw):
+    """-> {name: value, or gradient of a random functional of y and the last state}."""
+    inputs = {k: v.detach().to(dtype or v.dtype).requires_grad_() for k, v in inputs.items()}
+    y, h = scan(**inputs, reset=reset, **kw)
+    dy, dh = cotangents
+    torch.autograd.backward([y, h], [dy.to(y.dtype), dh.to(h.dtype)])
+    return {"y": y.detach(), "h": h.detach()} | {"d" + k: v.grad for k, v in inputs.items()}
+
+
+def check_scan(inputs, reset=None, tolerance=None, reference=scan_loop, dtype=torch.float64):
+    """All values and gradients of the Triton scan against a reference. Returns the Triton results."""
+    low = inputs["x"].dtype == torch.bfloat16
+    cotangents = torch.randn_like(inputs["x"]), torch.randn_like(inputs["state"] if "state" in inputs else
+                                                               inputs["A"].expand(len(inputs["x"]), -1, -1))
+    want = run_scan(reference, inputs, reset, cotangents, dtype)
+    got = run_scan(selective_scan, inputs, reset, cotangents, impl="triton")
+    for name, w in want.items():
+        assert got[name].isfinite().all(), name
+        error = (got[name].double() - w.double()).norm() / w.double().norm().clamp(min=1e-6)
+        rounded = low and name in ("y", "dx", "ddt", "dB", "dC", "dz")
+        assert error < (tolerance or (5e-3 if rounded else 2e-6)), f"{name}: relative error {error:.1e}"
+        assert name == "h" or got[name].dtype == (inputs[name[1:]] if name != "y" else inputs["x"]).dtype
+    return got
+
+
+def resets(b, t, *places):
+    reset = torch.zeros(b, t, dtype=torch.bool, device=DEVICE)
+    for row, step in places:
+        reset[row, step] = True
+    return reset
+
+
+@needs_triton
+@pytest.mark.parametrize("b, t, d, n, g, gc", [
+    (2, 1, 8, 4, 2, 8), (1, 7, 64, 16, 1, 4), (1, 33, 16, 4, 4, 2),          # one segment, whole tiles and a rest
+    (1, 5, 64, 2, 1, 64), (1, 5, 64, 4, 64, 1), (1, 5, 48, 16, 1, 3),                # d // g: 64, 1, 48, 16
+    (1, 3, 24, 8, 8, 1)])                                                                        # and 3, 24
+def test_triton_scan_is_the_loop(b, t, d, n, g, gc):
+    check_scan(kernel_inputs(b, t, d, n, g, gc))
+
+
+@needs_triton
+@pytest.mark.parametrize("b, t, d, n, g, gc", [
+    (1, 8, 24, 4, 3, 1), (2, 11, 24, 4, 1, 3), (1, 33, 8, 8, 1, 8), (1, 5, 8, 64, 4, 1), (1, 9, 24, 1, 3, 3)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_triton_scan_in_segments_tiles_and_blocks(small_blocks, b, t, d, n, g, gc, packed):
+    if packed and t == 33:
+        pytest.skip("slow in the interpreter")
+    reset = resets(b, t, (0, 0), (b - 1, 3), (b - 1, 4), (0, t - 1)) if packed else None
+    check_scan(kernel_inputs(b, t, d, n, g, gc), reset)
+
+
+@needs_triton
+@pytest.mark.parametrize("shift", [-30.0, 30.0, 3000.0])
+def test_triton_scan_with_extreme_steps(small_blocks, shift):
+    """dt near 0 forgets nothing and learns nothing; large dt forgets everything."""
+    inputs = kernel_inputs(1, 9, 16, 4, 2, 4)
+    check_scan(inputs | {"dt": inputs["dt"] + shift}, tolerance=1e-5)
+
+
+@needs_triton
+def test_triton_softplus_is_exact_for_small_steps():
+    inputs = kernel_inputs(1, 2, 32, 4, 1, 1)
+    dt = torch.linspace(-25, 25, 64, device=DEVICE).view(1, 2, 32)
+    y, h = selective_scan(**inputs | {"dt": dt, "state": None, "D": None, "dt_bias": None, "z": None}, impl="triton")
+    read = (inputs["B"] * inputs["C"])[:, 0].sum(-1)
+    want = torch.nn.functional.softplus(dt.double())[:, 0] * inputs["x"][:, 0] * read
+    assert ((y[:, 0] / want - 1).abs() < 1e-5).all()
+
+
+@needs_triton
+def test_triton_scan_in_bfloat16_from_slices(small_blocks):
+    """Inputs as the mixer makes them: slices of one wider tensor, half precision."""
+    inputs = kernel_inputs(2, 5, 32, 8, 2, 4, torch.bfloat16)
+    wide = torch.cat([inputs["z"], inputs["B"].flatten(2), inputs["C"].flatten(2), inputs["x"]], dim=2)
+    z, B, C, x = wide.split([32, 16, 32, 32], dim=2)
+    sliced = inputs | {"x": x, "z": z, "B": B.view(2, 5, 2, 8), "C": C.view(2, 5, 4, 8)}
+    got, want = (selective_scan(**m, impl="triton") for m in (sliced, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    turned = {k: v.transpose(-1, -2).contiguous().transpose(-1, -2) if v.dim() > 1 else v for k, v in inputs.items()}
+    assert not turned["x"].is_contiguous()
+    check_scan(turned, resets(2, 5, (1, 2)))
+
+
+@needs_triton
+def test_triton_scan_without_the_optional_parts():
+    inputs = kernel_inputs(1, 5, 16, 4, 2, 4)
+    check_scan({k: inputs[k] for k in ("x", "dt", "A", "B", "C")})
+
+
+@needs_triton
+def test_triton_scan_repeats_bit_for_bit_and_continues(small_blocks):
+    inputs, reset = kernel_inputs(1, 12, 16, 4, 2, 4), resets(1, 12, (0, 7))
+    cotangents = torch.randn_like(inputs["x"]), torch.randn_like(inputs["state"])
+    first, again = (run_scan(selective_scan, inputs, reset, cotangents, impl="triton") for _ in range(2))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    pieces, h = [], inputs["state"]
+    for piece in (slice(0, 5), slice(5, 6), slice(6, 12)):
+        part = {k: v[:, piece] if k in ("x", "dt", "B", "C", "z") else v for k, v in inputs.items()} | {"state": h}
+        y, h = selective_scan(**part, reset=reset[:, piece], impl="triton")
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), first["y"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(h, first["h"], rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The one-token kernel, alone and in a nano.
+
+def tiny_config(**kw):
+    return Config(**dict(vocab_size=50, d_model=32, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, d_mlp=32,
+                         layout=("m2", "t"), d_state=4) | kw)
+
+
+@needs_triton
+@pytest.mark.parametrize("change", [{}, {"expand_before_conv": False}, {"conv_bias": False, "dt_bias": False},
+                                    {"d_conv": 2, "n_kv_head": 1}, {"d_conv": 1}, {"n_head": 6, "d_state": 8}])
+@pytest.mark.parametrize("pos", [None, (0, 1, 5)])
+def test_one_token_kernel_is_the_mixer(monkeypatch, change, pos):
+    torch.manual_seed(0)
+    config = tiny_config(**change)
+    monkeypatch.setattr(nano, "SCAN_CELLS", 8)                              # several rounds per chunk
+    mixer = nano.Mamba(config).to(DEVICE)
+    x = torch.randn(3, 1, config.d_model, device=DEVICE)
+    state = SSM(torch.randn(3, config.d_conv - 1, config.d_xb, device=DEVICE),
+                torch.randn(3, config.d_inner, config.d_state, device=DEVICE))
+    place = nano.Place(9, None if pos is None else torch.tensor(pos, device=DEVICE)[:, None], None, None, None)
+    backend = nano.scan_backend
+    with torch.no_grad():
+        monkeypatch.setattr(nano, "scan_backend", lambda *a: "loop")
+        want, after = mixer(x, state, place)
+        monkeypatch.setattr(nano, "scan_backend", lambda *a: "triton")
+        got, same = mixer(x, state, place)
+    monkeypatch.setattr(nano, "scan_backend", backend)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.conv, after.conv, rtol=0, atol=0)
+    torch.testing.assert_close(state.h, after.h, rtol=1e-5, atol=1e-6)
+    assert same.h is state.h and same.conv is state.conv                     # in place
+
+
+@needs_triton
+def test_generation_with_triton_is_the_same(monkeypatch):
+    torch.manual_seed(0)
+    lm = HybridLM(tiny_config()).eval().to(DEVICE)
+    prompts = [[3, 1, 4, 1, 5, 9], [2, 6]]                                   # padded on the left: documents, resets
+    monkeypatch.setattr(nano, "scan_backend", lambda *a: "chunk")
+    want = lm.generate(prompts, 4, stop=())
+    monkeypatch.setattr(nano, "scan_backend", lambda *a: "triton")
+    assert lm.generate(prompts, 4, stop=()) == want
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Who runs where.
+
+def test_backend_is_chosen_and_named(monkeypatch):
+    assert nano.scan_backend("cpu") == "chunk" and nano.scan_backend("cpu", 1) == "loop"
+    assert nano.scan_backend("cuda") == ("chunk" if nano.triton is None else "triton")
+    assert nano.scan_backend_reason("cpu").startswith("scan: chunk (")
+    monkeypatch.setattr(nano, "triton", None)
+    assert nano.scan_backend("cuda") == "chunk" and "not installed" in nano.scan_backend_reason("cuda")
+    with pytest.raises(UserError, match="needs Triton"):
+        selective_scan(**kernel_inputs(1, 2, 4, 4, 1, 1, device="cpu"), impl="triton")
+
+
+@needs_triton
+def test_triton_refuses_the_cpu_and_odd_sizes(monkeypatch):
+    inputs = kernel_inputs(1, 3, 4, 3, 1, 1)
+    with pytest.warns(UserWarning, match="taking chunk"):
+        got = selective_scan(**inputs, impl="triton")
+    torch.testing.assert_close(got, scan_chunk(**inputs))
+    with pytest.raises(UserError, match="unknown impl"):
+        selective_scan(**inputs, impl="fast")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match="TRITON_INTERPRET=1"):
+        selective_scan(**kernel_inputs(1, 3, 4, 4, 1, 1, device="cpu"), impl="triton")
+
+
+COMPILE = """
+import os, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import model as nano
+
+FLOAT32 = "A D bias start end sum tile first own enter k past dA dD dbias h A_log".split()
+OTHER = {"reset": "u8", "pos": "i64"}
+
+def usage(kernel, arch, off=(), num_warps=1, **constants):
+    # off: pointers that are None. Tensors are aligned and rows a multiple of 16 elements, as for real models.
+    names = kernel.arg_names
+    constants |= {name: None for name in off}
+    kind = lambda name: ("constexpr" if name in constants else "i32" if not name.endswith("_ptr") else "*" +
+                         ("fp32" if name[:-4] in FLOAT32 else OTHER.get(name[:-4], "bf16")))
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+               if name.endswith(("_ptr", "_row")) and name not in constants or name in ("d", "d_xb", "GB", "GC")}
+    source = ASTSource(fn=kernel, signature={name: kind(name) for name in names}, attrs=aligned,
+                       constexprs={(names.index(name),): value for name, value in constants.items()})
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps}).asm["cubin"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(binary)
+        f.flush()
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+        out = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\\d+)", out)[1]), int(re.search(r"STACK:(\\d+)", out)[1])
+
+block = dict(N=16, BD=nano.SCAN_CELLS // 16)
+tile = block | dict(T=nano.SCAN_TILE)
+for arch in (80, 90):
+    for name, most, kernel, off, constants in (
+            ("forward", 128, nano.scan_forward, ["sum_ptr", "tile_ptr", "reset_ptr"], tile),
+            ("forward, packed", 128, nano.scan_forward, ["sum_ptr", "tile_ptr"], tile),
+            ("states", 128, nano.scan_forward, ["start_ptr", "y_ptr", "tile_ptr", "reset_ptr"], tile),
+            ("tiles", 128, nano.scan_forward, ["y_ptr", "reset_ptr"], tile),
+            ("combine", 128, nano.scan_combine, [], dict(N=16, BLOCK=256, BACK=True)),
+            ("carry", 128, nano.scan_carry, ["reset_ptr"], block),
+            ("backward", 255, nano.scan_backward, ["reset_ptr"], tile | dict(WB=32, WC=16, PAIR=2)),
+            ("backward, packed", 255, nano.scan_backward, [], tile | dict(WB=32, WC=16, PAIR=2)),
+            ("step", 128, nano.step_kernel, ["pos_ptr"],
+             dict(TAPS=4, SLOTS=4, N=16, BD=64, EXPAND=True, num_warps=2))):
+        registers, stack = usage(kernel, arch, off, **constants)
+        print(f"sm_{arch} {name}: {registers} registers, {stack} bytes spilled")
+        assert registers <= most and stack == 0, (arch, name, registers, stack)
+"""
+
+
+@needs_triton
+def test_kernels_compile_without_spilling(tmp_path):
+    """For sm_80 and sm_90, without a GPU; in a process of its own, where the interpreter was never switched on."""
+    tool = os.path.join(os.path.dirname(nano.triton.__file__), "backends/nvidia/bin/cuobjdump")
+    if not os.path.exists(tool):
+        pytest.skip("this Triton has no NVIDIA tools")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True,
+                            cwd=os.path.dirname(os.path.abspath(__file__)))
+    assert result.returncode == 0, result.stdout + result.stderr
+    print(result.stdout)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real sizes, on a GPU: python -m pytest test_triton_part.py -q -k gpu
+
+@needs_gpu
+@pytest.mark.parametrize("b, t, d, n, g, gc", [
+    (1, 4096, 4096, 16, 64, 256), (8, 512, 4096, 16, 256, 256), (3, 1000, 1000, 16, 25, 125),
+    (1, 777, 2048, 64, 8, 32), (40, 64, 4096, 16, 64, 256), (1, 2048, 96, 8, 1, 96)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gpu_scan_is_chunk(b, t, d, n, g, gc, packed):
+    """Against scan_chunk in float64 (itself tested against the loop)."""
+    reset = torch.rand(b, t, device=DEVICE) < 0.01 if packed else None
+    check_scan(kernel_inputs(b, t, d, n, g, gc), reset, tolerance=2e-5, reference=scan_chunk)
+
+
+@needs_gpu
+def test_gpu_scan_bfloat16_32k():
+    inputs = kernel_inputs(1, 32768, 4096, 16, 64, 256, torch.bfloat16)
+    check_scan(inputs, reference=scan_chunk, dtype=torch.float32, tolerance=6e-3)
+
+
+@needs_gpu
+def test_gpu_backward_repeats_bit_for_bit():
+    inputs = kernel_inputs(2, 2048, 4096, 16, 64, 256, torch.bfloat16)
+    cotangents = torch.randn_like(inputs["x"]), torch.randn_like(inputs["state"])
+    first, again = (run_scan(selective_scan, inputs, None, cotangents, impl="triton") for _ in range(2))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+@needs_gpu
+def test_gpu_offsets_beyond_31_bits():
+    """17 texts of 32768 steps and 4096 channels are 2.3e9 elements; equal rows must give equal results."""
+    b, one = 17, kernel_inputs(1, 32768, 4096, 16, 64, 256, torch.bfloat16)
+    if torch.cuda.mem_get_info()[0] < 110e9:
+        pytest.skip("needs 110 GB")
+    many = {k: v if k in ("A", "D", "dt_bias") else v.repeat(b, *[1] * (v.dim() - 1)) for k, v in one.items()}
+    many["z"].requires_grad_()
+    for k in ("x", "dt", "B", "C"):
+        many[k].requires_grad_()
+    y, h = selective_scan(**many, impl="triton")
+    y.backward(y.detach())
+    alone = selective_scan(**one, impl="triton")
+    for m in (y, h, *(many[k].grad for k in ("x", "dt", "B", "C", "z"))):
+        assert torch.equal(m[0], m[-1])
+    torch.testing.assert_close(y[-1:].detach(), alone[0], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(h[-1:].detach(), alone[1], rtol=1e-4, atol=1e-4)
+
+
+@needs_gpu
+def test_gpu_step_at_15b_shape():
+    """One token, bfloat16, b 41, against the slow path in float32."""
+    torch.manual_seed(0)
+    config = Config(vocab_size=8, d_model=512, n_layer=1, n_head=32, n_kv_head=8, head_dim=128, d_mlp=8, layout=("m2",))
+    mixer = nano.cast(nano.Mamba(config), DEVICE, torch.bfloat16)
+    x = torch.randn(41, 1, 512, device=DEVICE, dtype=torch.bfloat16)
+    place = nano.Place(9, None, None, None, None)
+    state = SSM(torch.randn(41, 3, config.d_xb, device=DEVICE).bfloat16(),
+                torch.randn(41, config.d_inner, 16, device=DEVICE))
+    slow = SSM(state.conv.clone(), state.h.clone())
+    with torch.enable_grad():                                                # gradients on: the slow path
+        want, after = mixer(x, slow, place)
+    with torch.no_grad():
+        got, _ = mixer(x, state, place)
+    torch.testing.assert_close(got, want.detach(), rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(state.h, after.h.detach(), rtol=5e-2, atol=5e-2)
+    assert torch.equal(state.conv, after.conv.detach())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation, sample.py and bench.py.
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+STATE_LAYOUTS = {"attention": "t t t", "mamba": "m2 m2 m2", "mixed": "m2 t m2 t", "removed": "t n m2 i"}
+SPECIAL = ["<s>", "</s>", "[INST]", "[/INST]", "<think>", "</think>"]
+
+
+def small_hybrid(layout="m2 t m2 t", **more):
+    """A random model whose logits differ enough that greedy choices are no coin flips."""
+    torch.manual_seed(0)
+    layout = tuple(layout.split())
+    model = HybridLM(Config(262, 32, len(layout), 4, 2, 16, 48, layout=layout, d_state=8, bos_id=256, eos_ids=(257,),
+                            max_length=64, **more)).eval()
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and "A_log" not in name:
+            p.data.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A directory with a small hybrid and a tokenizer of 256 bytes and 6 special tokens."""
+    path = tmp_path_factory.mktemp("ckpt")
+    save_pretrained(small_hybrid(), path)
+    vocab = {character: byte for character, byte in byte_characters().items()}
+    vocab |= {text: 256 + i for i, text in enumerate(SPECIAL)}
+    added = [{"id": 256 + i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "special": True,
+              "normalized": False} for i, text in enumerate(SPECIAL)]
+    pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    with open(path / "tokenizer.json", "w") as f:
+        json.dump({"added_tokens": added, "normalizer": None, "pre_tokenizer": pre, "decoder": pre,
+                   "model": {"type": "BPE", "vocab": vocab, "merges": []}}, f)
+    return str(path)
+
+
+def script(name, *args, stdin="", env=()):
+    """Run a script in a process of its own -> (exit code, stdout, stderr)."""
+    done = subprocess.run([sys.executable, os.path.join(HERE, name), *map(str, args)], input=stdin, capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env))
+    return done.returncode, done.stdout, done.stderr
+
+
+def run_main(module, monkeypatch, capsys, *args, stdin=None):
+    """Run a script's main() in this process, which is faster -> (stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
+    if stdin is not None:
+        monkeypatch.setattr(sys, "stdin", stdin)
+    module.main()
+    return capsys.readouterr()
+
+
+# Generation: one model call per token, whatever else is in the batch.
+
+@pytest.mark.parametrize("layout", STATE_LAYOUTS.values(), ids=STATE_LAYOUTS)
+def test_ragged_batch_gives_what_each_prompt_gives_alone(layout):
+    model = small_hybrid(layout)
+    prompts = [[5], [7, 8], [9, 10, 11, 12, 13, 14, 15], [1, 2, 3], [20] * 12]             # some shorter than the conv
+    together = model.generate(prompts, 12, stop=())
+    assert together == [model.generate([p], 12, stop=())[0] for p in prompts]
+    assert len({tuple(o) for o in together}) > 1                                           # not all the same text
+
+
+def test_sampled_text_does_not_depend_on_the_rest_of_the_batch(checkpoint, monkeypatch, capsys, tmp_path):
+    lines = ["a", "bbb bbb bbb", "", "cc"]
+    (tmp_path / "prompts").write_text("\n".join(lines) + "\n")
+    common = ("--model", checkpoint, "--device", "cpu", "--temperature", "0.8", "--max-new-tokens", 8, "--seed", 5, "--json")
+    out, _ = run_main(sample, monkeypatch, capsys, *common, "--prompt-file", tmp_path / "prompts", "--num-samples", 2)
+    batch = [json.loads(line) for line in out.splitlines()]
+    assert [row["prompt"] for row in batch] == [line for line in lines for _ in range(2)]
+    for i, line in enumerate(lines):
+        out, _ = run_main(sample, monkeypatch, capsys, *common, "--prompt", line, "--num-samples", 2)
+        assert [json.loads(row)["ids"] for row in out.splitlines()] == [row["ids"] for row in batch[2 * i:2 * i + 2]]
+    assert batch[0]["ids"] != batch[1]["ids"]                                              # two samples, two texts
+
+
+@pytest.mark.parametrize("layout", STATE_LAYOUTS.values(), ids=STATE_LAYOUTS)
+def test_chunked_prefill_equals_whole_prefill(layout):
+    model, prompts = small_hybrid(layout), [torch.randint(256, (n,)).tolist() for n in (23, 5, 17)]
+    for batch in (prompts, prompts[:1]):
+        whole, state = model.prefill(batch, 4)
+        for chunk in (1, 2, 3, 7, 22, 23, 100):
+            logits, other = model.prefill(batch, 4, chunk=chunk)
+            torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+            for a, b in zip(state.layers, other.layers):
+                for x, y in zip(a or (), b or ()):
+                    torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cloned_state_is_untouched_by_what_the_original_does():
+    model = small_hybrid()
+    logits, state = model.prefill([[3, 4, 5, 6, 7]], 20)
+    copy, many = state.clone(), state.take([0, 0, 0])
+    bigger = state.resize(40)
+    first = [next_token.item() for next_token, _ in take(model.decode(logits, state), 10)]
+    model.hidden(torch.tensor([[9, 9, 9]]), state)                                         # writes into the caches
+    assert [t.item() for t, _ in take(model.decode(logits, copy), 10)] == first
+    assert [t.item() for t, _ in take(model.decode(logits, bigger), 10)] == first
+    rows = [t.tolist() for t, _ in take(model.decode(logits[[0, 0, 0]], many), 10)]
+    assert rows == [[t] * 3 for t in first]
+    assert bigger.nbytes()[0] == state.nbytes()[0] * 40 // 25 and bigger.nbytes()[1] == state.nbytes()[1]
+
+
+def take(generator, n):
+    return [next(generator) for _ in range(n)]
+
+
+def test_joined_projections_change_nothing(tmp_path):
+    model, tokens = small_hybrid("t m2 n t i"), torch.randint(256, (2, 9))
+    before = model(tokens)[0]
+    join_projections(model)
+    torch.testing.assert_close(model(tokens)[0], before, rtol=1e-5, atol=1e-5)
+    attention = model.layers[0].self_attn                                                  # views, not copies
+    assert attention.k_proj.weight.untyped_storage().data_ptr() == attention.joined.untyped_storage().data_ptr()
+    save_pretrained(model, tmp_path)
+    torch.testing.assert_close(load_pretrained(tmp_path)(tokens)[0], before, rtol=1e-5, atol=1e-5)
+
+
+def test_temperature_top_k_and_top_p():
+    logits = torch.tensor([[2.0, 1.0, 0.5, -1.0]]).repeat(4000, 1)
+    rngs = [torch.Generator().manual_seed(i) for i in range(len(logits))]
+    draw = lambda **kw: choose(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "rngs": rngs} | kw)
+    share = lambda tokens: torch.bincount(tokens, minlength=4) / len(tokens)
+    torch.testing.assert_close(share(draw()), logits[0].softmax(-1), atol=0.03, rtol=0)
+    torch.testing.assert_close(share(draw(temperature=2.0)), (logits[0] / 2).softmax(-1), atol=0.03, rtol=0)
+    assert share(draw(temperature=0.0)).tolist() == [1, 0, 0, 0]
+    assert share(draw(top_k=1)).tolist() == [1, 0, 0, 0]
+    torch.testing.assert_close(share(draw(top_k=2)), torch.cat([logits[0, :2].softmax(-1), torch.zeros(2)]), atol=0.03, rtol=0)
+    p = logits[0].softmax(-1)                                                              # 0.61 0.22 0.14 0.03
+    assert share(draw(top_p=float(p[0]) - 0.01)).tolist() == [1, 0, 0, 0]
+    assert (share(draw(top_p=float(p[0]) + 0.01)) > 0).tolist() == [True, True, False, False]
+    assert (share(draw(top_k=100)) > 0).sum() == 4                                         # more than there are
+
+
+# sample.py
+
+def test_streamed_text_equals_the_decoded_tokens_at_split_characters(checkpoint, monkeypatch, capsys):
+    text, enc, model = "a\u00e9\u20ac\U0001f600 \u4f60\u597d z", load_tokenizer(checkpoint), load_pretrained(checkpoint)
+    ids = enc.encode(text)                                                                 # one token per byte
+    assert len(ids) == len(text.encode())
+    pieces = []
+    for tail in ([257], [0xF0, 0x9F, 257]):                                                # the second ends inside an emoji
+        script_of = iter([torch.tensor([token]) for token in ids + tail])
+        monkeypatch.setattr(HybridLM, "decode", lambda *a, **k: ((token, None) for token in script_of))
+        args = sample.argparse.Namespace(max_new_tokens=99, temperature=0, top_k=0, top_p=1, seed=0)
+        pieces.append([])
+        outputs, _, last, _ = sample.answer(model, enc, args, torch.zeros(1, 262), None, [0], pieces[-1].append)
+        assert outputs[0] == ids + tail[:-1] and last == 257
+    assert "".join(pieces[0]) == text and "\ufffd" not in "".join(pieces[0])
+    assert "".join(pieces[1]) == text + "\ufffd"
+
+
+def test_same_seed_same_text_and_another_seed_another(checkpoint, monkeypatch, capsys):
+    run = lambda *more: run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--prompt", "hi",
+                                 "--temperature", 1, "--max-new-tokens", 20, *more)[0]
+    assert run("--seed", 1) == run("--seed", 1) != run("--seed", 2)
+    assert run("--seed", 1, "--prefill-chunk", 1) == run("--seed", 1)
+
+
+def test_json_has_the_promised_keys_and_true_byte_counts(checkpoint, monkeypatch, capsys):
+    out, err = run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--prompt", "", "--raw",
+                        "--max-new-tokens", 7, "--json")
+    row, = map(json.loads, out.splitlines())
+    assert {"prompt", "text", "tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "kv_bytes", "state_bytes"} <= set(row)
+    _, state = small_hybrid().prefill([[256]], 7)                                                 # an empty prompt is the begin token
+    assert (row["kv_bytes"], row["state_bytes"]) == state.nbytes()
+    assert row["tokens"] == len(row["ids"]) <= 7 and row["ids"] == small_hybrid().generate([[256]], 7)[0]
+    assert "prefill" in err and "KV cache" in err and "trained on" not in err
+
+
+def test_a_context_above_the_trained_length_warns(checkpoint, monkeypatch, capsys):
+    _, err = run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--prompt", "x" * 80,
+                      "--max-new-tokens", 2)
+    assert "trained on 64" in err
+
+
+def test_chat_keeps_its_state_between_turns(checkpoint, monkeypatch, capsys):
+    """Two turns with the state kept = one prompt that holds the whole conversation."""
+    import io
+    out, _ = run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--chat",
+                      "--max-new-tokens", 9, stdin=io.StringIO("hello\nand again\n"))
+    model, enc = load_pretrained(checkpoint), load_tokenizer(checkpoint)
+    ids = enc.encode("<s>[INST] hello [/INST]", allowed_special="all")
+    first = model.generate([ids], 9)[0]
+    ids += first + enc.encode("</s>[INST] and again [/INST]", allowed_special="all")
+    texts = [enc.decode(new) for new in (first, model.generate([ids], 9)[0])]
+    assert out == "".join(text + "\n" for text in texts)
+
+
+@pytest.mark.parametrize("name, args, words", [
+    ("sample.py", ["--model", "no/such/dir"], "no such directory"), ("sample.py", ["--top-p", "0"], "--top-p"),
+    ("sample.py", ["--prompt-file", "missing.txt", "--model", "CKPT"], "cannot read missing.txt"),
+    ("bench.py", ["--shape", "70b"], "known are 15b"), ("bench.py", ["--ctx", "many"], "whole numbers")])
+def test_user_errors_are_one_line_and_exit_code_2(checkpoint, name, args, words):
+    code, out, err = script(name, *(checkpoint if a == "CKPT" else a for a in args))
+    assert code == 2 and out == "" and words in err and err.count("\n") == 1, err
+
+
+# bench.py
+
+@pytest.mark.parametrize("shape", ["tiny", "1b"])
+@pytest.mark.parametrize("k", [0, 25, 50])
+def test_byte_accounting_equals_the_real_tensors(shape, k):
+    config = bench.hybrid(bench.SHAPES[shape], k)
+    assert config.layout.count("m2") == round(k * config.n_layer / 50)
+    for dtype in (torch.float32, torch.bfloat16):
+        size = bench.sizes(config, dtype, 24)
+        with torch.device("meta"):                                                         # real sizes, no memory
+            model = HybridLM(config)
+            model = model.to(dtype) if dtype == torch.float32 else cast_like_loading(model, dtype)
+            state = model.new_state(3, 24)
+        assert tuple(n * 3 for n in (size["kv_bytes"], size["state_bytes"])) == state.nbytes()
+        assert size["weight_bytes"] == sum(p.nbytes for p in model.parameters())
+        assert size["params"] == sum(p.numel() for p in model.parameters())
+
+
+def cast_like_loading(model, dtype):
+    from model import cast
+    return cast(model, "meta", dtype)
+
+
+def test_the_random_model_and_its_filled_state_have_the_planned_sizes():
+    config = bench.hybrid(bench.replace(bench.SHAPES["tiny"], n_layer=4, layout=()), 25)
+    for dtype in (torch.float32, torch.bfloat16):
+        size, model = bench.sizes(config, dtype, 40), bench.random_model(config, torch.device("cpu"), dtype)
+        assert size["weight_bytes"] == sum(p.nbytes for p in model.parameters())
+        with torch.no_grad():
+            state = bench.filled_state(model, 2, 40)
+            assert state.nbytes() == (2 * size["kv_bytes"], 2 * size["state_bytes"])
+            assert all((m != 0).float().mean() > 0.99 for layer in state.layers for m in layer)
+            part = bench.narrow(state, 1, 3)
+            assert part.position == 37 and all(m.shape[0] == 1 for layer in part.layers for m in layer)
+            assert bench.decode_steps(model, torch.tensor([[5]]), part, 3).shape == (1, 1)
+        assert isinstance(state.layers[0], KV) or isinstance(state.layers[-1], KV)
+
+
+def test_the_published_layers_are_the_ones_replaced():
+    config = bench.SHAPES["15b"]
+    assert sorted(bench.ORDER) == list(range(50))
+    kept = [i for i, kind in enumerate(bench.hybrid(config, 30).layout) if kind == "t"]
+    assert kept == [0, 1, 2, 4, *range(9, 20), 26, 28, 29, 34, 48]
+    size = bench.sizes(bench.hybrid(config, 0), torch.bfloat16, 32768)                     # figures of gpu-design section 4
+    assert abs(size["params"] / 14.97e9 - 1) < 1e-3 and abs(size["kv_bytes"] / 6.71e9 - 1) < 1e-3
+    assert abs(bench.limit(size, 16, 4.3e12) / 506 - 1) < 0.01
+
+
+def test_bench_end_to_end_on_the_tiny_shape(tmp_path):
+    log = tmp_path / "rows.jsonl"
+    code, out, err = script("bench.py", "--device", "cpu", "--ctx", 64, "--replace", "0,40", "--batch", "1,max", "--seconds", 0,
+                            "--memory", 0.03, "--prefill-tokens", 32, "--what", "prefill,decode,scan", "--json", log)
+    assert code == 0, err
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["row"] for row in rows] == ["H-0", "H-40", "scan loop", "scan chunk"]
+    assert out.index("limit (batch)") < out.index("measured") and "instead of prefilling" in out
+    for row in rows[:2]:
+        assert row["decode"][-1]["batch"] == row["largest_batch"] > 1 and row["prefill_tokens_per_s"] > 0
+        for cell in row["decode"]:
+            share = 100 * cell["tokens_per_s"] / cell["limit_tokens_per_s"]
+            assert abs(cell["percent_of_limit"] - share) < 1e-6
+    assert rows[1]["ratio_to_h0"] > 0 and {"torch", "commit", "device", "dtype", "triton"} <= set(rows[0])
+
+
+def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint, monkeypatch, capsys):
+    out, _ = run_main(bench, monkeypatch, capsys, "--device", "cpu", "--model", checkpoint, "--replace", "0,50", "--ctx", 4096,
+                      "--memory", 0.001, "--seconds", 0, "--batch", "1", "--what", "decode")
+    lines = {line.split()[0]: line for line in out.splitlines() if line.split()[:1]}
+    assert "does not fit" in lines["H-0"] and "(1)" in lines["H-50"] and "does not fit" in lines["model"]
