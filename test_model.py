@@ -2151,7 +2151,7 @@ def test_bench_end_to_end_on_the_tiny_shape(tmp_path):
     assert code == 0, err
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["row"] for row in rows] == ["H-0", "H-40", "scan loop", "scan chunk"]
-    assert out.index("limit (batch)") < out.index("measured") and "instead of prefilling" in out
+    assert out.index("limit (batch)") < out.index("measured, tokens/s") and "instead of prefilling" in out
     for row in rows[:2]:
         assert row["decode"][-1]["batch"] == row["largest_batch"] > 1 and row["prefill_tokens_per_s"] > 0
         for cell in row["decode"]:
@@ -2165,3 +2165,203 @@ def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint, monkey
                       "--memory", 0.001, "--seconds", 0, "--batch", "1", "--what", "decode")
     lines = {line.split()[0]: line for line in out.splitlines() if line.split()[:1]}
     assert "does not fit" in lines["H-0"] and "(1)" in lines["H-50"] and "does not fit" in lines["model"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train_sft.py and distill.py: problems, masks, losses, resume, ranking, refusals.
+
+import argparse                                          # noqa: E402  (kept beside the tests that need them)
+import copy                                              # noqa: E402
+
+import distill                                           # noqa: E402
+import train_sft                                         # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    """A directory with an untrained 4-layer teacher and the tokenizer of the traces. -> its path, the tokenizer."""
+    path = tmp_path_factory.mktemp("teacher")
+    train_sft.make_tokenizer(path, n_vocab=300, n_problems=20)
+    torch.manual_seed(0)
+    lm = HybridLM(dataclasses.replace(train_sft.TEACHER, n_layer=4, layout=()))
+    train_sft.init_weights(lm)
+    save_pretrained(lm, path)
+    return str(path), load_tokenizer(path)
+
+
+def test_splits_share_no_problem_and_repeat():
+    sets = {split: {p[1] for p in train_sft.problem_set(split, 40)} for split in ("test", "probe", "dev")}
+    sets["train"] = {p[1] for _, p in zip(range(300), train_sft.problems("train", 1))}
+    names = list(sets)
+    assert all(not sets[a] & sets[b] for i, a in enumerate(names) for b in names[:i])
+    assert train_sft.problem_set("test", 5) == train_sft.problem_set("test", 5)
+
+
+def test_every_answer_can_be_worked_out_from_the_question():
+    for family, question, steps, answer in train_sft.problem_set("test", 60):
+        if family == "swaps":
+            has = dict(regex.findall(r"(\w+) has the (\w+)\.", question))
+            for a, b in regex.findall(r"\d+: (\w+) and (\w+) swap\.", question):
+                has[a], has[b] = has[b], has[a]
+            assert has[regex.search(r"What does (\w+) have\?", question)[1]] == answer
+        elif family == "retrieval":
+            code = dict(regex.findall(r"The (\w+) has code ([\d ]+)\.", question))
+            owns = dict(regex.findall(r"(\w+) owns the (\w+)\.", question))
+            thing = regex.search(r"of the (\w+)\?$", question)
+            assert code[thing[1] if thing else owns[regex.search(r"of (\w+)\?$", question)[1]]] == answer
+        else:
+            facts = {name: fact for name, fact in regex.findall(r"(\w+) has ([^.?]+)\.", question)}
+            def value(name):
+                words = facts[name].split()
+                if words[0] == "twice":
+                    return 2 * value(words[-1])
+                signs = {"more": 1, "fewer": -1}
+                return value(words[-1]) + signs[words[1]] * int(words[0]) if words[1] in signs else int(words[0])
+            assert str(value(regex.search(r"does (\w+) have\?", question)[1])) == answer
+        assert answer in steps
+
+
+def test_only_the_response_is_trained_and_labels_are_shifted_once(traces):
+    _, enc = traces
+    problem = train_sft.problem_set("test", 1)[0]
+    ids, trained = train_sft.encode_problem(enc, problem)
+    assert enc.decode([i for i, flag in zip(ids, trained) if flag]) == train_sft.format_response(*problem[2:])
+    parts = train_sft.parts_of({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    assert parts == [("<s>", False), ("[INST] a [/INST]", False), ("b</s>", True)]
+    tokens, targets = train_sft.collate([([5, 6, 0, 8, 9], [False, False, True, True, True]), ([1, 2], [False, True])], "cpu")
+    assert targets.tolist() == [[-1, 0, 8, 9, -1], [2, -1, -1, -1, -1]]      # an id equal to the padding still counts
+    assert ">>>" in train_sft.show_example(enc, (ids, trained))
+
+
+@pytest.mark.parametrize("line,why", [("{oops", "line 3"), ('{"prompt": "a"}', "line 3"),
+                                      ('{"prompt": "a", "response": ""}', "line 3")])
+def test_a_broken_line_is_named(traces, tmp_path, line, why):
+    good = json.dumps({"prompt": "a", "response": "b</s>"})
+    (tmp_path / "x.jsonl").write_text("\n".join([good, good, line]))
+    with pytest.raises(UserError, match=why):
+        train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 538)
+
+
+def test_batches_depend_on_seed_and_number_alone():
+    block = train_sft.list_block([([i] * (i % 7 + 2), [True] * (i % 7 + 2)) for i in range(50)], seed=3)
+    stream = train_sft.batches(block, 4)
+    first = [next(stream) for _ in range(40)]
+    for start in (1, 15, 16, 33):
+        assert next(train_sft.batches(block, 4, start)) == first[start]
+
+
+def test_kl_is_zero_for_equal_logits_exact_and_finite():
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 11, dtype=torch.float64).float(), torch.randn(6, 11)
+    assert distill.kl_divergence(a, a).abs().max() < 1e-6
+    a.requires_grad_()
+    q, p = a.softmax(-1), b.softmax(-1)
+    kl = distill.kl_divergence(a, b)
+    torch.testing.assert_close(kl, (q * (q / p).log()).sum(-1), rtol=1e-5, atol=1e-6)
+    kl.sum().backward()
+    torch.testing.assert_close(a.grad, (q * ((q / p).log() - kl[:, None])).detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(distill.kl_divergence(a, b, "forward_kl"), (p * (p / q).log()).sum(-1), rtol=1e-5, atol=1e-6)
+    far = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    distill.kl_divergence(far, -far.detach()).sum().backward()
+    assert torch.isfinite(far.grad).all()
+
+
+def test_kl_in_pieces_is_the_same_in_value_and_gradients():
+    torch.manual_seed(0)
+    heads = [torch.nn.Linear(8, 50, bias=False) for _ in range(2)]
+    x, y, results = torch.randn(23, 8, requires_grad=True), torch.randn(23, 8), []
+    for chunk in (None, 5):
+        loss = distill.distillation_loss(x, y, *heads, chunk=chunk)
+        results.append((loss, *torch.autograd.grad(loss, (x, heads[0].weight))))
+    for whole, pieces in zip(*results):
+        torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(traces):
+    lm, other = load_pretrained(traces[0]), load_pretrained(traces[0])
+    convert(other, lm, [1], "aligned")
+    tokens = torch.randint(7, 200, (2, 9))
+    targets = torch.full((2, 9), -1)
+    targets[:, 2:5] = tokens[:, 3:6]
+    changed = tokens.clone()
+    changed[:, 6:] = 9                                                       # after the last trained position
+    loss = [distill.batch_loss(other, lm, t, targets, "reverse_kl")[0] for t in (tokens, changed)]
+    assert torch.equal(*loss)
+    empty, count, _ = train_sft.cross_entropy(other, tokens, torch.full((2, 9), -1))
+    (empty / max(1, count)).backward()
+    assert count == 0 and empty.item() == 0 and all(p.grad is None or torch.isfinite(p.grad).all() for p in other.parameters())
+
+
+def test_decay_only_for_matrices_inside_the_layers(traces):
+    lm = load_pretrained(traces[0])
+    convert(lm, load_pretrained(traces[0]), [0], "aligned")
+    muon, adam = train_sft.make_optimizers(lm, 1e-3)
+    names = {id(p): name for name, p in lm.named_parameters()}
+    decayed = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    assert adam.param_groups[0]["weight_decay"] == 0 and "layers.0.mixer.in_proj.weight" in decayed
+    for part in ("A_log", ".D", "dt_proj.bias", "conv1d", "norm", "embed_tokens", "lm_head"):
+        assert not any(part in name for name in decayed), part
+
+
+def test_training_resumed_is_training_uninterrupted(traces, tmp_path):
+    def run(out, stop=None):
+        args = argparse.Namespace(out=str(out), steps=4, batch=2, lr=1e-3, warmup=1, every=2, resume=True, seed=0,
+                                  model=None, layers=4, data=None, ctx=64, easy=0.0)
+        lm, block = load_pretrained(traces[0]).train(), train_sft.trace_block(traces[1], 0)
+        if stop is not None:
+            calls, real = [], train_sft.clipped_step
+            def interrupted(*a):
+                calls.append(1)
+                if len(calls) > stop:
+                    raise KeyboardInterrupt
+                return real(*a)
+            train_sft.clipped_step = interrupted
+        try:
+            train_sft.train(args, lm, block, torch.device("cpu"), torch.float32)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            if stop is not None:
+                train_sft.clipped_step = real
+        return lm
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole = run(tmp_path / "a")
+    run(tmp_path / "b", stop=2)
+    again = run(tmp_path / "b")
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
+
+
+def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces):
+    lm, enc = load_pretrained(traces[0]), traces[1]
+    torch.nn.init.zeros_(lm.layers[2].self_attn.o_proj.weight)
+    examples = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("probe", 2)]
+    scores = distill.leave_one_out(lm, [examples], torch.device("cpu"), torch.float32, use_accuracy=False)
+    assert distill.least_important_first(scores)[0] == 2
+    for layer in (0, 3):
+        without = convert(copy.deepcopy(lm), lm, [layer], "identity")
+        loss, count, _ = train_sft.cross_entropy(without, *train_sft.collate(examples, "cpu"))
+        assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
+
+
+def test_distil_from_end_to_end(traces, tmp_path, monkeypatch, capsys):
+    before = open(os.path.join(traces[0], "model.safetensors"), "rb").read()
+    run = lambda *more: (monkeypatch.setattr(sys, "argv", ["distill.py", "--teacher", traces[0], *map(str, more)]), distill.main())
+    run("--stages", "1,2", "--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1, "--out", tmp_path)
+    report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert set(report) == {"replaced", "layout", "teacher_accuracy", "student_accuracy", "accuracy_by_family", "kl_first",
+                           "kl_last", "steps", "tokens", "seconds", "seed"}
+    assert report["layout"].count("m2") == 2 == len(report["replaced"])
+    assert load_pretrained(tmp_path / "h2").config.layout == tuple(report["layout"])
+    assert open(os.path.join(traces[0], "model.safetensors"), "rb").read() == before
+    with pytest.raises(UserError, match="overwrite"):                        # a finished result is not lost unasked
+        run("--replace", 2, "--out", tmp_path / "h2")
+    with pytest.raises(UserError, match="4 attention layers"):
+        run("--replace", 99, "--out", tmp_path / "new")
+    with pytest.raises(UserError, match="rank"):
+        run("--replace", 1, "--rank", "nonsense", "--out", tmp_path / "new")
+
+
+def test_a_mistake_is_one_line_and_exit_code_2():
+    for arguments in (["distill.py", "--teacher", "no/such/dir"], ["train_sft.py", "--model", "no/such/dir", "--out", "out/x"]):
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=os.path.dirname(__file__) or ".")
+        assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and "no/such/dir" in done.stderr

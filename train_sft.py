@@ -1,9 +1,9 @@
 """
 Make reasoning traces, and train a model on them: the teacher from scratch, or supervised fine-tuning of any checkpoint.
 
-    python train_sft.py --scratch --layers 6 --steps 300 --out out/tiny        # a small teacher from nothing (3 minutes)
-    python train_sft.py --model out/h25 --steps 50 --out out/h25-sft           # fine-tune a hybrid on the built-in traces
-    python train_sft.py --model DIR --data traces.jsonl --out out/mine         # ... or any checkpoint on your own traces
+    python train_sft.py --scratch --layers 5 --steps 300 --out out/tiny      # a small model from nothing
+    python train_sft.py --model out/h25 --steps 50 --out out/h25-sft         # fine-tune a hybrid on the built-in traces
+    python train_sft.py --model DIR --data traces.jsonl --out out/mine       # ... or any checkpoint on your own
 
 The first half of this file is also the library of the other scripts: devices, problems, batches, loss and evaluation.
 """
@@ -384,7 +384,7 @@ def solve(model, enc, problem_list, batch=128, max_new_tokens=192, note="solving
             rows = order[i:i + batch]
             outputs = model.generate([prompts[row] for row in rows], max_new_tokens)
             for row, ids in zip(rows, outputs):
-                texts[row] = enc.decode(ids)
+                texts[row] = enc.decode([i for i in ids if i <= enc.max_token_value])    # a model may know more ids
             bar.update(len(rows))
     return texts
 
@@ -602,7 +602,7 @@ def train(args, model, block, device, dtype):
             if (step + 1) % 10 == 0 or step + 1 == args.steps:
                 log.append({"step": step + 1, "loss": round(meter[0] / max(1, meter[1]), 5), "tokens": tokens_seen,
                             "seconds": round(time.time() - began, 1)})
-                bar.set_postfix(loss=f"{log[-1]['loss']:.4f}", tok_s=f"{tokens_seen / log[-1]['seconds']:.0f}")
+                bar.set_postfix(loss=f"{log[-1]['loss']:.4f}", tok_s=f"{tokens_seen / max(0.1, log[-1]['seconds']):.0f}")
                 meter = [0.0, 0]
             if (step + 1) % args.every == 0:
                 save_progress(progress, model, optimizers, {"run": run, "step": step + 1, "log": log})
