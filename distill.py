@@ -381,7 +381,7 @@ def parse_args():
     p.add_argument("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"), help="default reverse_kl")
     p.add_argument("--train", default="auto", choices=("auto", "all", "mixers"),
                    help="which weights train; auto: all if that fits into memory (default auto)")
-    p.add_argument("--steps", type=int, default=150, help="optimiser steps of a stage (default 150)")
+    p.add_argument("--steps", type=int, default=100, help="optimiser steps of a stage (default 100)")
     p.add_argument("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
     p.add_argument("--batch", type=int, default=24, help="texts per step (default 24)")
     p.add_argument("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
