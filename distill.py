@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import model as nano
 from model import UserError
-from train_sft import (accuracy, autocast, batches, claim_out, clipped_step, collate, encode_problem, learning_rate, list_block, load_progress, make_optimizers, pick_device, pick_dtype,
+from train_sft import (accuracy, autocast, batches, claim_out, clipped_step, collate, encode_problem,
+                       learning_rate, list_block, load_progress, make_optimizers, pick_device, pick_dtype,
                        problem_set, read_jsonl, run_main, save_progress, show_example, solve, trace_block)
 
 
@@ -124,7 +125,7 @@ def leave_one_out(model, probe, device, dtype, use_accuracy):
 
 
 def score(logits, base, targets):
-    """logits, base (m, vocab_size) -> tensor [rows that are right throughout, summed KL to base, summed cross-entropy]."""
+    """logits, base (m, vocab_size) -> tensor [rows right throughout, summed KL to base, summed cross-entropy]."""
     trained, wanted = targets >= 0, targets[targets >= 0]
     wrong = torch.zeros_like(trained)
     wrong[trained] = logits.argmax(-1) != wanted
@@ -133,8 +134,8 @@ def score(logits, base, targets):
 
 
 def least_important_first(scores):
-    """LOO: the highest accuracy without the layer first, or the lowest KL where there is no accuracy. Ties, and MMR: the
-    lowest loss first."""
+    """LOO: the highest accuracy without the layer first, or the lowest KL where there is none. Ties, and MMR: lowest
+    loss first."""
     key = lambda s: (-s["accuracy"] if s.get("accuracy") is not None else s.get("kl", 0.0), s["loss"])
     return [s["layer"] for s in sorted(scores, key=key)]
 
@@ -223,8 +224,8 @@ def try_each_layer(args, run, student, attention, key):
 # Distillation.
 
 def distill(args, run, student, meta):
-    """Train the student for args.steps steps. -> log entries, one per step. meta: a dict kept with the progress, which is
-    saved in args.out/progress.safetensors every 25 steps and on Ctrl-C, and read back with --resume."""
+    """Train the student for args.steps steps. -> log entries, one per step. meta: a dict kept with the progress, saved
+    in args.out/progress.safetensors every 25 steps and on Ctrl-C, and read back with --resume."""
     optimizers, start, log, began = make_optimizers(student, args.lr), 0, [], time.time()
     progress = os.path.join(args.out, "progress.safetensors")
     if args.resume and os.path.exists(progress):
@@ -314,7 +315,8 @@ def evaluate(args, run, student):
     if args.data:
         return result, lines
     problems = problem_set("test", args.eval)
-    texts = [solve(m, run.enc, problems, note=f"{who} solves") for m, who in ((teacher, "teacher"), (student, "student"))]
+    both = (teacher, "teacher"), (student, "student")
+    texts = [solve(m, run.enc, problems, note=f"{who} solves") for m, who in both]
     (by_t, all_t), (by_s, all_s) = (accuracy(problems, t) for t in texts)
     result = {"teacher_accuracy": all_t, "student_accuracy": all_s,
               "accuracy_by_family": {family: [by_t[family], by_s[family]] for family in by_t}}
@@ -340,7 +342,8 @@ def stage(args, run):
     torch.manual_seed(args.seed)                                             # fresh parts do not depend on the ranking
     student = set_trained(nano.convert(student, run.teacher, new, args.init), args.train).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
-    same = {key: getattr(args, key) for key in ("replace", "data", "init", "loss", "train", "steps", "batch", "lr", "seed")}
+    keys = ("replace", "data", "init", "loss", "train", "steps", "batch", "lr", "seed")
+    same = {key: getattr(args, key) for key in keys}
     kl = lambda: mean_loss(student, run.teacher, [run.fixed], "reverse_kl", run.device, run.dtype)
     meta = {"run": same | {"replaced": done + new}, "kl_first": kl()}
     log = distill(args, run, student, meta)
@@ -369,15 +372,15 @@ RANKS = ("auto", "loo", "mmr", "first", "last", "random")
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--replace", type=int, default=25, help="attention layers to replace, in all (default 25)")
-    p.add_argument("--stages", help="several values of --replace, as 25,27,30: one checkpoint each, from the one before")
+    p.add_argument("--stages", help="several values of --replace, as 25,27,30: one checkpoint each, from the last")
     p.add_argument("--teacher", default="teacher", help="checkpoint directory of the original (default: teacher)")
     p.add_argument("--student", help="start from this hybrid, an earlier stage (default: the teacher itself)")
     p.add_argument("--out", help="directory for the result; with --stages, the one above (default: out/hN; an --init "
                                  "other than the default adds its name)")
     p.add_argument("--data", help="JSONL file of prompt/response or messages (default: the built-in traces)")
-    p.add_argument("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file with a list; "
+    p.add_argument("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of layers; "
                                                   "auto: loo, and mmr with --student (default auto)")
-    p.add_argument("--init", default="aligned", choices=tuple(nano.INITS), help="start of a new mixer (default aligned)")
+    p.add_argument("--init", default="aligned", choices=tuple(nano.INITS), help="of a new mixer (default aligned)")
     p.add_argument("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"), help="default reverse_kl")
     p.add_argument("--train", default="auto", choices=("auto", "all", "mixers"),
                    help="which weights train; auto: all if that fits into memory (default auto)")
@@ -387,8 +390,8 @@ def parse_args():
     p.add_argument("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 0.001)")
     p.add_argument("--warmup", type=int, default=10, help="steps of linear warm-up (default 10)")
-    p.add_argument("--probe", type=int, default=48, help="problems per family for LOO, or examples of --data (default 48)")
-    p.add_argument("--eval", type=int, default=200, help="held-out problems per family in the final table (default 200)")
+    p.add_argument("--probe", type=int, default=48, help="problems per family for LOO, or --data examples (default 48)")
+    p.add_argument("--eval", type=int, default=200, help="held-out problems per family at the end (default 200)")
     p.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     p.add_argument("--dtype", default="auto", help="of matrix products: auto, float32 or bfloat16 (default auto)")
@@ -441,7 +444,7 @@ def main():
     for s in stages:
         claim_out(s.out, args.overwrite, s.resume, done="report.json")
     size = sum(p.numel() for p in teacher.parameters())
-    if args.train == "auto":                                                 # weights, gradients, optimiser, the teacher
+    if args.train == "auto":                                                # weights, gradients, optimiser, the teacher
         train_kind = "all" if size * 20 < 0.7 * memory_bytes(device) else "mixers"
         for s in stages:
             s.train = train_kind
@@ -449,7 +452,8 @@ def main():
           f"{dtype}; scan: {nano.scan_backend(device)}; training {stages[0].train}\n"
           f"an example, trained part marked: {show_example(enc, block(0, 1)[0])}")
     probe = sorted(probe, key=lambda e: len(e[0]))                           # batches of similar length
-    run = Run(teacher, enc, device, dtype, block, [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)], fixed)
+    probe = [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)]
+    run = Run(teacher, enc, device, dtype, block, probe, fixed)
     for s in stages:
         if args.stages and not args.overwrite and os.path.exists(os.path.join(s.out, "report.json")):
             print(f"{s.out} is finished already, kept")

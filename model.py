@@ -330,7 +330,8 @@ class ChunkedScan(torch.autograd.Function):
         dA.zero_()
         for i in reversed(range(0, t, ctx.size)):
             part = slice(i, i + ctx.size)
-            a, s = chunk_states(x[part], dt[part], A, B[part], borders[i // ctx.size], None if keep is None else keep[part])
+            start, kept = borders[i // ctx.size], None if keep is None else keep[part]
+            a, s = chunk_states(x[part], dt[part], A, B[part], start, kept)
             dyg = dy[part].view(-1, b, gc, d // gc, 1)
             dC[part] = torch.matmul(dyg.transpose(-1, -2), s.view(-1, b, gc, d // gc, n)).squeeze(-2)
             k = (dyg * C[part][:, :, :, None]).view(s.shape)                 # (t, b, d, n)
@@ -368,7 +369,8 @@ def scan_chunk(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None, reset=N
 
 
 def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None, reset=None, impl="auto"):
-    """Walk the recurrence of a Mamba layer: s_t = exp(dt_t A) s_{t-1} + dt_t B_t x_t, y_t = (C_t . s_t + D x_t) silu(z_t).
+    """Walk the recurrence of a Mamba layer:
+    s_t = exp(dt_t A) s_{t-1} + dt_t B_t x_t, y_t = (C_t . s_t + D x_t) silu(z_t).
 
     x, dt, z (b, t, d), float32, bfloat16 or float64; the step used is softplus(dt + dt_bias).
     A (d, n), negative. D, dt_bias (d). B (b, t, g, n) and C (b, t, g', n): channel c reads group c // (d // g).
@@ -446,7 +448,7 @@ def causal_conv(x, before, weight, bias, pos):
 # The Mamba mixer ("m2" in the file format): Mamba-1 with grouped x and B, shaped so that attention weights fit into it.
 #
 # in_proj makes [z, x, B, C] in one product; dt has a low-rank path of its own. Everything is cut into chunks of d_state
-# (not of head_dim): channel c (chunk j = c // n, lane p = c % n, r = d_inner / d_xb) reads z row c, x row (j // r) n + p,
+# (not of head_dim): channel c (chunk j = c // n, lane p = c % n, r = d_inner / d_xb) reads z row c, x row (j//r) n + p
 # B rows (j // r) n ... + n - 1 and C rows j n ... + n - 1.
 #
 # The trap of this format: dt_proj adds its bias, and the scan adds the same bias again, so dt = softplus(W r + 2 bias).
@@ -465,7 +467,7 @@ class Mamba(nn.Module):
         self.in_proj = nn.Linear(c.d_model, 2 * c.d_inner + 2 * c.d_xb, bias=c.proj_bias)        # rows [z, x, B, C]
         self.dt_in_proj = nn.Linear(c.d_model, c.dt_rank, bias=c.proj_bias)
         self.dt_proj = nn.Linear(c.dt_rank, c.d_inner, bias=c.dt_bias)
-        self.conv1d = nn.Conv1d(channels, channels, c.d_conv, groups=channels, bias=c.conv_bias)  # holds the weights only
+        self.conv1d = nn.Conv1d(channels, channels, c.d_conv, groups=channels, bias=c.conv_bias)  # only holds weights
         self.A_log = nn.Parameter(torch.arange(1, c.d_state + 1).float().log().repeat(c.d_inner, 1))  # A = -1 ... -n
         self.D = nn.Parameter(torch.ones(c.d_inner))
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.proj_bias)
@@ -474,11 +476,12 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def init_dt(self):
-        """Step sizes log-uniform in [dt_min, dt_max], as in Mamba; half of the bias is stored, since it counts twice."""
+        """Step sizes log-uniform in [dt_min, dt_max], as in Mamba; half the bias is stored, since it counts twice."""
         c = self.config
         nn.init.uniform_(self.dt_proj.weight, -c.dt_scale * c.dt_rank ** -0.5, c.dt_scale * c.dt_rank ** -0.5)
         if self.dt_proj.bias is not None:
-            dt = torch.empty(c.d_inner).uniform_(math.log(c.dt_min), math.log(c.dt_max)).exp().clamp(min=c.dt_init_floor)
+            dt = torch.empty(c.d_inner).uniform_(math.log(c.dt_min), math.log(c.dt_max)).exp()
+            dt = dt.clamp(min=c.dt_init_floor)
             self.dt_proj.bias.copy_((dt + torch.log(-torch.expm1(-dt))) / 2)  # the inverse of softplus, halved
 
     def expand(self, x):
@@ -667,7 +670,7 @@ class HybridLM(nn.Module):
 
     def generate(self, prompts, max_new_tokens, temperature=0.0, stop=None, top_k=0, top_p=1.0, seed=0):
         """prompts: a list of id lists of any lengths -> per prompt the list of new ids, at most max_new_tokens, without
-        the stop token that ended it (stop: a collection of ids; None: config.eos_ids). A row gives what it gives alone."""
+        the stop token that ended it (stop: ids; None: config.eos_ids). A row gives what it would give alone."""
         stop = set(self.config.eos_ids if stop is None else stop)
         outputs, done = [[] for _ in prompts], [max_new_tokens < 1] * len(prompts)
         logits, state = self.prefill(prompts, max_new_tokens)
@@ -704,7 +707,7 @@ def choose(logits, temperature, top_k, top_p, rngs):
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
     probs = logits.softmax(dim=-1)
-    if top_p < 1:                                                            # the smallest set that holds top_p of the mass
+    if top_p < 1:                                                        # the smallest set that holds top_p of the mass
         ranked, order = probs.sort(dim=-1, descending=True)
         ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)

@@ -2039,7 +2039,7 @@ def test_streamed_text_equals_the_decoded_tokens_at_split_characters(checkpoint,
     ids = enc.encode(text)                                                                 # one token per byte
     assert len(ids) == len(text.encode())
     pieces = []
-    for tail in ([257], [0xF0, 0x9F, 257]):                                                # the second ends inside an emoji
+    for tail in ([257], [0xF0, 0x9F, 257]):                                            # the second ends inside an emoji
         script_of = iter([torch.tensor([token]) for token in ids + tail])
         monkeypatch.setattr(HybridLM, "decode", lambda *a, **k: ((token, None) for token in script_of))
         args = sample.argparse.Namespace(max_new_tokens=99, temperature=0, top_k=0, top_p=1, seed=0)
@@ -2062,7 +2062,7 @@ def test_json_has_the_promised_keys_and_true_byte_counts(checkpoint, monkeypatch
                         "--max-new-tokens", 7, "--json")
     row, = map(json.loads, out.splitlines())
     assert {"prompt", "text", "tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "kv_bytes", "state_bytes"} <= set(row)
-    _, state = small_hybrid().prefill([[256]], 7)                                                 # an empty prompt is the begin token
+    _, state = small_hybrid().prefill([[256]], 7)                                   # an empty prompt is the begin token
     assert (row["kv_bytes"], row["state_bytes"]) == state.nbytes()
     assert row["tokens"] == len(row["ids"]) <= 7 and row["ids"] == small_hybrid().generate([[256]], 7)[0]
     assert "prefill" in err and "KV cache" in err and "trained on" not in err
@@ -2139,7 +2139,7 @@ def test_the_published_layers_are_the_ones_replaced():
     assert sorted(bench.ORDER) == list(range(50))
     kept = [i for i, kind in enumerate(bench.hybrid(config, 30).layout) if kind == "t"]
     assert kept == [0, 1, 2, 4, *range(9, 20), 26, 28, 29, 34, 48]
-    size = bench.sizes(bench.hybrid(config, 0), torch.bfloat16, 32768)                     # figures of gpu-design section 4
+    size = bench.sizes(bench.hybrid(config, 0), torch.bfloat16, 32768)                 # figures of gpu-design section 4
     assert abs(size["params"] / 14.97e9 - 1) < 1e-3 and abs(size["kv_bytes"] / 6.71e9 - 1) < 1e-3
     assert abs(bench.limit(size, 16, 4.3e12) / 506 - 1) < 0.01
 

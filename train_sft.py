@@ -28,7 +28,7 @@ from tqdm import tqdm
 import model as nano
 from model import UserError
 
-torch.set_flush_denormal(True)                           # a state that has decayed to 1e-40 costs 100 cycles an operation
+torch.set_flush_denormal(True)                         # a state that has decayed to 1e-40 costs 100 cycles an operation
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """"auto" -> bfloat16 on cuda, float32 elsewhere. Only matrix products use it: states, steps and losses are float32."""
+    """"auto" -> bfloat16 on cuda, float32 elsewhere. Only matrix products use it: the rest is float32."""
     name = ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name
     if name not in ("float32", "bfloat16"):
         raise UserError(f"dtype {name!r} is not supported: use float32 or bfloat16")
@@ -57,7 +57,7 @@ def autocast(device, dtype):
 
 
 def run_main(main):
-    """Run a script: a user's mistake is one line and exit code 2, Ctrl-C is exit code 130, a bug keeps its traceback."""
+    """Run a script: a user's mistake is one line and exit code 2, Ctrl-C exit code 130, a bug keeps its traceback."""
     try:
         main()
     except UserError as e:
@@ -69,7 +69,7 @@ def run_main(main):
 
 
 def claim_out(path, overwrite, resume, done="config.json"):
-    """Check that the directory `path` can be written and holds no finished result (`done`) that nobody asked to lose."""
+    """Check that the directory `path` can be written and holds no finished result (`done`) nobody asked to lose."""
     if os.path.exists(os.path.join(path, done)) and not (overwrite or resume):
         raise UserError(f"{path} already holds a result: choose another --out, or pass --overwrite")
     try:
@@ -101,7 +101,9 @@ def story(rng, size):
     names, goods = rng.sample(NAMES, n_chain + 1 + n_extra), rng.choice(GOODS)
     value, fact, note, base = {}, {}, {}, {}
     for i, name in enumerate(names):
-        other = names[i - 1] if 0 < i <= n_chain else rng.choice(names[:i]) if i > n_chain and rng.random() < 0.7 else None
+        other = names[i - 1] if 0 < i <= n_chain else None
+        if i > n_chain and rng.random() < 0.7:                               # somebody who does not matter
+            other = rng.choice(names[:i])
         if other is None:
             value[name] = rng.randint(2, 60)
             fact[name] = f"{value[name]} {goods}"
@@ -163,7 +165,7 @@ def split_of(question):
 
 
 def problems(split, seed, size=1.0):
-    """Endless (family, question, steps, answer), the families in turn. The same split and seed give the same problems."""
+    """Endless (family, question, steps, answer), the families in turn. Same split and seed, same problems."""
     rng = random.Random(f"{split} {seed}")
     for family in itertools.cycle(FAMILIES):
         while True:
@@ -189,7 +191,7 @@ def format_prompt(question):
 
 
 def format_response(steps, answer):
-    return f"<think> {steps}</think> {answer}</s>"       # the space makes the first word the token it is everywhere else
+    return f"<think> {steps}</think> {answer}</s>"      # the space makes the first word the token it is everywhere else
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -294,7 +296,8 @@ def read_jsonl(path, enc, ctx, n_vocab):
         raise UserError(f"{path} is not UTF-8: {e}") from None
     kept = [e for e in examples if len(e[0]) <= ctx]
     if len(kept) < len(examples):
-        print(f"warning: {len(examples) - len(kept)} of {len(examples)} examples exceed --ctx {ctx} tokens", file=sys.stderr)
+        print(f"warning: {len(examples) - len(kept)} of {len(examples)} examples exceed --ctx {ctx} tokens",
+              file=sys.stderr)
     if len(kept) < 2:
         raise UserError(f"{path}: {len(kept)} usable examples of at most {ctx} tokens; two are needed")
     held = kept[::50]
@@ -335,8 +338,8 @@ def batches(block, batch, start=0):
 
 
 def collate(examples, device):
-    """[(ids, trained)] -> tokens (b, t), targets (b, t) int64: targets[i, j] is the token that follows tokens[i, j] if it
-    is trained, else -1. The one place where labels and mask are shifted. Rows are padded on the right, which a causal
+    """[(ids, trained)] -> tokens (b, t), targets (b, t) int64: targets[i, j] is the token after tokens[i, j] if it is
+    trained, else -1. The one place where labels and mask are shifted. Rows are padded on the right, which a causal
     model never sees; the mask comes from lengths, so a pad id that is also a real token does no harm."""
     longest = max(len(ids) for ids, _ in examples)
     tokens = torch.zeros(len(examples), longest, dtype=torch.long)
@@ -358,7 +361,7 @@ def show_example(enc, example):
 # Loss and evaluation.
 
 def cross_entropy(model, tokens, targets):
-    """-> summed loss in nats (float32) over the trained tokens, their number, and how many rows are right throughout."""
+    """-> summed loss in nats (float32) over the trained tokens, their number, and the rows right throughout."""
     x, _ = model.hidden(tokens)
     trained = targets >= 0
     logits = model.lm_head(x[trained]).float()                               # (trained tokens, vocab_size) only
@@ -402,8 +405,8 @@ def accuracy(problem_list, texts):
 #
 # Muon (Jordan et al. 2024) replaces the gradient of a matrix, after momentum, by the nearest orthogonal matrix: every
 # direction of the matrix moves by the same amount, also those whose gradient is small. It finds the copying circuits
-# that these problems need in about half of AdamW's tokens. Five Newton-Schulz iterations approximate it, on all matrices
-# of one shape at once. The factor 0.2 sqrt(larger side) gives a step the size of AdamW's, so one learning rate does.
+# that these problems need in about half of AdamW's tokens. Five Newton-Schulz iterations approximate it, on all
+# matrices of one shape at once. The factor 0.2 sqrt(larger side) gives a step the size of AdamW's, so one rate does.
 
 def orthogonalize(g):
     """g (n, rows, columns) -> about U V^T of each matrix's singular value decomposition, by Newton-Schulz."""
@@ -495,7 +498,7 @@ def load_progress(path, model, optimizers, run):
                 p.copy_(states[name].pop("weight"))
                 for optimizer in optimizers:
                     if states[name] and any(p is q for group in optimizer.param_groups for q in group["params"]):
-                        optimizer.state[p] = {k: v.to(p.device if k != "step" else "cpu") for k, v in states[name].items()}
+                        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in states[name].items()}
             return meta
     except (SafetensorError, OSError, KeyError, RuntimeError) as e:
         raise UserError(f"{path} does not continue this run: {e}") from None
@@ -550,9 +553,9 @@ def parse_args():
     p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up (default 50)")
     p.add_argument("--easy", type=float, default=0.0,
                    help="share of the steps during which built-in problems grow from small to full size (default 0)")
-    p.add_argument("--eval", type=int, default=100, help="held-out problems per family at the end (default 100, 0 for none)")
+    p.add_argument("--eval", type=int, default=100, help="held-out problems per family (default 100; 0: none)")
     p.add_argument("--every", type=int, default=200, help="steps between saves (default 200)")
-    p.add_argument("--save-dtype", default="float32", choices=("float32", "bfloat16"), help="of the result (default float32)")
+    p.add_argument("--save-dtype", default="float32", choices=("float32", "bfloat16"), help="default float32")
     p.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
@@ -582,7 +585,8 @@ def train(args, model, block, device, dtype):
     """The loop. -> list of log entries. Saves args.out/progress.safetensors every args.every steps and on Ctrl-C."""
     optimizers, start, log, began = make_optimizers(model, args.lr), 0, [], time.time()
     progress = os.path.join(args.out, "progress.safetensors")
-    run = {key: getattr(args, key) for key in ("model", "layers", "data", "steps", "batch", "ctx", "lr", "warmup", "easy", "seed")}
+    keys = ("model", "layers", "data", "steps", "batch", "ctx", "lr", "warmup", "easy", "seed")
+    run = {key: getattr(args, key) for key in keys}
     if args.resume and os.path.exists(progress):
         meta = load_progress(progress, model, optimizers, run)
         start, log = meta["step"], meta["log"]
@@ -602,7 +606,8 @@ def train(args, model, block, device, dtype):
             if (step + 1) % 10 == 0 or step + 1 == args.steps:
                 log.append({"step": step + 1, "loss": round(meter[0] / max(1, meter[1]), 5), "tokens": tokens_seen,
                             "seconds": round(time.time() - began, 1)})
-                bar.set_postfix(loss=f"{log[-1]['loss']:.4f}", tok_s=f"{tokens_seen / max(0.1, log[-1]['seconds']):.0f}")
+                speed = tokens_seen / max(0.1, log[-1]["seconds"])
+                bar.set_postfix(loss=f"{log[-1]['loss']:.4f}", tok_s=f"{speed:.0f}")
                 meter = [0.0, 0]
             if (step + 1) % args.every == 0:
                 save_progress(progress, model, optimizers, {"run": run, "step": step + 1, "log": log})
@@ -628,9 +633,10 @@ def main():
         examples, _ = read_jsonl(args.data, enc, args.ctx, model.config.vocab_size)
         block = list_block(examples, args.seed)
     else:
-        full = max(1, args.easy * args.steps / PER_BLOCK)                    # blocks until problems have their full size
+        full = max(1, args.easy * args.steps / PER_BLOCK)                   # blocks until problems have their full size
         block = trace_block(enc, args.seed, lambda number: min(1.0, 0.2 + 0.8 * number / full) if args.easy else 1.0)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, layout {' '.join(model.config.layout)}\n"
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size / 1e6:.2f} M parameters, layout {' '.join(model.config.layout)}\n"
           f"an example, trained part marked: {show_example(enc, block(0, 1)[0])}")
     model = model.to(device).train()
     log = train(args, model, block, device, dtype)
