@@ -449,7 +449,7 @@ def main():
         for s in stages:
             s.train = train_kind
     print(f"{args.teacher}: {size / 1e6:.2f} M parameters, {attention} attention layers; on {device}, products in "
-          f"{dtype}; scan: {nano.scan_backend(device)}; training {stages[0].train}\n"
+          f"{dtype}; {nano.scan_backend_reason(device)}; training {stages[0].train}\n"
           f"an example, trained part marked: {show_example(enc, block(0, 1)[0])}")
     probe = sorted(probe, key=lambda e: len(e[0]))                           # batches of similar length
     probe = [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)]
