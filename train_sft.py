@@ -507,7 +507,7 @@ def load_progress(path, model, optimizers, run):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training.
 
-TEACHER = nano.Config(vocab_size=538, d_model=64, n_layer=50, n_head=2, n_kv_head=1, head_dim=16, d_mlp=160,
+TEACHER = nano.Config(vocab_size=538, d_model=64, n_layer=50, n_head=4, n_kv_head=2, head_dim=32, d_mlp=192,
                       tie_embeddings=True, max_length=512)
 
 
@@ -526,21 +526,15 @@ def init_weights(model):
             w.mul_(1.7 / math.sqrt(2 * len(model.layers)))
 
 
-def unroll(model, n_layer):
-    """-> a deeper, narrower model with the same weights: each layer is cut into n_layer / old slices, one after another,
-    each with its share of the heads and of the MLP's channels. No weight appears twice (a stack that is repeated has
-    layers to spare). It is a little wrong at first, for a slice sees what the slices before it wrote, and recovers."""
-    c, old = model.config, len(model.layers)
-    k = n_layer // old
-    if n_layer % old or set(c.layout) != {"t"} or c.n_kv_head % k or c.d_mlp % k:
-        raise UserError(f"cannot unroll {old} layers to {n_layer}: {c.n_kv_head} key/value heads and {c.d_mlp} MLP "
-                        f"channels do not divide by {k}")
-    deep = nano.HybridLM(replace(c, n_layer=n_layer, layout=(), n_head=c.n_head // k, n_kv_head=c.n_kv_head // k,
-                                 d_mlp=c.d_mlp // k, d_inner=None, d_xb=None))
+def grow(model, n_layer):
+    """-> a deeper model: the stack of layers repeated as a whole. It is wrong at first and recovers within a few steps,
+    while every layer goes on doing something (copies that start as zero would stay idle)."""
+    old = len(model.layers)
+    if n_layer % old or set(model.config.layout) != {"t"}:
+        raise UserError(f"cannot grow {old} layers to {n_layer}: only all-attention models, by a whole factor")
+    deep = nano.HybridLM(replace(model.config, n_layer=n_layer, layout=()))
     for i, block in enumerate(deep.layers):
-        for (name, p), whole in zip(block.named_parameters(), model.layers[i // k].parameters()):
-            axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
-            p.data.copy_(whole.data if p.ndim == 1 else whole.data.chunk(k, axis)[i % k])
+        block.load_state_dict(model.layers[i % old].state_dict())
     deep.embed_tokens, deep.norm, deep.lm_head = model.embed_tokens, model.norm, model.lm_head
     return deep
 
@@ -549,9 +543,7 @@ def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--scratch", action="store_true", help="start from nothing, with the shape of the shipped teacher")
     p.add_argument("--model", help="start from this checkpoint directory")
-    p.add_argument("--layers", type=int, help="with --scratch: layers (default 50); with --model: cut each layer into "
-                                              "slices until there are this many")
-    p.add_argument("--wide", type=int, default=1, help="with --scratch: heads and MLP this many times as wide (default 1)")
+    p.add_argument("--layers", type=int, help="with --scratch: layers (default 50); with --model: grow to this many")
     p.add_argument("--out", required=True, help="directory for the result")
     p.add_argument("--data", help="JSONL file of prompt/response or messages (default: the built-in traces)")
     p.add_argument("--steps", type=int, default=200, help="optimiser steps (default 200)")
@@ -582,20 +574,18 @@ def start_model(args):
         if not os.path.exists(os.path.join(args.out, "tokenizer.json")):
             print("training the tokenizer ...")
             make_tokenizer(args.out)
-        shape = replace(TEACHER, n_layer=args.layers or TEACHER.n_layer, layout=(), d_inner=None, d_xb=None,
-                        **{key: args.wide * getattr(TEACHER, key) for key in ("n_head", "n_kv_head", "d_mlp")})
-        model = nano.HybridLM(shape)
+        model = nano.HybridLM(replace(TEACHER, n_layer=args.layers or TEACHER.n_layer, layout=()))
         init_weights(model)
         return model, nano.load_tokenizer(args.out)
     model, enc = nano.load_pretrained(args.model), nano.load_tokenizer(args.model)
-    return (unroll(model, args.layers) if args.layers else model), enc
+    return (grow(model, args.layers) if args.layers else model), enc
 
 
 def train(args, model, block, device, dtype):
     """The loop. -> list of log entries. Saves args.out/progress.safetensors every args.every steps and on Ctrl-C."""
     optimizers, start, log, began = make_optimizers(model, args.lr), 0, [], time.time()
     progress = os.path.join(args.out, "progress.safetensors")
-    keys = ("model", "layers", "wide", "data", "steps", "batch", "ctx", "lr", "warmup", "easy", "seed")
+    keys = ("model", "layers", "data", "steps", "batch", "ctx", "lr", "warmup", "easy", "seed")
     run = {key: getattr(args, key) for key in keys}
     if args.resume and os.path.exists(progress):
         meta = load_progress(progress, model, optimizers, run)
