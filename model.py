@@ -733,13 +733,15 @@ def choose(logits, temperature, top_k, top_p, rngs):
 # Q's rows and O's columns out in the order (g, k, a), and every chunk of q meets the same chunk of k and v. Both are
 # the same file format, and differ in nothing but the order of those rows and columns.
 
-INITS = {"aligned": "from attention, chunks matched", "plain": "from attention, in the published order",
-         "random": "nothing copied", "identity": "no mixer at all (control)"}
+INITS = {"calibrated": "aligned, then gate and output fitted on one batch", "aligned": "from attention, chunks matched",
+         "plain": "from attention, in the published order", "random": "nothing copied",
+         "identity": "no mixer at all (control)"}
 
 
 @torch.no_grad()
 def mil_mixer(attention, config, init="aligned"):
-    """attention: the Attention to replace -> a new Mamba, on the CPU in float32. init: aligned, plain or random."""
+    """attention: the Attention to replace -> a new Mamba, on the CPU in float32. init: a key of INITS but
+    identity; calibrated gives what aligned does, see calibrate."""
     c, n, mixer = config, config.d_state, Mamba(config)
     if init == "random":
         return mixer
@@ -747,7 +749,7 @@ def mil_mixer(attention, config, init="aligned"):
         raise UserError(f"attention with {c.n_head} / {c.n_kv_head} heads of {c.head_dim} cannot become a Mamba layer "
                         f"of d_inner {c.d_inner}, d_xb {c.d_xb}, d_state {n}, projection bias {c.proj_bias}")
     order = torch.arange(c.d_inner)
-    if init == "aligned":                                                    # (g, a, k, lane) -> (g, k, a, lane)
+    if init in ("aligned", "calibrated"):                                    # (g, a, k, lane) -> (g, k, a, lane)
         order = order.view(c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim // n, n).transpose(1, 2).reshape(-1)
     z, x, B, C = mixer.in_proj.weight.split([c.d_inner, c.d_xb, c.d_xb, c.d_inner])
     for target, source in ((x, attention.v_proj.weight), (B, attention.k_proj.weight),
@@ -758,12 +760,48 @@ def mil_mixer(attention, config, init="aligned"):
     return mixer
 
 
-def convert(student, teacher, layers, init="aligned"):
+# A fresh mixer has a weakness: with dt near 0.01 and a random gate it writes next to nothing, and the student starts
+# where a model without the layer would. "calibrated" repairs that on one batch of texts, in closed form: the gate is
+# opened (z is fitted to a constant c with silu(c) = 1, plus a little of its random start), and out_proj is fitted to
+# what the attention would have written for the same input. Layer by layer, so each sees the work of those before it.
+
+def ridge_fit(a, b, strength=0.01):
+    """Least squares with a small penalty: a (m, k), b (m, r) -> w (r, k) float64, on the CPU, with a w^T close to b."""
+    a, b = a.double().cpu(), b.double().cpu()
+    gram = a.T @ a                                                           # (k, k)
+    gram += strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram, a.T @ b).T
+
+
+@torch.no_grad()
+def calibrate(student, teacher, layers, tokens, real):
+    """Fit gate and out_proj of the new mixers in these layers of student, in place. tokens (b, t); real (b, t) False at
+    padding. Not in the paper; measured in the README."""
+    place, _ = make_place(student.config, tokens, 0, None, None, student.embed_tokens.weight.dtype)
+    x = student.embed_tokens(tokens)                                         # (b, t, d_model)
+    for i, block in enumerate(student.layers):
+        if i in layers:
+            mixer, h = block.mixer, block.input_layernorm(x)
+            open_gate = ridge_fit(h[real], h.new_full((int(real.sum()), 1), 1.28))           # (1, d_model)
+            z = mixer.in_proj.weight[:mixer.config.d_inner]
+            z.mul_(0.1).add_(open_gate.to(z))
+            keep, mixer.out_proj = mixer.out_proj, nn.Identity()
+            inner, _ = mixer(h, None, place)                                 # (b, t, d_inner)
+            mixer.out_proj = keep
+            wanted, _ = teacher.layers[i].self_attn(h, None, place)          # (b, t, d_model)
+            keep.weight.copy_(ridge_fit(inner[real], wanted[real]))
+        x, _ = block(x, None, place)
+
+
+def convert(student, teacher, layers, init="aligned", batch=None):
     """Replace the mixers of these layers of student, in place, by Mamba layers made from the teacher's attention.
-    layers: 0-based; all must still be attention in the student. init: a key of INITS. Returns the student."""
+    layers: 0-based; all must still be attention in the student. init: a key of INITS. batch: (tokens, real), which
+    "calibrated" needs, see calibrate. Returns the student."""
     layout = list(student.config.layout)
     if init not in INITS:
         raise UserError(f"unknown init {init!r}; known: {', '.join(INITS)}")
+    if init == "calibrated" and batch is None:
+        raise UserError("init calibrated needs a batch of tokens")
     for field in ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim"):
         if getattr(student.config, field) != getattr(teacher.config, field):
             raise UserError(f"student and teacher differ in {field}: {getattr(student.config, field)} and "
@@ -783,6 +821,8 @@ def convert(student, teacher, layers, init="aligned"):
         block.kind = layout[i]
         del block.self_attn
     student.config = config
+    if init == "calibrated" and layers:
+        calibrate(student, teacher, layers, *batch)
     return student
 
 

@@ -507,7 +507,7 @@ def load_progress(path, model, optimizers, run):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training.
 
-TEACHER = nano.Config(vocab_size=538, d_model=64, n_layer=50, n_head=4, n_kv_head=2, head_dim=32, d_mlp=192,
+TEACHER = nano.Config(vocab_size=538, d_model=64, n_layer=50, n_head=2, n_kv_head=1, head_dim=32, d_mlp=160,
                       tie_embeddings=True, max_length=512)
 
 
