@@ -5,6 +5,7 @@ Turn attention layers of a transformer into Mamba layers, and distil the result 
     python distill.py --replace 25 --init identity        # the control: the same 25 layers simply removed
     python distill.py --stages 25,27,30,34,37,40          # the whole family, each member from the one before
     python distill.py --teacher DIR --replace 12 --data traces.jsonl --out out/mine         # your model, your traces
+    python distill.py --figures out/h25 out/h27 out/h30   # a table and two pictures from what those runs have saved
 
 The steps of a stage: rank the attention layers, by leaving each one out (LOO, first stage) or by trying a Mamba layer
 in its place (MMR, later stages); replace the least important ones by Mamba layers that start from their weights (MIL);
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import model as nano
 from model import UserError
 from train_sft import (accuracy, autocast, batches, claim_out, clipped_step, collate, encode_problem,
-                       learning_rate, list_block, load_progress, make_optimizers, pick_device, pick_dtype,
+                       generic_block, learning_rate, list_block, load_progress, make_optimizers, pick_device, pick_dtype,
                        problem_set, read_jsonl, run_main, save_progress, show_example, solve, trace_block)
 
 
@@ -133,11 +134,15 @@ def score(logits, base, targets):
     return torch.tensor([float((~wrong.any(1)).sum()), kl_divergence(logits, base).sum().item(), loss.item()])
 
 
+def harm(score):
+    """What replacing a layer costs, by its score: LOO: minus the accuracy without it, or the KL where there is none;
+    MMR: the loss of its trial. -> a pair of numbers, the second for ties."""
+    accuracy = score.get("accuracy")
+    return -accuracy if accuracy is not None else score.get("kl", score["loss"]), score["loss"]
+
+
 def least_important_first(scores):
-    """LOO: the highest accuracy without the layer first, or the lowest KL where there is none. Ties, and MMR: lowest
-    loss first."""
-    key = lambda s: (-s["accuracy"] if s.get("accuracy") is not None else s.get("kl", 0.0), s["loss"])
-    return [s["layer"] for s in sorted(scores, key=key)]
+    return [s["layer"] for s in sorted(scores, key=harm)]
 
 
 def weights_hash(model):
@@ -166,19 +171,23 @@ def rank_layers(args, run, student):
         return attention if args.rank == "first" else attention[::-1], None
     if args.rank == "random":
         return random.Random(args.seed).sample(attention, len(attention)), None
+    if args.rank == "apriel15b":
+        if len(student.layers) != 50:
+            raise UserError(f"--rank apriel15b is an order of 50 layers; {args.teacher} has {len(student.layers)}")
+        return [i for i in nano.APRIEL15B if i in attention], None
     if args.rank not in ("loo", "mmr"):
         stored = nano.read_json(args.rank)
         order = stored.get("order") if isinstance(stored, dict) else stored
         if not isinstance(order, list) or set(order) - set(range(len(student.layers))) or len(set(order)) < len(order):
             raise UserError(f"{args.rank}: not a list of different layers from 0 to {len(student.layers) - 1}")
         return [i for i in order if i in attention], None
-    key = {"teacher": weights_hash(run.teacher), "data": args.data, "probe": args.probe}
+    key = {"teacher": weights_hash(run.teacher), "data": args.data, "ctx": args.ctx, "probe": args.probe}
     if args.rank == "loo":                                                   # always of the teacher itself
         make = lambda: leave_one_out(run.teacher, run.probe, run.device, run.dtype, use_accuracy=not args.data)
         stored = stored_scores(os.path.join(args.out, "loo.json"), key, make)
     else:
-        key = {"teacher": key["teacher"], "student": weights_hash(student), "data": args.data, "init": args.init,
-               "steps": args.probe_steps, "batch": args.batch, "lr": args.lr, "loss": args.loss, "seed": args.seed}
+        flags = ("data", "traces", "ctx", "init", "train", "probe_steps", "batch", "lr", "loss", "seed", "dtype")
+        key = {"teacher": key["teacher"], "student": weights_hash(student)} | {f: getattr(args, f) for f in flags}
         make = lambda: try_each_layer(args, run, student, attention, key)
         stored = stored_scores(os.path.join(args.out, "mmr.json"), key, make)
     return [i for i in stored["order"] if i in attention], stored["scores"]
@@ -294,6 +303,11 @@ def first_student(args, teacher):
 # ----------------------------------------------------------------------------------------------------------------------
 # One stage, from the ranking to the saved checkpoint.
 
+# The flags that a result depends on. A run is continued, and a finished stage kept, only under the same ones.
+FLAGS = ("teacher", "student", "replace", "rank", "data", "traces", "init", "loss", "train", "steps", "probe_steps",
+         "batch", "ctx", "lr", "warmup", "probe", "seed", "dtype")
+
+
 class Run(NamedTuple):                                   # what all stages of a run have in common
     teacher: nano.HybridLM
     enc: object                                          # tiktoken.Encoding
@@ -333,7 +347,6 @@ def stage(args, run):
     began = time.time()
     torch.manual_seed(args.seed)
     student, done = first_student(args, run.teacher)
-    args.rank = ("mmr" if args.student else "loo") if args.rank == "auto" else args.rank
     order, scores = rank_layers(args, run, student) if len(done) < args.replace else ([], None)
     new = order[:args.replace - len(done)]
     if len(done) + len(new) != args.replace:
@@ -342,11 +355,12 @@ def stage(args, run):
     torch.manual_seed(args.seed)                                             # fresh parts do not depend on the ranking
     student = set_trained(nano.convert(student, run.teacher, new, args.init), args.train).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
-    keys = ("replace", "data", "init", "loss", "train", "steps", "batch", "lr", "seed")
-    same = {key: getattr(args, key) for key in keys}
+    same = {flag: getattr(args, flag) for flag in FLAGS}
     kl = lambda: mean_loss(student, run.teacher, [run.fixed], "reverse_kl", run.device, run.dtype)
     meta = {"run": same | {"replaced": done + new}, "kl_first": kl()}
+    here = time.time()
     log = distill(args, run, student, meta)
+    began -= log[-1]["seconds"] - (time.time() - here)                       # steps of an interrupted run cost time, too
     student.eval()
     kl_last = kl()
     result, table = evaluate(args, run, student)
@@ -366,7 +380,7 @@ def stage(args, run):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line.
 
-RANKS = ("auto", "loo", "mmr", "first", "last", "random")
+RANKS = ("auto", "loo", "mmr", "first", "last", "random", "apriel15b")
 
 
 def parse_args():
@@ -378,6 +392,8 @@ def parse_args():
     p.add_argument("--out", help="directory for the result; with --stages, the one above (default: out/hN; an --init "
                                  "other than the default adds its name)")
     p.add_argument("--data", help="JSONL file of prompt/response or messages (default: the built-in traces)")
+    p.add_argument("--traces", default="reasoning", choices=("reasoning", "generic"),
+                   help="built-in texts to distil on; generic: facts without question or reasoning (default reasoning)")
     p.add_argument("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of layers; "
                                                   "auto: loo, and mmr with --student (default auto)")
     p.add_argument("--init", default="aligned", choices=tuple(nano.INITS), help="of a new mixer (default aligned)")
@@ -397,6 +413,9 @@ def parse_args():
     p.add_argument("--dtype", default="auto", help="of matrix products: auto, float32 or bfloat16 (default auto)")
     p.add_argument("--resume", action="store_true", help="continue an interrupted run in --out, with the same flags")
     p.add_argument("--overwrite", action="store_true", help="replace a finished result in --out")
+    p.add_argument("--table", nargs="+", metavar="DIR", help="only print a table of these results (or all in a directory)")
+    p.add_argument("--figures", nargs="+", metavar="DIR", help="... and draw the family into --out (default results)")
+    p.add_argument("--bench", metavar="FILE", help="for --figures: tokens/s from bench.py --model DIR --json FILE")
     return p.parse_args()
 
 
@@ -407,9 +426,12 @@ def plan(args):
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.rank not in RANKS and not os.path.exists(args.rank):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
-    name = "" if args.init == "aligned" else f"-{args.init}"
+    if args.data and args.traces != "reasoning":
+        raise UserError("--traces chooses among the built-in texts; --data brings its own")
+    name, rank = "" if args.init == "aligned" else f"-{args.init}", args.rank
     if not args.stages:
         args.out = args.out or f"out/h{args.replace}{name}"
+        args.rank = ("mmr" if args.student else "loo") if rank == "auto" else rank
         return [args]
     try:
         counts = [int(n) for n in args.stages.split(",")]
@@ -420,9 +442,24 @@ def plan(args):
     above, stages = args.out or "out", []
     for n in counts:                                                         # a stage starts from the one before it
         student = stages[-1].out if stages else args.student
-        stages.append(argparse.Namespace(**vars(args) | {"replace": n, "student": student, "resume": True,
-                                                         "out": os.path.join(above, f"h{n}{name}")}))
+        change = {"replace": n, "student": student, "resume": True, "out": os.path.join(above, f"h{n}{name}"),
+                  "rank": ("mmr" if student else "loo") if rank == "auto" else rank}
+        stages.append(argparse.Namespace(**vars(args) | change))
     return stages
+
+
+def is_finished(args):
+    """Is this stage done already? UserError if it was done under other flags: its successors would build on it."""
+    file = os.path.join(args.out, "report.json")
+    if args.overwrite or not os.path.exists(file):
+        return False
+    made = nano.read_json(file, dict).get("args", {})
+    for flag in FLAGS:
+        if made.get(flag, getattr(args, flag)) != getattr(args, flag):       # a flag may be newer than the report
+            raise UserError(f"{args.out} was made with {flag} = {made[flag]}, now {flag} = {getattr(args, flag)}; pass "
+                            f"the same flags, or --overwrite, or continue from it with --student")
+    print(f"{args.out} is finished already, kept")
+    return True
 
 
 def main():
@@ -440,7 +477,7 @@ def main():
     else:
         probe, fixed = ([encode_problem(enc, p) for p in problem_set(split, n)]
                         for split, n in (("probe", args.probe), ("dev", 16)))
-        block = trace_block(enc, args.seed)
+        block = (generic_block if args.traces == "generic" else trace_block)(enc, args.seed)
     for s in stages:
         claim_out(s.out, args.overwrite, s.resume, done="report.json")
     size = sum(p.numel() for p in teacher.parameters())
@@ -455,8 +492,7 @@ def main():
     probe = [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)]
     run = Run(teacher, enc, device, dtype, block, probe, fixed)
     for s in stages:
-        if args.stages and not args.overwrite and os.path.exists(os.path.join(s.out, "report.json")):
-            print(f"{s.out} is finished already, kept")
+        if args.stages and is_finished(s):
             continue
         s.set_up, began = time.time() - began, time.time()
         stage(s, run)
