@@ -2384,6 +2384,12 @@ def run_script(module, *args):
     return out.getvalue()
 
 
+@pytest.fixture
+def no_answers(monkeypatch):
+    """Nobody solves problems: writing 192 tokens takes far longer than what the tests below are about."""
+    monkeypatch.setattr(distill, "solve", lambda lm, enc, problems, **kw: [""] * len(problems))
+
+
 SMALL = ("--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1)
 
 
@@ -2391,7 +2397,9 @@ SMALL = ("--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval",
 def family(traces, tmp_path_factory):
     """A finished family of two members of the 4-layer teacher. -> the directory above them."""
     path = tmp_path_factory.mktemp("family")
-    run_script(distill, "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "solve", lambda lm, enc, problems, **kw: [""] * len(problems))
+        run_script(distill, "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", path)
     return path
 
 
@@ -2399,8 +2407,9 @@ def weights(path):
     return (path / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("killed_after", [1, 4, 7])                          # 2 LOO steps, 3 trials of 1, then 2 again
-def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family, tmp_path, monkeypatch, killed_after):
+@pytest.mark.parametrize("killed_after", [1, 3, 6])                          # of 2 steps, 3 trials of 1 step, 2 steps
+def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family, tmp_path, monkeypatch, no_answers,
+                                                                 killed_after):
     command, calls, real = ("--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", tmp_path), [], distill.clipped_step
     def step(*args):
         if len(calls) == killed_after:
@@ -2421,7 +2430,7 @@ def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family,
         assert (a["replaced"], a["scores"], a["kl_last"], a["tokens"]) == (b["replaced"], b["scores"], b["kl_last"], b["tokens"])
 
 
-def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, family, tmp_path, monkeypatch):
+def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, family, tmp_path, monkeypatch, no_answers):
     command = ("--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", family)
     assert run_script(distill, *command).count("finished already") == 2
     for change in (("--traces", "generic"), ("--warmup", 3), ("--ctx", 99), ("--rank", "last"), ("--probe-steps", 2)):
@@ -2437,11 +2446,10 @@ def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, famil
 
 def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
     lm, enc = load_pretrained(traces[0]), traces[1]
-    for block in lm.layers:                                                  # an untrained attention hardly matters: more
-        block.self_attn.o_proj.weight.data.mul_(0.0 if block is lm.layers[2] else 20.0)
+    torch.nn.init.zeros_(lm.layers[2].self_attn.o_proj.weight)
     cpu, before = torch.device("cpu"), distill.weights_hash(lm)
     run = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [])
-    args = argparse.Namespace(out=str(tmp_path), batch=4, probe_steps=2, seed=0, train="all", init="aligned", lr=1e-4,
+    args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", init="aligned", lr=1e-4,
                               loss="reverse_kl")
     student = convert(copy.deepcopy(lm), lm, [0], "aligned")                 # as in a later stage
     trials = distill.try_each_layer(args, run, student, [1, 2, 3], {})
@@ -2449,7 +2457,7 @@ def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces,
     assert student.config.layout == ("m2", "t", "t", "t") and distill.weights_hash(lm) == before
 
 
-def test_the_teacher_never_changes_during_a_stage(traces, tmp_path, monkeypatch):
+def test_the_teacher_never_changes_during_a_stage(traces, tmp_path, monkeypatch, no_answers):
     hashes, real = [], distill.evaluate
     monkeypatch.setattr(distill, "evaluate", lambda a, run, student: hashes.append(distill.weights_hash(run.teacher))
                         or real(a, run, student))
@@ -2468,10 +2476,9 @@ def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces
         assert not any(word in text for word in ("?", "INST", "think", "How", "What", "=", ";"))
         assert len(other) <= len(ids) < len(other) + 60                      # at most one sentence longer
         assert train_sft.split_of(text[4:-4]) == "train"
-    assert "generic" in json.dumps(sorted(distill.FLAGS)) or "traces" in distill.FLAGS
 
 
-def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_path):
+def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_path, no_answers):
     reports = {}
     for kind in ("reasoning", "generic"):
         printed = run_script(distill, "--teacher", traces[0], "--replace", 1, "--rank", "first", *SMALL, "--traces", kind,
@@ -2563,7 +2570,8 @@ def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path
     monkeypatch.setattr(bench, "time_decode", lambda lm, state, batch, args, device, real=bench.time_decode: real(
         lm, state, 1, argparse.Namespace(seconds=0.0, graph=False), device))
     printed = run_script(distill, "--figures", family, "--out", tmp_path)    # measured on the spot
-    assert "layers.png" in printed and all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("layers", "family"))
+    for name in ("layers.png", "family.png"):
+        assert name in printed and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     row = lambda path, speed: json.dumps({"row": "model", "shape": str(path), "ctx": 9, "decode": [{"tokens_per_s": speed}]})
     (tmp_path / "bench.jsonl").write_text("\n".join([row(traces[0], 100.0), row(family / "h1", 150.0)]))
     known = lambda *paths: distill.throughput(paths, tmp_path / "bench.jsonl", "cpu", torch.float32)
