@@ -393,12 +393,12 @@ def read_result(path):
     """The report in a result directory, with its name, path, and the checkpoint it started from; None if none is there.
     What train_sft.py writes is brought to the keys of distill.py."""
     files = (os.path.join(path, name) for name in ("report.json", "training.json"))
-    file = next((f for f in files if os.path.exists(f)), None)
+    file = next((f for f in files if os.path.exists(f)), None)               # report.json, if both are there
     if file is None:
         return None
     report = nano.read_json(file, dict)
     try:
-        if file.endswith("training.json"):
+        if file.endswith("training.json"):                                   # no teacher was asked: no KL, no scores
             layout = nano.config_from_json(nano.read_json(os.path.join(path, "config.json"), dict)).layout
             report = dict.fromkeys(NEEDED) | report | {key: report["log"][-1][key] for key in ("tokens", "seconds")} | {
                 "layout": list(layout), "replaced": [i for i, kind in enumerate(layout) if kind != "t"],
@@ -446,7 +446,7 @@ def teacher_accuracy(reports):
 
 def table_lines(results):
     """histories -> a Markdown table. Numbers of several seeds: the mean +- half the distance of the extremes."""
-    groups = {}
+    groups = {}                                                              # name without seed -> [(seed, its row)]
     for reports in results:
         last, teacher = reports[-1], teacher_accuracy(reports)
         by_family = {family: pair[1] for family, pair in (last["accuracy_by_family"] or {}).items()}
@@ -463,11 +463,13 @@ def table_lines(results):
             return ""
         spread = f" +-{(max(known) - min(known)) / 2:.{digits}f}" if max(known) > min(known) else ""
         return f"{sum(known) / len(known):.{digits}f}{spread}"
+    # A column for every key that any row has: families of problems differ between teachers, --data has none.
     columns = list(dict.fromkeys(key for group in groups.values() for _, row in group for key in row))
     table = [["result", "seeds", *columns]]
     for name, group in groups.items():
         table.append([name, " ".join(str(seed) for seed, _ in group),
                       *(cell(column, [row.get(column) for _, row in group]) for column in columns)])
+    # Padded, so that it can be read in the terminal as well as pasted into the README.
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     table.insert(1, ["-" * width for width in widths])
     return ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in table]
@@ -480,7 +482,8 @@ def layer_rows(results):
     for report in max(results, key=lambda h: len(h[-1]["replaced"])):
         layout = report["layout"]
         kinds = ["new" if k != "t" and (before is None or before[i] == "t") else k for i, k in enumerate(layout)]
-        cost = {s["layer"]: harm(s)[0] for s in report["scores"] or ()}
+        # LOO accuracies and MMR losses have no common unit, and losses fall from stage to stage: scale within a stage.
+        cost = {s["layer"]: harm(s)[0] for s in report["scores"] or ()}      # empty for --rank first, last, FILE, ...
         low, high = min(cost.values(), default=0), max(cost.values(), default=0)
         rows.append((report["name"], kinds, {i: (c - low) / ((high - low) or 1) for i, c in cost.items()}))
         before = layout
@@ -512,7 +515,7 @@ def throughput(paths, file, device, dtype):
     try:
         with open(file, encoding="utf-8") as f:
             rows = [json.loads(line) for line in f if line.strip()]
-        known = {}
+        known = {}                                                           # the longest context is written last
         for row in sorted((r for r in rows if r.get("decode")), key=lambda r: r["ctx"]):
             if row["row"] == "model":                                        # row H-0 of --model is a random model
                 known[os.path.realpath(row["shape"])] = row["decode"][-1]["tokens_per_s"]
@@ -529,12 +532,13 @@ def draw_family(plt, path, results, teacher, speed):
     points = [("teacher", teacher, speed[0])]
     for reports, rate in zip(results, speed[1:]):
         tokens = sum(r["tokens"] for r in reports)
-        points.append((f"{reports[-1]['name']}\n{tokens / 1e6:.2f} M tokens", reports[-1]["student_accuracy"], rate))
+        points.append((f"{reports[-1]['name']}, {tokens / 1e6:.2f} M tokens", reports[-1]["student_accuracy"], rate))
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for label, accuracy, rate in points:
-        axes.plot(rate / speed[0], accuracy, "o", color="black" if label == "teacher" else "tab:red")
-        axes.annotate(label, (rate / speed[0], accuracy), (5, 4), textcoords="offset points", fontsize=8)
-    axes.margins(0.15)
+    for i, (label, accuracy, rate) in enumerate(points):
+        axes.plot(rate / speed[0], accuracy, "o", color="tab:red" if i else "black")
+        place, side = ((7, 4), "left") if i % 2 == 0 else ((-7, -11), "right")       # neighbours must not overlap
+        axes.annotate(label, (rate / speed[0], accuracy), place, textcoords="offset points", fontsize=8, ha=side)
+    axes.margins(0.36, 0.12)
     axes.set_xlabel(f"decoding speed, teacher = 1 ({speed[0]:.0f} tokens/s)")
     axes.set_ylabel("exact match on held-out problems")
     figure.tight_layout()
@@ -551,8 +555,10 @@ def draw_layers(plt, path, rows):
     axes.set_yticks([y + 0.2 for y in range(len(rows))], [name for name, _, _ in reversed(rows)])
     for kind, label in (("t", "attention"), ("m2", "Mamba"), ("new", "replaced in this stage")):
         axes.bar([0], [0], color=colors[kind], label=label)
+    # Bars of no height, for the legend alone.
     axes.bar([0], [0], color="#555555", label="harm (LOO, then MMR), scaled per stage")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4, fontsize=8, frameon=False)
+    axes.set_xlim(-1, len(rows[0][1]))
     axes.set_xlabel("layer")
     figure.tight_layout()
     nano.write_atomic(path, lambda to: figure.savefig(to, format="png", dpi=150))
@@ -564,7 +570,7 @@ def show_results(args, device, dtype):
     print("\n".join(table_lines(results)))
     if not args.figures:
         return
-    rows = layer_rows(results)
+    rows = layer_rows(results)                                               # as text in any case: it needs nothing
     print("\n".join(["", *map_lines(rows)]), flush=True)
     try:
         import matplotlib
@@ -573,7 +579,7 @@ def show_results(args, device, dtype):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     out = args.out or "results"
-    claim_out(out, overwrite=True, resume=False)
+    claim_out(out, overwrite=True, resume=False)                             # pictures are cheap, old ones are replaced
     draw_layers(plt, os.path.join(out, "layers.png"), rows)
     print(f"wrote {os.path.join(out, 'layers.png')}", flush=True)
     solved = [h for h in results if h[-1]["student_accuracy"] is not None and teacher_accuracy(h) is not None]
