@@ -44,10 +44,9 @@ SHAPES = {
     "tiny": Config(1024, 64, 50, 4, 2, 32, 192),
 }
 
-# Which of 50 layers go first. Published: the first 25 (H-25, by leave-one-out score), then 3 5 (H-27) and 6 7 8 (H-30).
-# Not published: those of H-34, H-37, H-40; here they follow the leave-one-out order. Speed depends on the count only.
-ORDER = [47, 39, 24, 36, 31, 43, 32, 20, 38, 37, 30, 33, 22, 23, 40, 42, 44, 35, 41, 27, 21, 46, 45, 49, 25,
-         3, 5, 6, 7, 8, 34, 29, 28, 19, 26, 18, 17, 16, 13, 15, 14, 9, 12, 11, 48, 10, 4, 1, 0, 2]
+# Which of 50 layers go first: the published order, and then the one layer that it never replaces, so that H-50 can be
+# asked for. Speed depends on the count only.
+ORDER = [*nanoh1.APRIEL15B, 2]
 
 
 def parse_args():

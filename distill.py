@@ -5,6 +5,7 @@ Turn attention layers of a transformer into Mamba layers, and distil the result 
     python distill.py --replace 25 --init identity        # the control: the same 25 layers simply removed
     python distill.py --stages 25,27,30,34,37,40          # the whole family, each member from the one before
     python distill.py --teacher DIR --replace 12 --data traces.jsonl --out out/mine         # your model, your traces
+    python distill.py --figures out/h25 out/h27 out/h30   # a table and two pictures from what those runs have saved
 
 The steps of a stage: rank the attention layers, by leaving each one out (LOO, first stage) or by trying a Mamba layer
 in its place (MMR, later stages); replace the least important ones by Mamba layers that start from their weights (MIL);
@@ -18,6 +19,7 @@ import copy
 import hashlib
 import json
 import random
+import re
 import signal
 import sys
 import time
@@ -30,7 +32,7 @@ from tqdm import tqdm
 
 import model as nano
 from model import UserError
-from train_sft import (accuracy, autocast, batches, claim_out, clipped_step, collate, encode_problem,
+from train_sft import (accuracy, autocast, batches, claim_out, clipped_step, collate, encode_problem, generic_block,
                        learning_rate, list_block, load_progress, make_optimizers, pick_device, pick_dtype,
                        problem_set, read_jsonl, run_main, save_progress, show_example, solve, trace_block)
 
@@ -133,11 +135,15 @@ def score(logits, base, targets):
     return torch.tensor([float((~wrong.any(1)).sum()), kl_divergence(logits, base).sum().item(), loss.item()])
 
 
+def harm(score):
+    """What replacing a layer costs, by its score: LOO: minus the accuracy without it, or the KL where there is none;
+    MMR: the loss of its trial. -> a pair of numbers, the second for ties."""
+    accuracy = score.get("accuracy")
+    return -accuracy if accuracy is not None else score.get("kl", score["loss"]), score["loss"]
+
+
 def least_important_first(scores):
-    """LOO: the highest accuracy without the layer first, or the lowest KL where there is none. Ties, and MMR: lowest
-    loss first."""
-    key = lambda s: (-s["accuracy"] if s.get("accuracy") is not None else s.get("kl", 0.0), s["loss"])
-    return [s["layer"] for s in sorted(scores, key=key)]
+    return [s["layer"] for s in sorted(scores, key=harm)]
 
 
 def weights_hash(model):
@@ -166,19 +172,23 @@ def rank_layers(args, run, student):
         return attention if args.rank == "first" else attention[::-1], None
     if args.rank == "random":
         return random.Random(args.seed).sample(attention, len(attention)), None
+    if args.rank == "apriel15b":
+        if len(student.layers) != 50:
+            raise UserError(f"--rank apriel15b is an order of 50 layers; {args.teacher} has {len(student.layers)}")
+        return [i for i in nano.APRIEL15B if i in attention], None
     if args.rank not in ("loo", "mmr"):
         stored = nano.read_json(args.rank)
         order = stored.get("order") if isinstance(stored, dict) else stored
         if not isinstance(order, list) or set(order) - set(range(len(student.layers))) or len(set(order)) < len(order):
             raise UserError(f"{args.rank}: not a list of different layers from 0 to {len(student.layers) - 1}")
         return [i for i in order if i in attention], None
-    key = {"teacher": weights_hash(run.teacher), "data": args.data, "probe": args.probe}
+    key = {"teacher": weights_hash(run.teacher), "data": args.data, "ctx": args.ctx, "probe": args.probe}
     if args.rank == "loo":                                                   # always of the teacher itself
         make = lambda: leave_one_out(run.teacher, run.probe, run.device, run.dtype, use_accuracy=not args.data)
         stored = stored_scores(os.path.join(args.out, "loo.json"), key, make)
     else:
-        key = {"teacher": key["teacher"], "student": weights_hash(student), "data": args.data, "init": args.init,
-               "steps": args.probe_steps, "batch": args.batch, "lr": args.lr, "loss": args.loss, "seed": args.seed}
+        flags = ("data", "traces", "ctx", "init", "train", "probe_steps", "batch", "lr", "loss", "seed", "dtype")
+        key = {"teacher": key["teacher"], "student": weights_hash(student)} | {f: getattr(args, f) for f in flags}
         make = lambda: try_each_layer(args, run, student, attention, key)
         stored = stored_scores(os.path.join(args.out, "mmr.json"), key, make)
     return [i for i in stored["order"] if i in attention], stored["scores"]
@@ -294,6 +304,11 @@ def first_student(args, teacher):
 # ----------------------------------------------------------------------------------------------------------------------
 # One stage, from the ranking to the saved checkpoint.
 
+# The flags that a result depends on. A run is continued, and a finished stage kept, only under the same ones.
+FLAGS = ("teacher", "student", "replace", "rank", "data", "traces", "init", "loss", "train", "steps", "probe_steps",
+         "batch", "ctx", "lr", "warmup", "probe", "seed", "dtype")
+
+
 class Run(NamedTuple):                                   # what all stages of a run have in common
     teacher: nano.HybridLM
     enc: object                                          # tiktoken.Encoding
@@ -333,7 +348,6 @@ def stage(args, run):
     began = time.time()
     torch.manual_seed(args.seed)
     student, done = first_student(args, run.teacher)
-    args.rank = ("mmr" if args.student else "loo") if args.rank == "auto" else args.rank
     order, scores = rank_layers(args, run, student) if len(done) < args.replace else ([], None)
     new = order[:args.replace - len(done)]
     if len(done) + len(new) != args.replace:
@@ -342,11 +356,12 @@ def stage(args, run):
     torch.manual_seed(args.seed)                                             # fresh parts do not depend on the ranking
     student = set_trained(nano.convert(student, run.teacher, new, args.init), args.train).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
-    keys = ("replace", "data", "init", "loss", "train", "steps", "batch", "lr", "seed")
-    same = {key: getattr(args, key) for key in keys}
+    same = {flag: getattr(args, flag) for flag in FLAGS}
     kl = lambda: mean_loss(student, run.teacher, [run.fixed], "reverse_kl", run.device, run.dtype)
     meta = {"run": same | {"replaced": done + new}, "kl_first": kl()}
+    here = time.time()
     log = distill(args, run, student, meta)
+    began -= log[-1]["seconds"] - (time.time() - here)                       # time before an interruption counts, too
     student.eval()
     kl_last = kl()
     result, table = evaluate(args, run, student)
@@ -364,9 +379,222 @@ def stage(args, run):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Results: a table, and two pictures of a family, made from the reports that the runs have saved and from nothing else.
+#
+# A result is known by its history, the reports of all stages that led to it, oldest first: the tokens that a member has
+# cost are those of all of them, and its layer map has a row for each. A directory of train_sft.py is a member, too
+# (H-30-SFT). Runs that differ in the seed alone are named x-s0, x-s1, ... and share a row of the table.
+
+NEEDED = ("args", "layout", "replaced", "teacher_accuracy", "student_accuracy", "accuracy_by_family", "kl_first",
+          "kl_last", "scores", "tokens", "seconds", "seed")
+
+
+def read_result(path):
+    """The report in a result directory, with its name, path, and the checkpoint it started from; None if none is there.
+    What train_sft.py writes is brought to the keys of distill.py."""
+    files = (os.path.join(path, name) for name in ("report.json", "training.json"))
+    file = next((f for f in files if os.path.exists(f)), None)               # report.json, if both are there
+    if file is None:
+        return None
+    report = nano.read_json(file, dict)
+    try:
+        if file.endswith("training.json"):                                   # no teacher was asked: no KL, no scores
+            layout = nano.config_from_json(nano.read_json(os.path.join(path, "config.json"), dict)).layout
+            report = dict.fromkeys(NEEDED) | report | {key: report["log"][-1][key] for key in ("tokens", "seconds")} | {
+                "layout": list(layout), "replaced": [i for i, kind in enumerate(layout) if kind != "t"],
+                "student_accuracy": report.get("accuracy"), "seed": report["args"]["seed"],
+                "accuracy_by_family": {f: [None, share] for f, share in report.get("accuracy_by_family", {}).items()}}
+        missing = [key for key in NEEDED if key not in report]
+        if not missing:
+            before = report["args"].get("student", report["args"].get("model"))
+            return report | {"name": os.path.basename(os.path.abspath(path)), "path": path, "before": before}
+    except (KeyError, IndexError) as e:
+        missing = [e]
+    raise UserError(f"{file} is no report of distill.py or train_sft.py: it has no {missing[0]}")
+
+
+def history(path):
+    """-> reports of the stages that led to the result in path, oldest first. A family may have moved as a whole: then
+    an earlier stage is found beside the later one."""
+    reports, seen = [read_result(path)], set()
+    while (before := reports[0]["before"]) and before not in seen:
+        seen.add(before)                                                     # a run may have replaced its own start
+        sibling = os.path.join(os.path.dirname(os.path.abspath(reports[0]["path"])), os.path.basename(before))
+        earlier = next((r for r in map(read_result, (before, sibling)) if r), None)
+        if earlier is None or not earlier["replaced"]:                       # nothing known, or the teacher itself
+            break
+        reports.insert(0, earlier)
+    return reports
+
+
+def find_results(paths):
+    """Directories of results, or those above them -> their histories, by the number of layers replaced."""
+    found = []
+    for path in paths:
+        inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
+        here = [path] if read_result(path) else [p for p in (os.path.join(path, d) for d in inside) if read_result(p)]
+        if not here:
+            raise UserError(f"{path}: no report.json of distill.py and no training.json of train_sft.py there")
+        found += map(history, here)
+    return sorted(found, key=lambda h: (len(h[-1]["replaced"]), len(h), h[-1]["name"]))
+
+
+def teacher_accuracy(reports):
+    """What the teacher scored in the newest stage that asked it, or None."""
+    return next((r["teacher_accuracy"] for r in reversed(reports) if r["teacher_accuracy"] is not None), None)
+
+
+def table_lines(results):
+    """histories -> a Markdown table. Numbers of several seeds: the mean +- half the distance of the extremes."""
+    groups = {}                                                              # name without seed -> [(seed, its row)]
+    for reports in results:
+        last, teacher = reports[-1], teacher_accuracy(reports)
+        by_family = {family: pair[1] for family, pair in (last["accuracy_by_family"] or {}).items()}
+        student = last["student_accuracy"]
+        row = {"replaced": len(last["replaced"]), "teacher": teacher, "student": student,
+               "of teacher": student / teacher if student is not None and teacher else None, **by_family,
+               "KL first": last["kl_first"], "KL last": last["kl_last"],
+               "M tokens": sum(r["tokens"] for r in reports) / 1e6, "seconds": last["seconds"]}
+        groups.setdefault(re.sub(r"-s\d+$", "", last["name"]), []).append((last["seed"], row))
+
+    def cell(column, values):
+        known, digits = [v for v in values if v is not None], {"replaced": 0, "seconds": 0}.get(column, 3)
+        if not known:
+            return ""
+        spread = f" +-{(max(known) - min(known)) / 2:.{digits}f}" if max(known) > min(known) else ""
+        return f"{sum(known) / len(known):.{digits}f}{spread}"
+    # A column for every key that any row has: families of problems differ between teachers, --data has none.
+    columns = list(dict.fromkeys(key for group in groups.values() for _, row in group for key in row))
+    table = [["result", "seeds", *columns]]
+    for name, group in groups.items():
+        table.append([name, " ".join(str(seed) for seed, _ in group),
+                      *(cell(column, [row.get(column) for _, row in group]) for column in columns)])
+    # Padded, so that it can be read in the terminal as well as pasted into the README.
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    table.insert(1, ["-" * width for width in widths])
+    return ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in table]
+
+
+def layer_rows(results):
+    """The longest history -> per stage (name, kinds, bars): kinds: per layer "t", "m2" or "n", and "new" where it was
+    replaced in this stage; bars: {layer: 0 ... 1}, its LOO or MMR score between the stage's least and largest harm."""
+    rows, before = [], None
+    for report in max(results, key=lambda h: len(h[-1]["replaced"])):
+        layout = report["layout"]
+        kinds = ["new" if k != "t" and (before is None or before[i] == "t") else k for i, k in enumerate(layout)]
+        # LOO accuracies and MMR losses have no common unit, and losses fall from stage to stage: scale within a stage.
+        cost = {s["layer"]: harm(s)[0] for s in report["scores"] or ()}      # empty for --rank first, last, FILE, ...
+        low, high = min(cost.values(), default=0), max(cost.values(), default=0)
+        rows.append((report["name"], kinds, {i: (c - low) / ((high - low) or 1) for i, c in cost.items()}))
+        before = layout
+    return rows
+
+
+def map_lines(rows):
+    """The layer map as text: a letter per layer, below it its score as a digit, 9 for the most harmful layer."""
+    letters, width = {"t": "t", "m2": "m", "n": "-", "i": "-", "new": "M"}, max(len(name) for name, _, _ in rows) + 2
+    lines = [" " * width + "".join(f"{i:<5}" for i in range(0, len(rows[0][1]), 5))]
+    for name, kinds, bars in rows:
+        digits = [str(round(9 * bars[i])) if i in bars else " " for i in range(len(kinds))]
+        lines += [name.ljust(width) + "".join(letters[kind] for kind in kinds), " " * width + "".join(digits).rstrip()]
+    return [*lines, "t attention, m Mamba, M replaced in this stage, - removed; digits: harm by the score, 0 to 9"]
+
+
+@torch.no_grad()
+def throughput(paths, file, device, dtype):
+    """Decoding speed of the checkpoints in paths, tokens/s: from the lines of bench.py in file, at the longest context
+    and the largest batch there, or else measured now by bench.py's functions."""
+    import bench                                                             # nothing else here needs it
+    if file is None:
+        speed, how = [], argparse.Namespace(seconds=1.0, graph=False)
+        batch, ctx = (16, 32768) if device.type == "cuda" else (4, 8192)     # caches that outweigh so small a model
+        for path in tqdm(paths, desc=f"decoding {batch} texts after {ctx} tokens", unit="model"):
+            lm = nano.join_projections(nano.load_pretrained(path, device, dtype))
+            speed.append(batch / bench.time_decode(lm, bench.filled_state(lm, batch, ctx), batch, how, device)[0])
+        return speed
+    try:
+        with open(file, encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f if line.strip()]
+        known = {}                                                           # the longest context is written last
+        for row in sorted((r for r in rows if r.get("decode")), key=lambda r: r["ctx"]):
+            if row["row"] == "model":                                        # row H-0 of --model is a random model
+                known[os.path.realpath(row["shape"])] = row["decode"][-1]["tokens_per_s"]
+        return [known[os.path.realpath(path)] for path in paths]
+    except OSError as e:
+        raise UserError(f"cannot read {file}: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{file} has no line for {e}: python bench.py --model DIR --json {file}") from None
+
+
+def draw_family(plt, path, results, teacher, speed):
+    """Score against decoding speed, a point per member; beside it the tokens of all its stages. speed: the teacher's,
+    then the members'."""
+    points = [("teacher", teacher, speed[0])]
+    for reports, rate in zip(results, speed[1:]):
+        tokens = sum(r["tokens"] for r in reports)
+        points.append((f"{reports[-1]['name']}, {tokens / 1e6:.2f} M tokens", reports[-1]["student_accuracy"], rate))
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for i, (label, accuracy, rate) in enumerate(points):
+        axes.plot(rate / speed[0], accuracy, "o", color="tab:red" if i else "black")
+        place, side = ((7, 4), "left") if i % 2 == 0 else ((-7, -11), "right")       # neighbours must not overlap
+        axes.annotate(label, (rate / speed[0], accuracy), place, textcoords="offset points", fontsize=8, ha=side)
+    axes.margins(0.36, 0.12)
+    axes.set_xlabel(f"decoding speed, teacher = 1 ({speed[0]:.0f} tokens/s)")
+    axes.set_ylabel("exact match on held-out problems")
+    figure.tight_layout()
+    nano.write_atomic(path, lambda to: figure.savefig(to, format="png", dpi=150))
+
+
+def draw_layers(plt, path, rows):
+    """The layer map: a row per stage, a column per layer; above each row the scores that decided it, as bars."""
+    colors = {"t": "#4c78a8", "m2": "#f3c9a5", "n": "#dddddd", "i": "#dddddd", "new": "#e4572e"}
+    figure, axes = plt.subplots(figsize=(10, 0.9 + 0.75 * len(rows)))
+    for y, (_, kinds, bars) in enumerate(reversed(rows)):
+        axes.bar(range(len(kinds)), 0.4, 0.9, y, color=[colors[kind] for kind in kinds])
+        axes.bar(list(bars), [0.03 + 0.42 * value for value in bars.values()], 0.5, y + 0.43, color="#555555")
+    axes.set_yticks([y + 0.2 for y in range(len(rows))], [name for name, _, _ in reversed(rows)])
+    for kind, label in (("t", "attention"), ("m2", "Mamba"), ("new", "replaced in this stage")):
+        axes.bar([0], [0], color=colors[kind], label=label)
+    # Bars of no height, for the legend alone.
+    axes.bar([0], [0], color="#555555", label="harm (LOO, then MMR), scaled per stage")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4, fontsize=8, frameon=False)
+    axes.set_xlim(-1, len(rows[0][1]))
+    axes.set_xlabel("layer")
+    figure.tight_layout()
+    nano.write_atomic(path, lambda to: figure.savefig(to, format="png", dpi=150))
+
+
+def show_results(args, device, dtype):
+    """--table and --figures."""
+    results = find_results([*(args.table or ()), *(args.figures or ())])
+    print("\n".join(table_lines(results)))
+    if not args.figures:
+        return
+    rows = layer_rows(results)                                               # as text in any case: it needs nothing
+    print("\n".join(["", *map_lines(rows)]), flush=True)
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no pictures: they need matplotlib (pip install matplotlib)")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    out = args.out or "results"
+    claim_out(out, overwrite=True, resume=False)                             # pictures are cheap, old ones are replaced
+    draw_layers(plt, os.path.join(out, "layers.png"), rows)
+    print(f"wrote {os.path.join(out, 'layers.png')}", flush=True)
+    solved = [h for h in results if h[-1]["student_accuracy"] is not None and teacher_accuracy(h) is not None]
+    if not solved:
+        return print("no family.png: no member and its teacher have solved problems")
+    teacher = next(r["args"]["teacher"] for r in solved[0] if "teacher" in r["args"])
+    speed = throughput([teacher, *(reports[-1]["path"] for reports in solved)], args.bench, device, dtype)
+    draw_family(plt, os.path.join(out, "family.png"), solved, teacher_accuracy(solved[0]), speed)
+    print(f"wrote {os.path.join(out, 'family.png')}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line.
 
-RANKS = ("auto", "loo", "mmr", "first", "last", "random")
+RANKS = ("auto", "loo", "mmr", "first", "last", "random", "apriel15b")
 
 
 def parse_args():
@@ -378,6 +606,8 @@ def parse_args():
     p.add_argument("--out", help="directory for the result; with --stages, the one above (default: out/hN; an --init "
                                  "other than the default adds its name)")
     p.add_argument("--data", help="JSONL file of prompt/response or messages (default: the built-in traces)")
+    p.add_argument("--traces", default="reasoning", choices=("reasoning", "generic"),
+                   help="built-in texts to distil on; generic: facts without question or reasoning (default reasoning)")
     p.add_argument("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of layers; "
                                                   "auto: loo, and mmr with --student (default auto)")
     p.add_argument("--init", default="aligned", choices=tuple(nano.INITS), help="of a new mixer (default aligned)")
@@ -397,6 +627,9 @@ def parse_args():
     p.add_argument("--dtype", default="auto", help="of matrix products: auto, float32 or bfloat16 (default auto)")
     p.add_argument("--resume", action="store_true", help="continue an interrupted run in --out, with the same flags")
     p.add_argument("--overwrite", action="store_true", help="replace a finished result in --out")
+    p.add_argument("--table", nargs="+", metavar="DIR", help="only print a table of these results (or those inside)")
+    p.add_argument("--figures", nargs="+", metavar="DIR", help="... and draw the family into --out (default results)")
+    p.add_argument("--bench", metavar="FILE", help="for --figures: tokens/s from bench.py --model DIR --json FILE")
     return p.parse_args()
 
 
@@ -407,9 +640,12 @@ def plan(args):
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.rank not in RANKS and not os.path.exists(args.rank):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
-    name = "" if args.init == "aligned" else f"-{args.init}"
+    if args.data and args.traces != "reasoning":
+        raise UserError("--traces chooses among the built-in texts; --data brings its own")
+    name, rank = "" if args.init == "aligned" else f"-{args.init}", args.rank
     if not args.stages:
         args.out = args.out or f"out/h{args.replace}{name}"
+        args.rank = ("mmr" if args.student else "loo") if rank == "auto" else rank
         return [args]
     try:
         counts = [int(n) for n in args.stages.split(",")]
@@ -420,15 +656,32 @@ def plan(args):
     above, stages = args.out or "out", []
     for n in counts:                                                         # a stage starts from the one before it
         student = stages[-1].out if stages else args.student
-        stages.append(argparse.Namespace(**vars(args) | {"replace": n, "student": student, "resume": True,
-                                                         "out": os.path.join(above, f"h{n}{name}")}))
+        change = {"replace": n, "student": student, "resume": True, "out": os.path.join(above, f"h{n}{name}"),
+                  "rank": ("mmr" if student else "loo") if rank == "auto" else rank}
+        stages.append(argparse.Namespace(**vars(args) | change))
     return stages
+
+
+def is_finished(args):
+    """Is this stage done already? UserError if it was done under other flags: its successors would build on it."""
+    file = os.path.join(args.out, "report.json")
+    if args.overwrite or not os.path.exists(file):
+        return False
+    made = nano.read_json(file, dict).get("args", {})
+    for flag in FLAGS:
+        if made.get(flag, getattr(args, flag)) != getattr(args, flag):       # a flag may be newer than the report
+            raise UserError(f"{args.out} was made with {flag} = {made[flag]}, now {flag} = {getattr(args, flag)}; pass "
+                            f"the same flags, or --overwrite, or continue from it with --student")
+    print(f"{args.out} is finished already, kept")
+    return True
 
 
 def main():
     began, args = time.time(), parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if args.table or args.figures:
+        return show_results(args, device, dtype)
     stages = plan(args)
     teacher, enc = nano.load_pretrained(args.teacher, device, dtype), nano.load_tokenizer(args.teacher)
     attention = teacher.config.layout.count("t")
@@ -440,7 +693,7 @@ def main():
     else:
         probe, fixed = ([encode_problem(enc, p) for p in problem_set(split, n)]
                         for split, n in (("probe", args.probe), ("dev", 16)))
-        block = trace_block(enc, args.seed)
+        block = (generic_block if args.traces == "generic" else trace_block)(enc, args.seed)
     for s in stages:
         claim_out(s.out, args.overwrite, s.resume, done="report.json")
     size = sum(p.numel() for p in teacher.parameters())
@@ -454,10 +707,7 @@ def main():
     probe = sorted(probe, key=lambda e: len(e[0]))                           # batches of similar length
     probe = [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)]
     run = Run(teacher, enc, device, dtype, block, probe, fixed)
-    for s in stages:
-        if args.stages and not args.overwrite and os.path.exists(os.path.join(s.out, "report.json")):
-            print(f"{s.out} is finished already, kept")
-            continue
+    for s in [s for s in stages if not (args.stages and is_finished(s))]:
         s.set_up, began = time.time() - began, time.time()
         stage(s, run)
         began = time.time()

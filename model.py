@@ -737,6 +737,12 @@ INITS = {"calibrated": "aligned, then gate and output fitted on one batch", "ali
          "plain": "from attention, in the published order", "random": "nothing copied",
          "identity": "no mixer at all (control)"}
 
+# The order in which Apriel's 50-layer 15B teacher gave up its attention (0-based). Published: the first 25 (H-25, by
+# leaving one out), then 3 5 (H-27) and 6 7 8 (H-30), by trial. What H-34, H-37 and H-40 replaced is not published: here
+# the published leave-one-out order goes on. Layer 2 has no score there, and is never replaced.
+APRIEL15B = [47, 39, 24, 36, 31, 43, 32, 20, 38, 37, 30, 33, 22, 23, 40, 42, 44, 35, 41, 27, 21, 46, 45, 49, 25,
+             3, 5, 6, 7, 8, 34, 29, 28, 19, 26, 18, 17, 16, 13, 15, 14, 9, 12, 11, 48, 10, 4, 1, 0]
+
 
 @torch.no_grad()
 def mil_mixer(attention, config, init="aligned"):

@@ -2313,7 +2313,7 @@ def test_decay_only_for_matrices_inside_the_layers(traces):
 def test_training_resumed_is_training_uninterrupted(traces, tmp_path):
     def run(out, stop=None):
         args = argparse.Namespace(out=str(out), steps=4, batch=2, lr=1e-3, warmup=1, every=2, resume=True, seed=0,
-                                  model=None, layers=4, data=None, ctx=64, easy=0.0)
+                                  model=None, layers=4, wide=1, data=None, ctx=64, easy=0.0)
         lm, block = load_pretrained(traces[0]).train(), train_sft.trace_block(traces[1], 0)
         if stop is not None:
             calls, real = [], train_sft.clipped_step
@@ -2366,6 +2366,218 @@ def test_distil_from_end_to_end(traces, tmp_path, monkeypatch, capsys):
         run("--replace", 99, "--out", tmp_path / "new")
     with pytest.raises(UserError, match="rank"):
         run("--replace", 1, "--rank", "nonsense", "--out", tmp_path / "new")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The family: stages that can be killed, trials that find the harmless layer, generic text, merging, tables and pictures.
+
+def run_script(module, *args):
+    """main() of a script in this process, with these arguments. -> what it printed."""
+    import contextlib, io
+    out, argv = io.StringIO(), sys.argv
+    sys.argv = [module.__name__, *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out):
+            module.main()
+    finally:
+        sys.argv = argv
+    return out.getvalue()
+
+
+@pytest.fixture
+def no_answers(monkeypatch):
+    """Nobody solves problems: writing 192 tokens takes far longer than what the tests below are about."""
+    monkeypatch.setattr(distill, "solve", lambda lm, enc, problems, **kw: [""] * len(problems))
+
+
+SMALL = ("--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1)
+
+
+@pytest.fixture(scope="module")
+def family(traces, tmp_path_factory):
+    """A finished family of two members of the 4-layer teacher. -> the directory above them."""
+    path = tmp_path_factory.mktemp("family")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "solve", lambda lm, enc, problems, **kw: [""] * len(problems))
+        run_script(distill, "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", path)
+    return path
+
+
+def weights(path):
+    return (path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("killed_after", [1, 3, 6])                          # of 2 steps, 3 trials of 1 step, 2 steps
+def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family, tmp_path, monkeypatch, no_answers,
+                                                                 killed_after):
+    command, calls, real = ("--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", tmp_path), [], distill.clipped_step
+    def step(*args):
+        if len(calls) == killed_after:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*args)
+    monkeypatch.setattr(distill, "clipped_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        run_script(distill, *command)
+    assert len(calls) == killed_after
+    more = []
+    monkeypatch.setattr(distill, "clipped_step", lambda *args: more.append(1) or real(*args))
+    run_script(distill, *command)
+    assert len(more) == 2 + 3 + 2 - killed_after                             # what was done is not done again
+    for member in ("h1", "h2"):
+        assert weights(tmp_path / member) == weights(family / member)
+        a, b = (json.loads((path / member / "report.json").read_text()) for path in (tmp_path, family))
+        assert (a["replaced"], a["scores"], a["kl_last"], a["tokens"]) == (b["replaced"], b["scores"], b["kl_last"], b["tokens"])
+
+
+def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, family, tmp_path, monkeypatch, no_answers):
+    command = ("--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", family)
+    assert run_script(distill, *command).count("finished already") == 2
+    for change in (("--traces", "generic"), ("--warmup", 3), ("--ctx", 99), ("--rank", "last"), ("--probe-steps", 2)):
+        with pytest.raises(UserError, match=change[0][2:].replace("-", "_")):
+            run_script(distill, *command, *change)
+    monkeypatch.setattr(distill, "clipped_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    command = ("--teacher", traces[0], "--replace", 1, *SMALL, "--resume", "--rank", "first", "--out", tmp_path / "x")
+    with pytest.raises(KeyboardInterrupt):
+        run_script(distill, *command)
+    with pytest.raises(UserError, match="traces = reasoning, now traces = generic"):
+        run_script(distill, *command, "--traces", "generic")
+
+
+def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
+    lm, enc = load_pretrained(traces[0]), traces[1]
+    torch.nn.init.zeros_(lm.layers[2].self_attn.o_proj.weight)
+    cpu, before = torch.device("cpu"), distill.weights_hash(lm)
+    run = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [])
+    args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", init="aligned", lr=1e-4,
+                              loss="reverse_kl")
+    student = convert(copy.deepcopy(lm), lm, [0], "aligned")                 # as in a later stage
+    trials = distill.try_each_layer(args, run, student, [1, 2, 3], {})
+    assert distill.least_important_first(trials)[0] == 2 and len({trial["loss"] for trial in trials}) == 3
+    assert student.config.layout == ("m2", "t", "t", "t") and distill.weights_hash(lm) == before
+
+
+def test_the_teacher_never_changes_during_a_stage(traces, tmp_path, monkeypatch, no_answers):
+    hashes, real = [], distill.evaluate
+    monkeypatch.setattr(distill, "evaluate", lambda a, run, student: hashes.append(distill.weights_hash(run.teacher))
+                        or real(a, run, student))
+    for train in ("all", "mixers"):                                          # mixers: the other weights are shared
+        run_script(distill, "--teacher", traces[0], "--replace", 2, *SMALL, "--train", train, "--out", tmp_path / train)
+    assert hashes == [distill.weights_hash(load_pretrained(traces[0]))] * 2
+
+
+def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces):
+    enc = traces[1]
+    generic, like = (make(enc, 5)(3, 40) for make in (train_sft.generic_block, train_sft.trace_block))
+    assert generic == train_sft.generic_block(enc, 5)(3, 40) != train_sft.generic_block(enc, 6)(3, 40)
+    for (ids, trained), (other, _) in zip(generic, like):
+        text = enc.decode(ids)
+        assert trained == [False] + [True] * (len(ids) - 1) and text.startswith("<s> ") and text.endswith(".</s>")
+        assert not any(word in text for word in ("?", "INST", "think", "How", "What", "=", ";"))
+        assert len(other) <= len(ids) < len(other) + 60                      # at most one sentence longer
+        assert train_sft.split_of(text[4:-4]) == "train"
+
+
+def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_path, no_answers):
+    reports = {}
+    for kind in ("reasoning", "generic"):
+        printed = run_script(distill, "--teacher", traces[0], "--replace", 1, "--rank", "first", *SMALL, "--traces", kind,
+                             "--out", tmp_path / kind)
+        reports[kind] = json.loads((tmp_path / kind / "report.json").read_text())
+        assert (">>> " in printed and "[INST]" not in printed.split("problem ")[0]) == (kind == "generic")
+    assert reports["generic"]["args"]["traces"] == "generic"
+    assert reports["generic"]["kl_first"] == reports["reasoning"]["kl_first"]            # the same held-out batch
+    assert reports["generic"]["log"][0]["kl"] != reports["reasoning"]["log"][0]["kl"]    # other training texts
+    with pytest.raises(UserError, match="--traces"):
+        run_script(distill, "--teacher", traces[0], "--traces", "generic", "--data", "x.jsonl", "--out", tmp_path / "x")
+
+
+def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path):
+    assert sorted(nano.APRIEL15B) == [i for i in range(50) if i != 2] and bench.ORDER[:49] == nano.APRIEL15B
+    args = argparse.Namespace(rank="apriel15b", teacher="x")
+    order = lambda layout: distill.rank_layers(args, None, HybridLM(dataclasses.replace(
+        train_sft.TEACHER, n_layer=len(layout), layout=layout)))[0]
+    assert order(("t",) * 50)[:27] == nano.APRIEL15B[:25] + [3, 5]
+    assert order(tuple("m2" if i in (47, 24) else "t" for i in range(50)))[:3] == [39, 36, 31]
+    with pytest.raises(UserError, match="50 layers"):
+        run_script(distill, "--teacher", traces[0], "--replace", 1, "--rank", "apriel15b", "--out", tmp_path / "x")
+
+
+def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family, tmp_path, monkeypatch):
+    start, other = family / "h1", tmp_path / "other"
+    lm = load_pretrained(start)
+    for p in lm.parameters():
+        p.data += torch.randn(p.shape) / 100
+    save_pretrained(lm, other)
+    sft = lambda out, *more: run_script(train_sft, "--model", start, "--steps", 2, "--batch", 2, "--eval", 0, "--threads", 1,
+                                        "--out", tmp_path / out, *more)
+    sft("alone"), sft("merged", "--merge", other, "--merge-weight", 0.25)
+    alone, merged, lm = (load_file(path / "model.safetensors") for path in (tmp_path / "alone", tmp_path / "merged", other))
+    assert all(torch.equal(w, 0.25 * alone[name] + 0.75 * lm[name]) for name, w in merged.items())
+    args = json.loads((tmp_path / "merged" / "training.json").read_text())["args"]
+    assert args["merge"] == str(other) and args["merge_weight"] == 0.25
+    monkeypatch.setattr(train_sft, "train", lambda *a: pytest.fail("training began"))
+    for more, why in ((("--merge", family / "h2"), "layout"), (("--merge", tmp_path / "none"), "no such directory"),
+                      (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"), (("--merge-weight", -1), "between")):
+        with pytest.raises(UserError, match=why):
+            sft("refused", *more)
+
+
+def fake_report(path, replaced, tokens, student, seed=0, before=None, scores=None, layers=6):
+    """A report.json as distill.py writes it."""
+    path.mkdir(parents=True)
+    (path / "report.json").write_text(json.dumps({
+        "replaced": replaced, "layout": ["m2" if i in replaced else "t" for i in range(layers)], "kl_first": 0.5,
+        "kl_last": 0.25, "steps": 5, "tokens": tokens, "seconds": 10.0, "seed": seed, "teacher_accuracy": 0.8,
+        "student_accuracy": student, "accuracy_by_family": {"story": [0.8, student]}, "scores": scores, "log": [],
+        "args": {"student": before and str(before), "teacher": "no/such/teacher"}}))
+
+
+def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
+    fake_report(tmp_path / "h1", [4], 1_000_000, 0.8)
+    fake_report(tmp_path / "h3", [4, 0, 1], 2_000_000, 0.4, before="moved/away/h1")
+    for seed, student in ((0, 0.5), (1, 0.7)):
+        fake_report(tmp_path / "claims" / f"plain-s{seed}", [4, 5], 1_000_000, student, seed)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")]
+             for line in run_script(distill, "--table", tmp_path, tmp_path / "claims").splitlines()]
+    table = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
+    assert list(table) == ["h1", "plain", "h3"]
+    assert table["h3"]["M tokens"] == "3.000" and table["h3"]["of teacher"] == "0.500" and table["h3"]["replaced"] == "3"
+    assert table["plain"]["seeds"] == "0 1" and table["plain"]["student"] == "0.600 +-0.100"
+    assert table["h1"]["KL first"] == "0.500" and table["h1"]["KL last"] == "0.250" and table["h1"]["seconds"] == "10"
+    with pytest.raises(UserError, match="no report.json"):
+        run_script(distill, "--table", tmp_path / "nothing")
+    (tmp_path / "h3" / "report.json").write_text("{}")
+    with pytest.raises(UserError, match="is no report"):
+        run_script(distill, "--table", tmp_path / "h3")
+
+
+def test_without_matplotlib_the_layer_map_is_text(tmp_path, monkeypatch):
+    loo = [{"layer": i, "accuracy": 1 - i / 10, "kl": 0.0, "loss": 0.1} for i in range(6)]
+    mmr = [{"layer": i, "loss": 2.0 if i == 5 else 1.0} for i in range(1, 6)]
+    fake_report(tmp_path / "h1", [0], 10, 0.8, scores=loo)
+    fake_report(tmp_path / "h2", [0, 2], 10, 0.8, before=tmp_path / "h1", scores=mmr)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)                     # import fails
+    printed = run_script(distill, "--figures", tmp_path, "--out", tmp_path / "results")
+    assert ["h1  Mttttt", "    024579", "h2  mtMttt", "     00009"] == [
+        line.rstrip() for line in printed.splitlines() if line and line[0] in "h " and not line.startswith("    0    5")]
+    assert printed.rstrip().endswith("(pip install matplotlib)") and not (tmp_path / "results").exists()
+
+
+def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(bench, "filled_state", lambda lm, batch, ctx, real=bench.filled_state: real(lm, 1, 20))
+    monkeypatch.setattr(bench, "time_decode", lambda lm, state, batch, args, device, real=bench.time_decode: real(
+        lm, state, 1, argparse.Namespace(seconds=0.0, graph=False), device))
+    printed = run_script(distill, "--figures", family, "--out", tmp_path)    # measured on the spot
+    for name in ("layers.png", "family.png"):
+        assert name in printed and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    row = lambda path, speed: json.dumps({"row": "model", "shape": str(path), "ctx": 9, "decode": [{"tokens_per_s": speed}]})
+    (tmp_path / "bench.jsonl").write_text("\n".join([row(traces[0], 100.0), row(family / "h1", 150.0)]))
+    known = lambda *paths: distill.throughput(paths, tmp_path / "bench.jsonl", "cpu", torch.float32)
+    assert known(traces[0], family / "h1") == [100.0, 150.0]
+    with pytest.raises(UserError, match="no line for .*h2"):
+        known(family / "h2")
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():

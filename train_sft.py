@@ -4,6 +4,7 @@ Make reasoning traces, and train a model on them: the teacher from scratch, or s
     python train_sft.py --scratch --layers 5 --steps 300 --out out/tiny      # a small model from nothing
     python train_sft.py --model out/h25 --steps 50 --out out/h25-sft         # fine-tune a hybrid on the built-in traces
     python train_sft.py --model DIR --data traces.jsonl --out out/mine       # ... or any checkpoint on your own
+    python train_sft.py --model out/h30 --merge out/h30 --out out/h30-sft    # ... and average it with an earlier one
 
 The first half of this file is also the library of the other scripts: devices, problems, batches, loss and evaluation.
 """
@@ -15,11 +16,12 @@ import itertools
 import json
 import math
 import random
+import re
 import signal
 import sys
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -312,6 +314,28 @@ def trace_block(enc, seed, size_at=lambda block: 1.0, split="train"):
     return block
 
 
+def generic_block(enc, seed):
+    """The same for generic text: the facts of training problems and nothing else, no question, no reasoning, no answer.
+    Text number i is about as long as problem number i of trace_block with its trace; all of it is trained.
+
+    Facts are added until the text is long enough and its own hash, too, says "train": as with the problems, no text of
+    the held-out splits can come up, whatever the seed."""
+    def facts(stream):
+        for _, question, _, _ in stream:
+            yield from (sentence.strip() for sentence in re.findall(r"[^.?]+\.", question))     # the question ends in ?
+
+    def block(number, count):
+        examples, more = [], facts(problems("train", f"{seed} {number} facts"))
+        for like in itertools.islice(problems("train", f"{seed} {number}"), count):
+            length, text, ids = len(encode_problem(enc, like)[0]), "", []
+            while len(ids) < length or split_of(text) != "train":
+                text = f"{text} {next(more)}".strip()
+                ids, trained = encode_parts(enc, [("<s>", False), (f" {text}</s>", True)])
+            examples.append((ids, trained))
+        return examples
+    return block
+
+
 def list_block(examples, seed):
     """The same for a list of examples: epoch after epoch, each in its own random order."""
     def block(number, count):
@@ -539,6 +563,35 @@ def grow(model, n_layer):
     return deep
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Merging: the average of two checkpoints that share an ancestor, weight by weight. The usual picture: fine-tuning moves
+# a model a short way along a valley of the loss, and between its two ends the loss is no higher. The paper's H-30-SFT,
+# the member that was released, is such an average. Two layouts cannot be averaged: a Mamba layer and an attention layer
+# have no weights in common. That is found out before an hour of training, not after it.
+
+def merge_partner(args, model):
+    """-> the model to merge with (float32, CPU), or None without --merge. Raises UserError if it cannot be merged."""
+    if not 0 <= args.merge_weight <= 1:
+        raise UserError(f"--merge-weight must lie between 0 and 1, got {args.merge_weight}")
+    if not args.merge:
+        return None
+    other = nano.load_pretrained(args.merge)
+    differ = [f.name for f in fields(nano.Config) if getattr(other.config, f.name) != getattr(model.config, f.name)]
+    if differ:
+        raise UserError(f"--merge {args.merge}: it differs from the trained model in {', '.join(differ)}")
+    return other
+
+
+@torch.no_grad()
+def merge(model, other, weight):
+    """model becomes weight * model + (1 - weight) * other, in float32: bfloat16 would round half of the change away."""
+    for p, q in zip(model.parameters(), other.parameters()):                 # same config: the same order of weights
+        p.data = weight * p.float() + (1 - weight) * q.float().to(p.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line.
+
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--scratch", action="store_true", help="start from nothing, with the shape of the shipped teacher")
@@ -555,6 +608,9 @@ def parse_args():
                    help="share of the steps during which built-in problems grow from small to full size (default 0)")
     p.add_argument("--eval", type=int, default=100, help="held-out problems per family (default 100; 0: none)")
     p.add_argument("--every", type=int, default=200, help="steps between saves (default 200)")
+    p.add_argument("--merge", metavar="DIR", help="afterwards average the weights with those of this checkpoint")
+    p.add_argument("--merge-weight", type=float, default=0.5, metavar="W",
+                   help="result = W * trained + (1 - W) * DIR (default 0.5)")
     p.add_argument("--save-dtype", default="float32", choices=("float32", "bfloat16"), help="default float32")
     p.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
@@ -629,6 +685,7 @@ def main():
     args.lr = args.lr or (0.005 if args.scratch else 0.0005)
     claim_out(args.out, args.overwrite, args.resume)
     model, enc = start_model(args)
+    other = merge_partner(args, model)
     if args.data:
         examples, _ = read_jsonl(args.data, enc, args.ctx, model.config.vocab_size)
         block = list_block(examples, args.seed)
@@ -640,6 +697,8 @@ def main():
           f"an example, trained part marked: {show_example(enc, block(0, 1)[0])}")
     model = model.to(device).train()
     log = train(args, model, block, device, dtype)
+    if other:
+        merge(model, other, args.merge_weight)
     model.eval().to(getattr(torch, args.save_dtype))
     nano.save_pretrained(model, args.out, tokenizer_from=args.model)
     model.float()                                                            # evaluated as saved, rounding included
