@@ -215,7 +215,7 @@ def try_each_layer(args, run, student, attention, key):
     todo = [layer for layer in attention if layer not in {trial["layer"] for trial in trials}]
     for layer in tqdm(todo, desc="MMR", unit="layer"):
         torch.manual_seed(args.seed)                                         # the same fresh parts for every candidate
-        trial = nano.convert(clone(student, args.train), run.teacher, [layer], args.init)
+        trial = nano.convert(clone(student, args.train), run.teacher, [layer], args.init, run.calibration)
         optimizers = make_optimizers(set_trained(trial, args.train), args.lr)
         for step, (tokens, targets, teacher_x) in enumerate(data):
             last = step == args.probe_steps
@@ -317,6 +317,7 @@ class Run(NamedTuple):                                   # what all stages of a 
     block: object                                        # (number, count) -> training examples, see train_sft.batches
     probe: list                                          # lists of examples for LOO
     fixed: list                                          # one held-out batch, for the KL before and after
+    calibration: tuple                                   # (tokens, real), see model.calibrate
 
 
 def evaluate(args, run, student):
@@ -354,7 +355,7 @@ def stage(args, run):
         raise UserError(f"--replace {args.replace}: {len(done)} layers are replaced already and {args.rank} names "
                         f"{len(order)} more")
     torch.manual_seed(args.seed)                                             # fresh parts do not depend on the ranking
-    student = set_trained(nano.convert(student, run.teacher, new, args.init), args.train).train()
+    student = set_trained(nano.convert(student, run.teacher, new, args.init, run.calibration), args.train).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
     same = {flag: getattr(args, flag) for flag in FLAGS}
     kl = lambda: mean_loss(student, run.teacher, [run.fixed], "reverse_kl", run.device, run.dtype)
@@ -706,11 +707,21 @@ def main():
           f"an example, trained part marked: {show_example(enc, block(0, 1)[0])}")
     probe = sorted(probe, key=lambda e: len(e[0]))                           # batches of similar length
     probe = [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)]
-    run = Run(teacher, enc, device, dtype, block, probe, fixed)
+    run = Run(teacher, enc, device, dtype, block, probe, fixed, calibration_batch(block, device))
     for s in [s for s in stages if not (args.stages and is_finished(s))]:
         s.set_up, began = time.time() - began, time.time()
         stage(s, run)
         began = time.time()
+
+
+def calibration_batch(block, device, count=48, most=16384):
+    """-> tokens (b, t) of some training texts, at most `most` of them, and real (b, t): False at padding."""
+    examples = block(0, count)
+    longest = max(len(ids) for ids, _ in examples)
+    examples = examples[:max(1, most // longest)]
+    lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
+    tokens, _ = collate(examples, device)
+    return tokens, torch.arange(tokens.shape[1], device=device) < lengths[:, None]
 
 
 def memory_bytes(device):

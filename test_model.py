@@ -2448,7 +2448,7 @@ def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces,
     lm, enc = load_pretrained(traces[0]), traces[1]
     torch.nn.init.zeros_(lm.layers[2].self_attn.o_proj.weight)
     cpu, before = torch.device("cpu"), distill.weights_hash(lm)
-    run = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [])
+    run = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [], None)
     args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", init="aligned", lr=1e-4,
                               loss="reverse_kl")
     student = convert(copy.deepcopy(lm), lm, [0], "aligned")                 # as in a later stage
