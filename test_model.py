@@ -14,6 +14,7 @@ import io
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 
@@ -209,6 +210,20 @@ def test_scan_is_the_sum_over_the_past(impl):
     y, state = selective_scan(**inputs, impl=impl)
     wanted_y, wanted_state = closed_form(**inputs)
     assert off(y, wanted_y) < 1e-12 and off(state, wanted_state) < 1e-12
+
+
+@pytest.mark.parametrize("t", [1, 2, 5, 8, 31, 70])
+def test_chunk_equals_a_blelloch_scan(t):
+    """Another algorithm altogether, the tree of bench.py, with its own backward."""
+    inputs = scan_inputs(t=t, reset=False)
+    del inputs["state"]
+    rng = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(inputs["x"].shape, generator=rng, dtype=torch.float64)
+    blelloch = lambda reset, **i: (bench.blelloch_scan(**i), i["x"].new_zeros((), requires_grad=True) * 1)
+    wanted = run_scan(blelloch, inputs, None, (cotangent, torch.zeros(())))
+    wanted.pop("state")
+    none = torch.zeros(2, *inputs["A"].shape)
+    assert_same(run_scan(selective_scan, inputs, None, (cotangent, none), impl="chunk"), wanted, 1e-10)
 
 
 @pytest.mark.parametrize("impl", ["loop", "chunk"])
@@ -793,6 +808,21 @@ def test_logits_of_a_mistral_checkpoint_are_those_of_the_independent_model(chang
         assert off(in_pieces(model, tokens, sizes)[0][0], wanted) < 1e-4
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_copies_in_a_file_are_accepted_if_they_are_copies(shards, tmp_path):
+    """Real files hold rotary frequencies as buffers, and tied models their head a second time."""
+    raw = raw_config(tie_word_embeddings=True)
+    tensors, tokens = random_tensors(raw), some_tokens(1, 9)
+    plain = load_pretrained(write_checkpoint(tmp_path / "plain", raw, tensors))
+    more = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+                      "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    model = load_pretrained(write_checkpoint(tmp_path / "more", raw, more, shards))
+    assert torch.equal(model(tokens)[0], plain(tokens)[0]) and model.lm_head.weight is model.embed_tokens.weight
+    more["lm_head.weight"][3, 3] += 1
+    with pytest.raises(UserError, match="lm_head.weight is not the embedding"):
+        load_pretrained(write_checkpoint(tmp_path / "more", raw, more, shards))
+
+
 def test_every_setting_of_the_reference_test_matters():
     """If the naive model's logits did not depend on theta, window or bias, the tests above would prove little."""
     raw = raw_config("t m2 t")
@@ -955,6 +985,20 @@ def test_saving_over_the_directory_a_model_was_loaded_from_works(tmp_path):
     before = [p.clone() for p in model.parameters()]
     save_pretrained(model, tmp_path, tokenizer_from=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, load_pretrained(tmp_path).parameters()))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_written_files_have_the_ordinary_permissions(umask, mode, tmp_path):
+    """As open() would give: who may read the directory can read the weights, unless the umask says otherwise."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    old = os.umask(umask)
+    try:
+        save_pretrained(tiny("t m2"), tmp_path / "out", tokenizer_from=tmp_path, shard_bytes=20000)
+        assert os.umask(umask) == umask                                      # and the umask itself is left alone
+    finally:
+        os.umask(old)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {mode}
 
 
 def test_tokenizer_files_are_copied_when_asked_for(tmp_path):
@@ -1709,7 +1753,7 @@ def test_triton_scan_repeats_bit_for_bit_and_continues(small_blocks):
         y, h = selective_scan(**part, reset=reset[:, piece], impl="triton")
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, 1), first["y"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(h, first["h"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(h, first["state"], rtol=1e-5, atol=1e-5)
 
 
 # The one-token kernel, alone and in a model.
@@ -2264,6 +2308,18 @@ def test_kl_is_zero_for_equal_logits_exact_and_finite():
     assert torch.isfinite(far.grad).all()
 
 
+def test_kl_is_a_mean_over_tokens_whatever_the_batch_and_its_length(traces):
+    """The same texts in one batch, one by one, twice, or beside an untrained one give one and the same loss."""
+    lm, enc = load_pretrained(traces[0]), traces[1]
+    student = convert(load_pretrained(traces[0]), lm, [1], "aligned")
+    texts = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("dev", 1)]
+    mean = lambda *fixed: distill.mean_loss(student, lm, fixed, "reverse_kl", torch.device("cpu"), torch.float32)
+    silent = texts[0][0], [False] * len(texts[0][0])
+    for fixed in ([[t] for t in texts], [texts, texts], [texts + [silent]]):
+        assert abs(mean(*fixed) / mean(texts) - 1) < 1e-5
+    assert mean([silent]) == 0
+
+
 def test_kl_in_pieces_is_the_same_in_value_and_gradients():
     torch.manual_seed(0)
     heads = [torch.nn.Linear(8, 50, bias=False) for _ in range(2)]
@@ -2302,6 +2358,50 @@ def test_decay_only_for_matrices_inside_the_layers(traces):
         assert not any(part in name for name in decayed), part
 
 
+def test_a_step_without_gradient_shrinks_the_decayed_matrices_and_nothing_else(traces):
+    lm = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
+    optimizers, before = train_sft.make_optimizers(lm, 0.1, weight_decay=0.5), copy.deepcopy(lm)
+    for p in lm.parameters():
+        p.grad = torch.zeros_like(p)
+    train_sft.clipped_step(lm, optimizers, 0.1)
+    for (name, p), old in zip(lm.named_parameters(), before.parameters(), strict=True):
+        matrix = p.ndim == 2 and name.startswith("layers.") and not name.endswith(("A_log", ".D"))
+        torch.testing.assert_close(p, old * (0.95 if matrix else 1.0), msg=name)
+
+
+def test_a_step_moves_every_parameter(traces):
+    lm = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
+    optimizers, before = train_sft.make_optimizers(lm, 1e-3, weight_decay=0.0), copy.deepcopy(lm)
+    batch = [train_sft.encode_problem(traces[1], p) for p in train_sft.problem_set("dev", 1)]
+    loss, count, _ = train_sft.cross_entropy(lm, *train_sft.collate(batch, "cpu"))
+    (loss / count).backward()
+    train_sft.clipped_step(lm, optimizers, 1e-3)
+    for (name, p), old in zip(lm.named_parameters(), before.parameters(), strict=True):
+        assert torch.isfinite(p).all() and not torch.equal(p, old), name
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
+def test_muon_turns_a_gradient_into_a_nearly_orthogonal_matrix(shape):
+    """The same singular vectors, singular values near 1 (Newton-Schulz is stopped early, on purpose)."""
+    torch.manual_seed(0)
+    g = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
+    u, values, v = torch.linalg.svd(g, full_matrices=False)
+    inner = u.mT @ train_sft.orthogonalize(g) @ v.mT
+    new = inner.diagonal(dim1=-2, dim2=-1)
+    large = values > 0.1 * values[:, :1]                                     # tiny ones need more iterations
+    assert new[large].min() > 0.5 and new.max() < 1.3
+    assert (inner - torch.diag_embed(new)).abs().max() < 1e-2
+
+
+def test_learning_rate_rises_stays_and_falls():
+    rates = [train_sft.learning_rate(step, 100, 2.0, 10) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10:61] == [2.0] * 51
+    assert all(a > b for a, b in zip(rates[60:], rates[61:])) and rates[80] == pytest.approx(1.0)
+    assert rates[-1] < 0.1 and train_sft.learning_rate(100, 100, 2.0, 10) == pytest.approx(0.06)
+    assert train_sft.learning_rate(0, 5, 1.0, 0) == 1.0                      # no warm-up
+
+
 def test_training_resumed_is_training_uninterrupted(traces, tmp_path):
     def run(out, stop=None):
         args = argparse.Namespace(out=str(out), steps=4, batch=2, lr=1e-3, warmup=1, every=2, resume=True, seed=0,
@@ -2328,6 +2428,134 @@ def test_training_resumed_is_training_uninterrupted(traces, tmp_path):
     run(tmp_path / "b", stop=2)
     again = run(tmp_path / "b")
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """-> a function: let the next run of this script end with Ctrl-C after so many steps."""
+    monkeypatch.setattr(train_sft.signal, "signal", lambda *a: None)         # this process stays interruptible
+    real = train_sft.clipped_step
+
+    def after(program, steps):
+        left = [steps]
+
+        def step(*args):
+            if not left[0]:
+                monkeypatch.setattr(program, "clipped_step", real)
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return real(*args)
+        monkeypatch.setattr(program, "clipped_step", step)
+    return after
+
+
+def short_run(program, traces, out, *more):
+    """Arguments of a run of 4 steps."""
+    base = ("--device", "cpu", "--steps", 4, "--batch", 2, "--warmup", 1, "--out", out)
+    if program is train_sft:
+        return ("--model", traces[0], "--every", 1, "--eval", 0, *base, *more)
+    return ("--teacher", traces[0], "--replace", 1, "--rank", "first", "--eval", 1, *base, *more)
+
+
+@pytest.mark.parametrize("train", ["all", "mixers"])
+def test_distillation_resumed_is_distillation_uninterrupted(traces, tmp_path, monkeypatch, capsys, interrupt, train):
+    run = lambda out, *more: run_main(distill, monkeypatch, capsys,
+                                      *short_run(distill, traces, tmp_path / out, "--train", train, *more))[0]
+    whole = run("a")
+    interrupt(distill, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run("b")
+    assert not (tmp_path / "b" / "model.safetensors").exists()
+    again = run("b", "--resume")
+    a, b = (json.loads(out.splitlines()[-1]) for out in (whole, again))
+    assert a | {"seconds": 0} == b | {"seconds": 0} and a["steps"] == 4
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert not (tmp_path / "b" / "progress.safetensors").exists()
+
+
+@pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
+def test_a_loss_that_is_nan_exits_and_leaves_what_was_saved(program, traces, tmp_path, monkeypatch, capsys, interrupt):
+    """Exit code 2, one line, and progress from before the accident, from which a lower rate could continue."""
+    interrupt(program, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(program, monkeypatch, capsys, *short_run(program, traces, tmp_path))
+    before, files = (tmp_path / "progress.safetensors").read_bytes(), sorted(os.listdir(tmp_path))
+    name = "cross_entropy" if program is train_sft else "batch_loss"
+    real = getattr(program, name)
+    monkeypatch.setattr(program, name, lambda *a: (lambda loss, *rest: (loss * math.nan, *rest))(*real(*a)))
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, short_run(program, traces, tmp_path, "--resume"))])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        train_sft.run_main(program.main)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("error: ") == 1 and "not finite" in err.splitlines()[-1]
+    assert (tmp_path / "progress.safetensors").read_bytes() == before and sorted(os.listdir(tmp_path)) == files
+
+
+@pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
+def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, monkeypatch, capsys):
+    """Products in bfloat16, weights kept in float32."""
+    out, _ = run_main(program, monkeypatch, capsys, *short_run(program, traces, tmp_path, "--dtype", "bfloat16"))
+    report = json.loads(out.splitlines()[-1])
+    assert all(math.isfinite(report[key]) for key in {"loss", "kl_first", "kl_last"} & set(report))
+    weights = load_file(tmp_path / "model.safetensors")
+    assert all(torch.isfinite(w).all() for w in weights.values())
+    assert program is distill or {w.dtype for w in weights.values()} == {torch.float32}
+    with pytest.raises(UserError, match="float16"):
+        train_sft.pick_dtype("float16", torch.device("cpu"))
+
+
+def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypatch):
+    lm, enc = load_pretrained(traces[0]), traces[1]
+    probe = [[train_sft.encode_problem(enc, p) for p in train_sft.problem_set("probe", 1)]]
+    args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, probe=1, seed=0)
+    calls, real = [], distill.leave_one_out
+    monkeypatch.setattr(distill, "leave_one_out", lambda *a, **k: calls.append(1) or real(*a, **k))
+    rank = lambda: distill.rank_layers(
+        args, distill.Run(lm, enc, torch.device("cpu"), torch.float32, None, probe, probe[0]), lm)
+    first = rank()
+    assert rank() == first and len(calls) == 1
+    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3                       # one weight of another layer
+    assert rank() != first and len(calls) == 2
+    args.probe = 2                                                           # other problems, other scores
+    rank()
+    assert len(calls) == 3
+
+
+def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces):
+    teacher, enc = load_pretrained(traces[0]), traces[1]
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    student = convert(distill.clone(teacher, "mixers"), teacher, [1, 2], "aligned")
+    distill.set_trained(student, "mixers").train()
+    start = {name: p.clone() for name, p in student.named_parameters()}
+    batch = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("dev", 1)]
+    loss, count = distill.batch_loss(student, teacher, *train_sft.collate(batch, "cpu"), "reverse_kl")
+    (loss / count).backward()
+    train_sft.clipped_step(student, train_sft.make_optimizers(student, 1e-2), 1e-2)
+    own = dict(teacher.named_parameters())
+    for name, p in student.named_parameters():
+        if ".mixer." in name:
+            assert p.requires_grad and not torch.equal(p, start[name]), name
+        else:
+            assert p.data_ptr() == own[name].data_ptr() and p.grad is None, name
+    assert all(torch.equal(p, before[name]) for name, p in own.items())
+
+
+def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_path, monkeypatch, capsys):
+    lines = [{"prompt": f"<s>[INST] {i} [/INST]", "response": f" {i + 1}</s>"} for i in range(55)]
+    lines[7] = {"messages": [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]}
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out, _ = run_main(distill, monkeypatch, capsys, "--teacher", traces[0], "--data", tmp_path / "x.jsonl", "--replace",
+                      2, "--steps", 2, "--batch", 2, "--device", "cpu", "--out", tmp_path / "out")
+    report = json.loads(out.splitlines()[-1])
+    assert [report[key] for key in ("teacher_accuracy", "student_accuracy", "accuracy_by_family")] == [None] * 3
+    assert report["kl_first"] > 0 and math.isfinite(report["kl_last"])
+    stored = json.loads((tmp_path / "out" / "loo.json").read_text())
+    assert all(s["accuracy"] is None and s["kl"] >= 0 and s["loss"] > 0 for s in stored["scores"])
+    kl = {s["layer"]: s["kl"] for s in stored["scores"]}
+    assert stored["order"] == sorted(kl, key=kl.get) and report["replaced"] == stored["order"][:2]
+    _, held = train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 538)
+    assert len(held) == 2                                                    # examples 0 and 50
 
 
 def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces):
@@ -2366,3 +2594,46 @@ def test_a_mistake_is_one_line_and_exit_code_2():
                       ["train_sft.py", "--model", "no/such/dir", "--out", "out/x"]):
         code, _, err = script(*arguments)
         assert code == 2 and err.count("\n") == 1 and "no/such/dir" in err
+
+
+def drop_key(path):
+    raw = json.loads((path / "config.json").read_text())
+    del raw["num_attention_heads"]
+    (path / "config.json").write_text(json.dumps(raw))
+
+
+BAD_INPUT = {                                # damage to a copy of the teacher, more arguments, what the line must name
+    "truncated safetensors": (lambda path: truncate(path, -10), [], "model.safetensors"),
+    "config without a needed key": (drop_key, [], "num_attention_heads"),
+    "missing shard": (lambda path: (path / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {"a": "model-00002-of-00002.safetensors"}})), [], "model-00002-of-00002.safetensors is missing"),
+    "unsupported layer type": (lambda path: (path / "config.json").write_text(json.dumps(
+        raw_config("m2 t gdn"))), [], "gdn"),
+    "more layers than there are": (lambda path: None, ["--replace", "99"], "4 attention layers"),
+    "broken line of JSON": (lambda path: (path / "x.jsonl").write_text(
+        '{"prompt": "a", "response": "b"}\n' * 4 + '{"prompt": "a"\n'), ["--data", "x.jsonl"], "x.jsonl, line 5"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2_before_any_work(case, traces, tmp_path):
+    """Nothing on stdout and no progress bar on stderr: it was noticed before anything expensive began."""
+    damage, arguments, named = BAD_INPUT[case]
+    teacher = tmp_path / "teacher"
+    shutil.copytree(traces[0], teacher)
+    damage(teacher)
+    arguments = [str(teacher / a) if a.endswith(".jsonl") else a for a in arguments]
+    code, out, err = script("distill.py", "--teacher", teacher, "--replace", 1, "--out", tmp_path / "o", *arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and named in err, err
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_shipped_teacher_is_checked_in_seconds(tmp_path):
+    """All 50 layers are loaded and the request refused within 30 seconds of one core's time."""
+    resource = pytest.importorskip("resource")
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    began = used()
+    code, out, err = script("distill.py", "--replace", 99, "--out", tmp_path / "o", "--teacher",
+                            os.path.join(HERE, "teacher"))
+    assert (code, out, err.count("\n")) == (2, "", 1) and "50 attention layers" in err
+    assert used() - began < 30
