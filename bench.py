@@ -27,6 +27,7 @@ from dataclasses import replace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # waiting threads sleep instead of spinning on busy cores
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -392,22 +393,61 @@ def official_scan():
     return run
 
 
+def sweep(a, s):
+    """Blelloch's scan over time, in place: s[:, i] <- a[:, i] s[:, i - 1] + s[:, i]. a, s (b, t, d, n); a is spoilt."""
+    t = s.shape[1]
+    levels = [1 << i for i in range(t.bit_length())]
+    for up, k in [(True, k) for k in levels] + [(False, k) for k in levels[::-1]]:
+        right = range(2 * k - 1 if up else 3 * k - 1, t, 2 * k)              # last steps of blocks of k steps ...
+        if right:
+            left = slice(right[0] - k, right[-1] - k + 1, 2 * k)             # ... and of the blocks before them
+            right = slice(right[0], t, 2 * k)
+            s[:, right].addcmul_(a[:, right], s[:, left])
+            if up:                                                           # two blocks become one
+                a[:, right].mul_(a[:, left])
+    return s
+
+
+class Blelloch(torch.autograd.Function):
+    """a, s (b, t, d, n) -> all states h_t = a_t h_{t-1} + s_t, (b, t, d, n): what the chunked scan never holds."""
+
+    @staticmethod
+    def forward(ctx, a, s):
+        h = sweep(a.clone(), s.clone())
+        ctx.save_for_backward(a, h)
+        return h
+
+    @staticmethod
+    def backward(ctx, dh):
+        a, h = ctx.saved_tensors
+        after = torch.cat([torch.zeros_like(a[:, :1]), a.flip(1)[:, :-1]], dim=1)        # a_{t+1}, from late to early
+        k = sweep(after, dh.flip(1)).flip(1)                                 # gradients of the states, and of s
+        return torch.cat([torch.zeros_like(a[:, :1]), k[:, 1:] * h[:, :-1]], dim=1), k
+
+
+def blelloch_scan(x, dt, A, B, C, D, z, dt_bias):
+    """The selective scan by a parallel prefix sum over the materialised (b, t, d, n), as plain PyTorch code has it."""
+    dt, d = F.softplus(dt + dt_bias), len(A)
+    B, C = (m.repeat_interleave(d // m.shape[2], dim=2) for m in (B, C))     # (b, t, d, n)
+    h = Blelloch.apply(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B)
+    return ((h * C).sum(-1) + D * x) * F.silu(z)
+
+
 def bench_scan(args, config, device, dtype, about, bandwidth):
     """Forward and backward of every scan at the shape's width, batch 1. Yields rows."""
     c, ctx = config, max(args.ctx)
     known = {"loop": 256, "chunk": ctx if device.type == "cuda" else 2048}   # backward of the loop keeps every state
     if scan_backend(device) not in known:
         known[scan_backend(device)] = ctx
-    official = official_scan() if device.type == "cuda" else None
-    if official:
-        known["mamba_ssm"] = ctx
+    others = {"mamba_ssm": official_scan()} if device.type == "cuda" else {"blelloch": blelloch_scan}
+    most = {"mamba_ssm": ctx, "blelloch": min(2048, (1 << 25) // (c.d_inner * c.d_state))}         # some 1 GB
+    known |= {name: most[name] for name, run in others.items() if run}
     print(f"\nselective scan, batch 1, d_inner {c.d_inner}, d_state {c.d_state}; auto takes: {scan_backend(device)}")
     line = "{:>10} {:>7} {:>17} {:>8} {:>17} {:>8} {:>10}"
     print(line.format("scan", "tokens", "forward ms", "limit", "backward ms", "limit", "ns/token"))
     for name, most in known.items():
-        t, groups, run = min(ctx, most), (c.d_xb // c.d_state, c.d_inner // c.d_state), official
-        if name != "mamba_ssm":
-            run = lambda *inputs: selective_scan(*inputs, impl=name)[0]
+        t, groups = min(ctx, most), (c.d_xb // c.d_state, c.d_inner // c.d_state)
+        run = others.get(name) or (lambda *inputs: selective_scan(*inputs, impl=name)[0])
         rand = lambda *shape, dtype=dtype: torch.randn(*shape, device=device, dtype=dtype)
         x, dt, z, dy = (rand(1, t, c.d_inner) for _ in range(4))
         B, C = (rand(1, t, g, c.d_state) for g in groups)

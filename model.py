@@ -974,6 +974,18 @@ def open_tensors(path):
     return tensors
 
 
+def without_copies(tensors, tied, path):
+    """tensors as from open_tensors -> the same without what follows from the rest: rotary frequencies (older files hold
+    them as buffers), and the head of a tied model, which must then be the embedding."""
+    tensors = {name: found for name, found in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if tied and "lm_head.weight" in tensors and "model.embed_tokens.weight" in tensors:
+        head, embedding = (tensors[key][0].get_tensor(key) for key in ("lm_head.weight", "model.embed_tokens.weight"))
+        if not torch.equal(head, embedding):
+            raise UserError(f"{path}: config.json ties the embeddings, but lm_head.weight is not the embedding")
+        del tensors["lm_head.weight"]
+    return tensors
+
+
 def some(names, most=5):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -993,7 +1005,7 @@ def load_pretrained(path, device="cpu", dtype=torch.float32):
         raise UserError(f"no such directory: {path}")
     file = os.path.join(path, "config.json")
     config = config_from_json(read_json(file, dict), file)
-    tensors = open_tensors(path)
+    tensors = without_copies(open_tensors(path), config.tie_embeddings, path)
     shapes, joined = {name: shape for name, (_, shape) in tensors.items()}, {}
     rows = 2 * config.d_inner + 2 * config.d_xb                              # of in_proj: z, x, B, C
     for name in [name for name in shapes if name.endswith("mixer.in_proj.weight") and len(shapes[name]) == 2]:
@@ -1031,6 +1043,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 def write_atomic(path, write):
     """write(temporary path), then rename: a reader, or a crash, never meets half a file."""
     write(path + ".tmp")
+    mask = os.umask(0)                                                       # it can only be read by setting it
+    os.umask(mask)
+    os.chmod(path + ".tmp", 0o666 & ~mask)                                   # safetensors allows its owner only
     os.replace(path + ".tmp", path)
 
 

@@ -1,15 +1,20 @@
-"""Tests of nanoH1, each named after the property it holds. Run: python -m pytest (no network, no GPU, 20 seconds)."""
+"""Tests of nanoH1, each named after the property it holds. Run: python -m pytest (no network, no GPU, 2 minutes)."""
 import os
+
 import torch
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"     # before anything imports Triton: without a GPU it interprets its kernels
 
+import argparse
+import copy
 import dataclasses
 import functools
+import io
 import json
 import math
-import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -19,13 +24,15 @@ import regex
 from safetensors.torch import load_file, save_file
 
 import bench
-import model as module
+import distill
 import model as nano
 import sample
-from model import (Config, GPT2_PATTERN, HybridLM, INITS, KV, SSM, UserError, ChunkedScan, convert, load_pretrained,
-                   byte_characters, choose, join_projections, load_tokenizer, save_pretrained, scan_chunk,
-                   scan_loop, selective_scan)
+import train_sft
+from model import (Config, GPT2_PATTERN, HybridLM, INITS, KV, SSM, UserError, ChunkedScan, choose, convert,
+                   join_projections, load_pretrained, load_tokenizer, save_pretrained, scan_chunk, scan_loop,
+                   selective_scan)
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 torch.set_num_threads(1)                     # the same numbers, and nearly the same time, on any machine
 
 
@@ -82,7 +89,8 @@ LAYOUTS = ["t t", "m2 m2", "m2 t", "t m2 t m2", "m2 i n t m2"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The selective scan.
+# The selective scan. The loop is the definition, itself compared with an explicit sum over the past and with finite
+# differences; every other scan must give the loop's values, states and gradients.
 
 def scan_inputs(b=2, t=9, d=6, n=3, g=2, gc=3, dtype=torch.float64, seed=0, reset=True):
     """Random arguments for selective_scan, all of them used; resets at a fifth of the steps."""
@@ -96,15 +104,21 @@ def scan_inputs(b=2, t=9, d=6, n=3, g=2, gc=3, dtype=torch.float64, seed=0, rese
     return out | dict(reset=torch.rand(b, t, generator=rng) < 0.2) if reset else out
 
 
+def run_scan(scan, inputs, reset, cotangents, dtype=None, **kw):
+    """-> {name: tensor}: y, the state, and the gradient of every input for these cotangents of both. A plain sum in
+    place of random cotangents would not see permuted or rescaled gradients."""
+    leaves = {k: v.detach().clone().to(dtype or v.dtype).requires_grad_() for k, v in inputs.items()}
+    y, h = scan(**leaves, reset=reset, **kw)
+    torch.autograd.backward([y, h], [m.to(like.dtype) for m, like in zip(cotangents, (y, h))])
+    return {"y": y.detach(), "state": h.detach()} | {f"d{k}": v.grad for k, v in leaves.items()}
+
+
 def with_gradients(impl, inputs):
-    """-> {name: tensor}: y, the state, and the gradient of every float input for random cotangents of both. A plain sum
-    in place of the cotangents would not see permuted or rescaled gradients."""
-    leaves = {k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
-    y, h = selective_scan(**leaves, impl=impl)
-    rng = torch.Generator().manual_seed(1)
-    draw = lambda m: torch.randn(m.shape, generator=rng, dtype=torch.float64).to(m.dtype)
-    torch.autograd.backward([y, h], [draw(y), draw(h)])
-    return {"y": y.detach(), "state": h.detach()} | {f"d{k}": v.grad for k, v in leaves.items() if v.requires_grad}
+    """The same for the arguments of selective_scan, reset among them, and cotangents drawn here."""
+    inputs, rng = dict(inputs), torch.Generator().manual_seed(1)
+    (b, t, d), reset = inputs["x"].shape, inputs.pop("reset", None)
+    draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
+    return run_scan(selective_scan, inputs, reset, (draw(b, t, d), draw(b, *inputs["A"].shape)), impl=impl)
 
 
 def assert_same(got, wanted, tolerance):
@@ -198,6 +212,20 @@ def test_scan_is_the_sum_over_the_past(impl):
     assert off(y, wanted_y) < 1e-12 and off(state, wanted_state) < 1e-12
 
 
+@pytest.mark.parametrize("t", [1, 2, 5, 8, 31, 70])
+def test_chunk_equals_a_blelloch_scan(t):
+    """Another algorithm altogether, the tree of bench.py, with its own backward."""
+    inputs = scan_inputs(t=t, reset=False)
+    del inputs["state"]
+    rng = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(inputs["x"].shape, generator=rng, dtype=torch.float64)
+    blelloch = lambda reset, **i: (bench.blelloch_scan(**i), i["x"].new_zeros((), requires_grad=True) * 1)
+    wanted = run_scan(blelloch, inputs, None, (cotangent, torch.zeros(())))
+    wanted.pop("state")
+    none = torch.zeros(2, *inputs["A"].shape)
+    assert_same(run_scan(selective_scan, inputs, None, (cotangent, none), impl="chunk"), wanted, 1e-10)
+
+
 @pytest.mark.parametrize("impl", ["loop", "chunk"])
 def test_scan_gradients_are_those_of_finite_differences(impl):
     inputs = scan_inputs(b=2, t=4, d=2, n=2, g=1, gc=2)
@@ -285,7 +313,8 @@ def test_unknown_impl_is_refused():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The model: time, state, batches.
+# The model: time, state, batches. However a text is cut, padded, packed or repeated, each token sees exactly the past
+# of its own document. Every test runs over layouts with and without attention, Mamba and removed layers.
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_token_sees_a_later_one(layout):
@@ -431,18 +460,18 @@ def test_each_part_alone_would_leak_visibly(leak, monkeypatch):
     model = tiny("t m2")
     tokens, reset, _ = packed([6, 30, 9])
     tight, _ = model(tokens, reset=reset)
-    conv, scan, place = module.causal_conv, module.selective_scan, module.make_place
+    conv, scan, place = nano.causal_conv, nano.selective_scan, nano.make_place
     if leak == "conv":
-        monkeypatch.setattr(module, "causal_conv", lambda *args: conv(*args[:4], None))          # pos: None
+        monkeypatch.setattr(nano, "causal_conv", lambda *args: conv(*args[:4], None))          # pos: None
     if leak == "scan":
-        monkeypatch.setattr(module, "selective_scan", lambda *a, **k: scan(*[
+        monkeypatch.setattr(nano, "selective_scan", lambda *a, **k: scan(*[
             None if isinstance(m, torch.Tensor) and m.dtype == torch.bool else m for m in a], **k | {"reset": None}
             if "reset" in k else k))
     if leak == "attention":
         def leaky(*args):
             right, origin = place(*args)
             return right._replace(mask=None), origin
-        monkeypatch.setattr(module, "make_place", leaky)
+        monkeypatch.setattr(nano, "make_place", leaky)
     assert off(model(tokens, reset=reset)[0], tight) > 1e-6
 
 
@@ -529,7 +558,7 @@ def test_training_under_autocast_is_finite(t):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Generation.
+# Generation: where it stops, what it refuses. Batches and sampling are tested with sample.py, further down.
 
 def test_generation_stops_at_stop_tokens_and_leaves_them_out():
     model = tiny("m2 t", torch.float32, eos_ids=(0,))
@@ -663,7 +692,8 @@ def naive_logits(raw, tensors, tokens):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints written by hand: config.json and tensors as the format describes them.
+# Checkpoints written by hand, config.json and tensors as the format describes them: what load_pretrained makes of them
+# is compared with the independent model.
 
 def raw_config(layout="m2 t m2", **change):
     """The dict of a config.json. Keys in ssm_cfg={...} are merged into the defaults; a value of ... removes a key."""
@@ -778,6 +808,21 @@ def test_logits_of_a_mistral_checkpoint_are_those_of_the_independent_model(chang
         assert off(in_pieces(model, tokens, sizes)[0][0], wanted) < 1e-4
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_copies_in_a_file_are_accepted_if_they_are_copies(shards, tmp_path):
+    """Real files hold rotary frequencies as buffers, and tied models their head a second time."""
+    raw = raw_config(tie_word_embeddings=True)
+    tensors, tokens = random_tensors(raw), some_tokens(1, 9)
+    plain = load_pretrained(write_checkpoint(tmp_path / "plain", raw, tensors))
+    more = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+                      "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    model = load_pretrained(write_checkpoint(tmp_path / "more", raw, more, shards))
+    assert torch.equal(model(tokens)[0], plain(tokens)[0]) and model.lm_head.weight is model.embed_tokens.weight
+    more["lm_head.weight"][3, 3] += 1
+    with pytest.raises(UserError, match="lm_head.weight is not the embedding"):
+        load_pretrained(write_checkpoint(tmp_path / "more", raw, more, shards))
+
+
 def test_every_setting_of_the_reference_test_matters():
     """If the naive model's logits did not depend on theta, window or bias, the tests above would prove little."""
     raw = raw_config("t m2 t")
@@ -854,7 +899,7 @@ def test_absent_ssm_keys_mean_the_reference_defaults(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Saving.
+# Saving: what is written is read back bit by bit, holds the agreed names and keys, and leaves no old file in the way.
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -940,6 +985,20 @@ def test_saving_over_the_directory_a_model_was_loaded_from_works(tmp_path):
     before = [p.clone() for p in model.parameters()]
     save_pretrained(model, tmp_path, tokenizer_from=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, load_pretrained(tmp_path).parameters()))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_written_files_have_the_ordinary_permissions(umask, mode, tmp_path):
+    """As open() would give: who may read the directory can read the weights, unless the umask says otherwise."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    old = os.umask(umask)
+    try:
+        save_pretrained(tiny("t m2"), tmp_path / "out", tokenizer_from=tmp_path, shard_bytes=20000)
+        assert os.umask(umask) == umask                                      # and the umask itself is left alone
+    finally:
+        os.umask(old)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {mode}
 
 
 def test_tokenizer_files_are_copied_when_asked_for(tmp_path):
@@ -1112,7 +1171,8 @@ def test_float16_is_refused(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Conversion.
+# Conversion: every copied row lies where the table in model.py says, fresh parts start in their ranges, nothing else
+# changes, and a converted layer with its fresh parts neutral is linear attention.
 
 def rows_of(linear, first=0, columns=False):
     """Make every row (or column) of a Linear's weight recognisable: row i holds the value first + i."""
@@ -1327,7 +1387,7 @@ def test_converted_layer_is_linear_attention_chunk_by_chunk(init, n_head, n_kv_h
 
 def teacher_place(model, x):
     """The Place of a plain sequence, for calling a mixer by itself."""
-    return module.make_place(model.config, torch.zeros(x.shape[:2], dtype=torch.long), 0, None, None, x.dtype)[0]
+    return nano.make_place(model.config, torch.zeros(x.shape[:2], dtype=torch.long), 0, None, None, x.dtype)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1583,7 +1643,6 @@ needs_triton = pytest.mark.skipif(nano.triton is None, reason="needs Triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or nano.triton is None, reason="needs a GPU and Triton")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The Triton scan against the definition in float64.
 
 @pytest.fixture
@@ -1601,15 +1660,6 @@ def kernel_inputs(b, t, d, n, g, gc, dtype=torch.float32, device=DEVICE, seed=0)
                 C=r(b, t, gc, n, to=dtype), D=r(d), z=r(b, t, d, to=dtype), dt_bias=r(d), state=r(b, d, n))
 
 
-def run_scan(scan, inputs, reset, cotangents, dtype=None, **kw):
-    """-> {name: value, or gradient of a random functional of y and the last state}."""
-    inputs = {k: v.detach().to(dtype or v.dtype).requires_grad_() for k, v in inputs.items()}
-    y, h = scan(**inputs, reset=reset, **kw)
-    dy, dh = cotangents
-    torch.autograd.backward([y, h], [dy.to(y.dtype), dh.to(h.dtype)])
-    return {"y": y.detach(), "h": h.detach()} | {"d" + k: v.grad for k, v in inputs.items()}
-
-
 def check_scan(inputs, reset=None, tolerance=None, reference=scan_loop, dtype=torch.float64):
     """All values and gradients of the Triton scan against a reference. Returns the Triton results."""
     low = inputs["x"].dtype == torch.bfloat16
@@ -1622,7 +1672,7 @@ def check_scan(inputs, reset=None, tolerance=None, reference=scan_loop, dtype=to
         error = (got[name].double() - w.double()).norm() / w.double().norm().clamp(min=1e-6)
         rounded = low and name in ("y", "dx", "ddt", "dB", "dC", "dz")
         assert error < (tolerance or (5e-3 if rounded else 2e-6)), f"{name}: relative error {error:.1e}"
-        assert name == "h" or got[name].dtype == (inputs[name[1:]] if name != "y" else inputs["x"]).dtype
+        assert name == "state" or got[name].dtype == (inputs[name[1:]] if name != "y" else inputs["x"]).dtype
     return got
 
 
@@ -1703,16 +1753,10 @@ def test_triton_scan_repeats_bit_for_bit_and_continues(small_blocks):
         y, h = selective_scan(**part, reset=reset[:, piece], impl="triton")
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, 1), first["y"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(h, first["h"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(h, first["state"], rtol=1e-5, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The one-token kernel, alone and in a nano.
-
-def tiny_config(**kw):
-    return Config(**dict(vocab_size=50, d_model=32, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, d_mlp=32,
-                         layout=("m2", "t"), d_state=4) | kw)
-
+# The one-token kernel, alone and in a model.
 
 @needs_triton
 @pytest.mark.parametrize("change", [{}, {"expand_before_conv": False}, {"conv_bias": False, "dt_bias": False},
@@ -1720,7 +1764,7 @@ def tiny_config(**kw):
 @pytest.mark.parametrize("pos", [None, (0, 1, 5)])
 def test_one_token_kernel_is_the_mixer(monkeypatch, change, pos):
     torch.manual_seed(0)
-    config = tiny_config(**change)
+    config = tiny("m2 t", **change).config
     monkeypatch.setattr(nano, "SCAN_CELLS", 8)                              # several rounds per chunk
     mixer = nano.Mamba(config).to(DEVICE)
     x = torch.randn(3, 1, config.d_model, device=DEVICE)
@@ -1742,8 +1786,7 @@ def test_one_token_kernel_is_the_mixer(monkeypatch, change, pos):
 
 @needs_triton
 def test_generation_with_triton_is_the_same(monkeypatch):
-    torch.manual_seed(0)
-    lm = HybridLM(tiny_config()).eval().to(DEVICE)
+    lm = tiny("m2 t", torch.float32).to(DEVICE)
     prompts = [[3, 1, 4, 1, 5, 9], [2, 6]]                                   # padded on the left: documents, resets
     monkeypatch.setattr(nano, "scan_backend", lambda *a: "chunk")
     want = lm.generate(prompts, 4, stop=())
@@ -1751,7 +1794,6 @@ def test_generation_with_triton_is_the_same(monkeypatch):
     assert lm.generate(prompts, 4, stop=()) == want
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Who runs where.
 
 def test_backend_is_chosen_and_named(monkeypatch):
@@ -1833,13 +1875,12 @@ def test_kernels_compile_without_spilling(tmp_path):
         pytest.skip("this Triton has no NVIDIA tools")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True,
-                            cwd=os.path.dirname(os.path.abspath(__file__)))
+                            cwd=HERE)
     assert result.returncode == 0, result.stdout + result.stderr
     print(result.stdout)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Real sizes, on a GPU: python -m pytest test_triton_part.py -q -k gpu
+# Real sizes, on a GPU: python -m pytest -q -k gpu
 
 @needs_gpu
 @pytest.mark.parametrize("b, t, d, n, g, gc", [
@@ -1853,7 +1894,7 @@ def test_gpu_scan_is_chunk(b, t, d, n, g, gc, packed):
 
 
 @needs_gpu
-def test_gpu_scan_bfloat16_32k():
+def test_gpu_scan_of_32k_tokens_in_bfloat16_is_chunk():
     inputs = kernel_inputs(1, 32768, 4096, 16, 64, 256, torch.bfloat16)
     check_scan(inputs, reference=scan_chunk, dtype=torch.float32, tolerance=6e-3)
 
@@ -1867,7 +1908,7 @@ def test_gpu_backward_repeats_bit_for_bit():
 
 
 @needs_gpu
-def test_gpu_offsets_beyond_31_bits():
+def test_gpu_scan_of_equal_rows_beyond_31_bit_offsets_is_equal():
     """17 texts of 32768 steps and 4096 channels are 2.3e9 elements; equal rows must give equal results."""
     b, one = 17, kernel_inputs(1, 32768, 4096, 16, 64, 256, torch.bfloat16)
     if torch.cuda.mem_get_info()[0] < 110e9:
@@ -1886,7 +1927,7 @@ def test_gpu_offsets_beyond_31_bits():
 
 
 @needs_gpu
-def test_gpu_step_at_15b_shape():
+def test_gpu_step_at_15b_shape_is_the_slow_path():
     """One token, bfloat16, b 41, against the slow path in float32."""
     torch.manual_seed(0)
     config = Config(vocab_size=8, d_model=512, n_layer=1, n_head=32, n_kv_head=8, head_dim=128, d_mlp=8, layout=("m2",))
@@ -1906,9 +1947,9 @@ def test_gpu_step_at_15b_shape():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Generation, sample.py and bench.py.
+# Generation in batches, sample.py and bench.py. Scripts run in this process where that is enough, since a start costs
+# seconds; exit codes and stderr need a process of their own.
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 STATE_LAYOUTS = {"attention": "t t t", "mamba": "m2 m2 m2", "mixed": "m2 t m2 t", "removed": "t n m2 i"}
 SPECIAL = ["<s>", "</s>", "[INST]", "[/INST]", "<think>", "</think>"]
 
@@ -1930,7 +1971,7 @@ def checkpoint(tmp_path_factory):
     """A directory with a small hybrid and a tokenizer of 256 bytes and 6 special tokens."""
     path = tmp_path_factory.mktemp("ckpt")
     save_pretrained(small_hybrid(), path)
-    vocab = {character: byte for character, byte in byte_characters().items()}
+    vocab = {character: byte for byte, character in enumerate(byte_letters())}
     vocab |= {text: 256 + i for i, text in enumerate(SPECIAL)}
     added = [{"id": 256 + i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "special": True,
               "normalized": False} for i, text in enumerate(SPECIAL)]
@@ -1948,12 +1989,12 @@ def script(name, *args, stdin="", env=()):
     return done.returncode, done.stdout, done.stderr
 
 
-def run_main(module, monkeypatch, capsys, *args, stdin=None):
+def run_main(program, monkeypatch, capsys, *args, stdin=None):
     """Run a script's main() in this process, which is faster -> (stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
+    monkeypatch.setattr(sys, "argv", [program.__name__ + ".py", *map(str, args)])
     if stdin is not None:
         monkeypatch.setattr(sys, "stdin", stdin)
-    module.main()
+    program.main()
     return capsys.readouterr()
 
 
@@ -1971,7 +2012,8 @@ def test_ragged_batch_gives_what_each_prompt_gives_alone(layout):
 def test_sampled_text_does_not_depend_on_the_rest_of_the_batch(checkpoint, monkeypatch, capsys, tmp_path):
     lines = ["a", "bbb bbb bbb", "", "cc"]
     (tmp_path / "prompts").write_text("\n".join(lines) + "\n")
-    common = ("--model", checkpoint, "--device", "cpu", "--temperature", "0.8", "--max-new-tokens", 8, "--seed", 5, "--json")
+    common = ("--model", checkpoint, "--device", "cpu", "--temperature", "0.8", "--max-new-tokens", 8, "--seed", 5,
+              "--json")
     out, _ = run_main(sample, monkeypatch, capsys, *common, "--prompt-file", tmp_path / "prompts", "--num-samples", 2)
     batch = [json.loads(line) for line in out.splitlines()]
     assert [row["prompt"] for row in batch] == [line for line in lines for _ in range(2)]
@@ -2023,7 +2065,7 @@ def test_joined_projections_change_nothing(tmp_path):
     torch.testing.assert_close(load_pretrained(tmp_path)(tokens)[0], before, rtol=1e-5, atol=1e-5)
 
 
-def test_temperature_top_k_and_top_p():
+def test_temperature_top_k_and_top_p_shape_the_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.5, -1.0]]).repeat(4000, 1)
     rngs = [torch.Generator().manual_seed(i) for i in range(len(logits))]
     draw = lambda **kw: choose(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "rngs": rngs} | kw)
@@ -2032,7 +2074,8 @@ def test_temperature_top_k_and_top_p():
     torch.testing.assert_close(share(draw(temperature=2.0)), (logits[0] / 2).softmax(-1), atol=0.03, rtol=0)
     assert share(draw(temperature=0.0)).tolist() == [1, 0, 0, 0]
     assert share(draw(top_k=1)).tolist() == [1, 0, 0, 0]
-    torch.testing.assert_close(share(draw(top_k=2)), torch.cat([logits[0, :2].softmax(-1), torch.zeros(2)]), atol=0.03, rtol=0)
+    two = torch.cat([logits[0, :2].softmax(-1), torch.zeros(2)])
+    torch.testing.assert_close(share(draw(top_k=2)), two, atol=0.03, rtol=0)
     p = logits[0].softmax(-1)                                                              # 0.61 0.22 0.14 0.03
     assert share(draw(top_p=float(p[0]) - 0.01)).tolist() == [1, 0, 0, 0]
     assert (share(draw(top_p=float(p[0]) + 0.01)) > 0).tolist() == [True, True, False, False]
@@ -2058,8 +2101,8 @@ def test_streamed_text_equals_the_decoded_tokens_at_split_characters(checkpoint,
 
 
 def test_same_seed_same_text_and_another_seed_another(checkpoint, monkeypatch, capsys):
-    run = lambda *more: run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--prompt", "hi",
-                                 "--temperature", 1, "--max-new-tokens", 20, *more)[0]
+    run = lambda *more: run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--prompt",
+                                 "hi", "--temperature", 1, "--max-new-tokens", 20, *more)[0]
     assert run("--seed", 1) == run("--seed", 1) != run("--seed", 2)
     assert run("--seed", 1, "--prefill-chunk", 1) == run("--seed", 1)
 
@@ -2068,7 +2111,8 @@ def test_json_has_the_promised_keys_and_true_byte_counts(checkpoint, monkeypatch
     out, err = run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--prompt", "", "--raw",
                         "--max-new-tokens", 7, "--json")
     row, = map(json.loads, out.splitlines())
-    assert {"prompt", "text", "tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "kv_bytes", "state_bytes"} <= set(row)
+    assert {"prompt", "text", "tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "kv_bytes",
+            "state_bytes"} <= set(row)
     _, state = small_hybrid().prefill([[256]], 7)                                   # an empty prompt is the begin token
     assert (row["kv_bytes"], row["state_bytes"]) == state.nbytes()
     assert row["tokens"] == len(row["ids"]) <= 7 and row["ids"] == small_hybrid().generate([[256]], 7)[0]
@@ -2083,7 +2127,6 @@ def test_a_context_above_the_trained_length_warns(checkpoint, monkeypatch, capsy
 
 def test_chat_keeps_its_state_between_turns(checkpoint, monkeypatch, capsys):
     """Two turns with the state kept = one prompt that holds the whole conversation."""
-    import io
     out, _ = run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--chat",
                       "--max-new-tokens", 9, stdin=io.StringIO("hello\nand again\n"))
     model, enc = load_pretrained(checkpoint), load_tokenizer(checkpoint)
@@ -2114,16 +2157,11 @@ def test_byte_accounting_equals_the_real_tensors(shape, k):
         size = bench.sizes(config, dtype, 24)
         with torch.device("meta"):                                                         # real sizes, no memory
             model = HybridLM(config)
-            model = model.to(dtype) if dtype == torch.float32 else cast_like_loading(model, dtype)
+            model = model.to(dtype) if dtype == torch.float32 else nano.cast(model, "meta", dtype)
             state = model.new_state(3, 24)
         assert tuple(n * 3 for n in (size["kv_bytes"], size["state_bytes"])) == state.nbytes()
         assert size["weight_bytes"] == sum(p.nbytes for p in model.parameters())
         assert size["params"] == sum(p.numel() for p in model.parameters())
-
-
-def cast_like_loading(model, dtype):
-    from model import cast
-    return cast(model, "meta", dtype)
 
 
 def test_the_random_model_and_its_filled_state_have_the_planned_sizes():
@@ -2151,13 +2189,14 @@ def test_the_published_layers_are_the_ones_replaced():
     assert abs(bench.limit(size, 16, 4.3e12) / 506 - 1) < 0.01
 
 
-def test_bench_end_to_end_on_the_tiny_shape(tmp_path):
+def test_bench_measures_and_logs_every_row_it_plans(tmp_path):
     log = tmp_path / "rows.jsonl"
-    code, out, err = script("bench.py", "--device", "cpu", "--ctx", 64, "--replace", "0,40", "--batch", "1,max", "--seconds", 0,
-                            "--memory", 0.03, "--prefill-tokens", 32, "--what", "prefill,decode,scan", "--json", log)
+    code, out, err = script("bench.py", "--device", "cpu", "--ctx", 64, "--replace", "0,40", "--batch", "1,max",
+                            "--seconds", 0, "--memory", 0.03, "--prefill-tokens", 32, "--what", "prefill,decode,scan",
+                            "--json", log)
     assert code == 0, err
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [row["row"] for row in rows] == ["H-0", "H-40", "scan loop", "scan chunk"]
+    assert [row["row"] for row in rows] == ["H-0", "H-40", "scan loop", "scan chunk", "scan blelloch"]
     assert out.index("limit (batch)") < out.index("measured, tokens/s") and "instead of prefilling" in out
     for row in rows[:2]:
         assert row["decode"][-1]["batch"] == row["largest_batch"] > 1 and row["prefill_tokens_per_s"] > 0
@@ -2168,21 +2207,15 @@ def test_bench_end_to_end_on_the_tiny_shape(tmp_path):
 
 
 def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint, monkeypatch, capsys):
-    out, _ = run_main(bench, monkeypatch, capsys, "--device", "cpu", "--model", checkpoint, "--replace", "0,50", "--ctx", 4096,
-                      "--memory", 0.001, "--seconds", 0, "--batch", "1", "--what", "decode")
+    out, _ = run_main(bench, monkeypatch, capsys, "--device", "cpu", "--model", checkpoint, "--replace", "0,50",
+                      "--ctx", 4096, "--memory", 0.001, "--seconds", 0, "--batch", "1", "--what", "decode")
     lines = {line.split()[0]: line for line in out.splitlines() if line.split()[:1]}
     assert "does not fit" in lines["H-0"] and "(1)" in lines["H-50"] and "does not fit" in lines["model"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# train_sft.py and distill.py: problems, masks, losses, resume, ranking, refusals.
-
-import argparse                                          # noqa: E402  (kept beside the tests that need them)
-import copy                                              # noqa: E402
-
-import distill                                           # noqa: E402
-import train_sft                                         # noqa: E402
-
+# train_sft.py and distill.py: problems, masks, losses, optimisers, resume, ranking, refusals. The teacher has 4 layers
+# and is not trained: none of these properties needs one that can solve anything.
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
@@ -2235,7 +2268,8 @@ def test_only_the_response_is_trained_and_labels_are_shifted_once(traces):
     assert enc.decode([i for i, flag in zip(ids, trained) if flag]) == train_sft.format_response(*problem[2:])
     parts = train_sft.parts_of({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
     assert parts == [("<s>", False), ("[INST] a [/INST]", False), ("b</s>", True)]
-    tokens, targets = train_sft.collate([([5, 6, 0, 8, 9], [False, False, True, True, True]), ([1, 2], [False, True])], "cpu")
+    examples = [([5, 6, 0, 8, 9], [False, False, True, True, True]), ([1, 2], [False, True])]
+    tokens, targets = train_sft.collate(examples, "cpu")
     assert targets.tolist() == [[-1, 0, 8, 9, -1], [2, -1, -1, -1, -1]]      # an id equal to the padding still counts
     assert ">>>" in train_sft.show_example(enc, (ids, trained))
 
@@ -2267,10 +2301,23 @@ def test_kl_is_zero_for_equal_logits_exact_and_finite():
     torch.testing.assert_close(kl, (q * (q / p).log()).sum(-1), rtol=1e-5, atol=1e-6)
     kl.sum().backward()
     torch.testing.assert_close(a.grad, (q * ((q / p).log() - kl[:, None])).detach(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(distill.kl_divergence(a, b, "forward_kl"), (p * (p / q).log()).sum(-1), rtol=1e-5, atol=1e-6)
+    forward = distill.kl_divergence(a, b, "forward_kl")
+    torch.testing.assert_close(forward, (p * (p / q).log()).sum(-1), rtol=1e-5, atol=1e-6)
     far = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
     distill.kl_divergence(far, -far.detach()).sum().backward()
     assert torch.isfinite(far.grad).all()
+
+
+def test_kl_is_a_mean_over_tokens_whatever_the_batch_and_its_length(traces):
+    """The same texts in one batch, one by one, twice, or beside an untrained one give one and the same loss."""
+    lm, enc = load_pretrained(traces[0]), traces[1]
+    student = convert(load_pretrained(traces[0]), lm, [1], "aligned")
+    texts = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("dev", 1)]
+    mean = lambda *fixed: distill.mean_loss(student, lm, fixed, "reverse_kl", torch.device("cpu"), torch.float32)
+    silent = texts[0][0], [False] * len(texts[0][0])
+    for fixed in ([[t] for t in texts], [texts, texts], [texts + [silent]]):
+        assert abs(mean(*fixed) / mean(texts) - 1) < 1e-5
+    assert mean([silent]) == 0
 
 
 def test_kl_in_pieces_is_the_same_in_value_and_gradients():
@@ -2296,7 +2343,8 @@ def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(tr
     assert torch.equal(*loss)
     empty, count, _ = train_sft.cross_entropy(other, tokens, torch.full((2, 9), -1))
     (empty / max(1, count)).backward()
-    assert count == 0 and empty.item() == 0 and all(p.grad is None or torch.isfinite(p.grad).all() for p in other.parameters())
+    assert count == 0 and empty.item() == 0
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in other.parameters())
 
 
 def test_decay_only_for_matrices_inside_the_layers(traces):
@@ -2308,6 +2356,50 @@ def test_decay_only_for_matrices_inside_the_layers(traces):
     assert adam.param_groups[0]["weight_decay"] == 0 and "layers.0.mixer.in_proj.weight" in decayed
     for part in ("A_log", ".D", "dt_proj.bias", "conv1d", "norm", "embed_tokens", "lm_head"):
         assert not any(part in name for name in decayed), part
+
+
+def test_a_step_without_gradient_shrinks_the_decayed_matrices_and_nothing_else(traces):
+    lm = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
+    optimizers, before = train_sft.make_optimizers(lm, 0.1, weight_decay=0.5), copy.deepcopy(lm)
+    for p in lm.parameters():
+        p.grad = torch.zeros_like(p)
+    train_sft.clipped_step(lm, optimizers, 0.1)
+    for (name, p), old in zip(lm.named_parameters(), before.parameters(), strict=True):
+        matrix = p.ndim == 2 and name.startswith("layers.") and not name.endswith(("A_log", ".D"))
+        torch.testing.assert_close(p, old * (0.95 if matrix else 1.0), msg=name)
+
+
+def test_a_step_moves_every_parameter(traces):
+    lm = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
+    optimizers, before = train_sft.make_optimizers(lm, 1e-3, weight_decay=0.0), copy.deepcopy(lm)
+    batch = [train_sft.encode_problem(traces[1], p) for p in train_sft.problem_set("dev", 1)]
+    loss, count, _ = train_sft.cross_entropy(lm, *train_sft.collate(batch, "cpu"))
+    (loss / count).backward()
+    train_sft.clipped_step(lm, optimizers, 1e-3)
+    for (name, p), old in zip(lm.named_parameters(), before.parameters(), strict=True):
+        assert torch.isfinite(p).all() and not torch.equal(p, old), name
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
+def test_muon_turns_a_gradient_into_a_nearly_orthogonal_matrix(shape):
+    """The same singular vectors, singular values near 1 (Newton-Schulz is stopped early, on purpose)."""
+    torch.manual_seed(0)
+    g = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
+    u, values, v = torch.linalg.svd(g, full_matrices=False)
+    inner = u.mT @ train_sft.orthogonalize(g) @ v.mT
+    new = inner.diagonal(dim1=-2, dim2=-1)
+    large = values > 0.1 * values[:, :1]                                     # tiny ones need more iterations
+    assert new[large].min() > 0.5 and new.max() < 1.3
+    assert (inner - torch.diag_embed(new)).abs().max() < 1e-2
+
+
+def test_learning_rate_rises_stays_and_falls():
+    rates = [train_sft.learning_rate(step, 100, 2.0, 10) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10:61] == [2.0] * 51
+    assert all(a > b for a, b in zip(rates[60:], rates[61:])) and rates[80] == pytest.approx(1.0)
+    assert rates[-1] < 0.1 and train_sft.learning_rate(100, 100, 2.0, 10) == pytest.approx(0.06)
+    assert train_sft.learning_rate(0, 5, 1.0, 0) == 1.0                      # no warm-up
 
 
 def test_training_resumed_is_training_uninterrupted(traces, tmp_path):
@@ -2338,6 +2430,134 @@ def test_training_resumed_is_training_uninterrupted(traces, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
 
 
+@pytest.fixture
+def interrupt(monkeypatch):
+    """-> a function: let the next run of this script end with Ctrl-C after so many steps."""
+    monkeypatch.setattr(train_sft.signal, "signal", lambda *a: None)         # this process stays interruptible
+    real = train_sft.clipped_step
+
+    def after(program, steps):
+        left = [steps]
+
+        def step(*args):
+            if not left[0]:
+                monkeypatch.setattr(program, "clipped_step", real)
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return real(*args)
+        monkeypatch.setattr(program, "clipped_step", step)
+    return after
+
+
+def short_run(program, traces, out, *more):
+    """Arguments of a run of 4 steps."""
+    base = ("--device", "cpu", "--steps", 4, "--batch", 2, "--warmup", 1, "--out", out)
+    if program is train_sft:
+        return ("--model", traces[0], "--every", 1, "--eval", 0, *base, *more)
+    return ("--teacher", traces[0], "--replace", 1, "--rank", "first", "--eval", 1, *base, *more)
+
+
+@pytest.mark.parametrize("train", ["all", "mixers"])
+def test_distillation_resumed_is_distillation_uninterrupted(traces, tmp_path, monkeypatch, capsys, interrupt, train):
+    run = lambda out, *more: run_main(distill, monkeypatch, capsys,
+                                      *short_run(distill, traces, tmp_path / out, "--train", train, *more))[0]
+    whole = run("a")
+    interrupt(distill, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run("b")
+    assert not (tmp_path / "b" / "model.safetensors").exists()
+    again = run("b", "--resume")
+    a, b = (json.loads(out.splitlines()[-1]) for out in (whole, again))
+    assert a | {"seconds": 0} == b | {"seconds": 0} and a["steps"] == 4
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert not (tmp_path / "b" / "progress.safetensors").exists()
+
+
+@pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
+def test_a_loss_that_is_nan_exits_and_leaves_what_was_saved(program, traces, tmp_path, monkeypatch, capsys, interrupt):
+    """Exit code 2, one line, and progress from before the accident, from which a lower rate could continue."""
+    interrupt(program, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(program, monkeypatch, capsys, *short_run(program, traces, tmp_path))
+    before, files = (tmp_path / "progress.safetensors").read_bytes(), sorted(os.listdir(tmp_path))
+    name = "cross_entropy" if program is train_sft else "batch_loss"
+    real = getattr(program, name)
+    monkeypatch.setattr(program, name, lambda *a: (lambda loss, *rest: (loss * math.nan, *rest))(*real(*a)))
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, short_run(program, traces, tmp_path, "--resume"))])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        train_sft.run_main(program.main)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("error: ") == 1 and "not finite" in err.splitlines()[-1]
+    assert (tmp_path / "progress.safetensors").read_bytes() == before and sorted(os.listdir(tmp_path)) == files
+
+
+@pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
+def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, monkeypatch, capsys):
+    """Products in bfloat16, weights kept in float32."""
+    out, _ = run_main(program, monkeypatch, capsys, *short_run(program, traces, tmp_path, "--dtype", "bfloat16"))
+    report = json.loads(out.splitlines()[-1])
+    assert all(math.isfinite(report[key]) for key in {"loss", "kl_first", "kl_last"} & set(report))
+    weights = load_file(tmp_path / "model.safetensors")
+    assert all(torch.isfinite(w).all() for w in weights.values())
+    assert program is distill or {w.dtype for w in weights.values()} == {torch.float32}
+    with pytest.raises(UserError, match="float16"):
+        train_sft.pick_dtype("float16", torch.device("cpu"))
+
+
+def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypatch):
+    lm, enc = load_pretrained(traces[0]), traces[1]
+    probe = [[train_sft.encode_problem(enc, p) for p in train_sft.problem_set("probe", 1)]]
+    args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, probe=1, seed=0)
+    calls, real = [], distill.leave_one_out
+    monkeypatch.setattr(distill, "leave_one_out", lambda *a, **k: calls.append(1) or real(*a, **k))
+    rank = lambda: distill.rank_layers(
+        args, distill.Run(lm, enc, torch.device("cpu"), torch.float32, None, probe, probe[0]), lm)
+    first = rank()
+    assert rank() == first and len(calls) == 1
+    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3                       # one weight of another layer
+    assert rank() != first and len(calls) == 2
+    args.probe = 2                                                           # other problems, other scores
+    rank()
+    assert len(calls) == 3
+
+
+def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces):
+    teacher, enc = load_pretrained(traces[0]), traces[1]
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    student = convert(distill.clone(teacher, "mixers"), teacher, [1, 2], "aligned")
+    distill.set_trained(student, "mixers").train()
+    start = {name: p.clone() for name, p in student.named_parameters()}
+    batch = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("dev", 1)]
+    loss, count = distill.batch_loss(student, teacher, *train_sft.collate(batch, "cpu"), "reverse_kl")
+    (loss / count).backward()
+    train_sft.clipped_step(student, train_sft.make_optimizers(student, 1e-2), 1e-2)
+    own = dict(teacher.named_parameters())
+    for name, p in student.named_parameters():
+        if ".mixer." in name:
+            assert p.requires_grad and not torch.equal(p, start[name]), name
+        else:
+            assert p.data_ptr() == own[name].data_ptr() and p.grad is None, name
+    assert all(torch.equal(p, before[name]) for name, p in own.items())
+
+
+def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_path, monkeypatch, capsys):
+    lines = [{"prompt": f"<s>[INST] {i} [/INST]", "response": f" {i + 1}</s>"} for i in range(55)]
+    lines[7] = {"messages": [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]}
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out, _ = run_main(distill, monkeypatch, capsys, "--teacher", traces[0], "--data", tmp_path / "x.jsonl", "--replace",
+                      2, "--steps", 2, "--batch", 2, "--device", "cpu", "--out", tmp_path / "out")
+    report = json.loads(out.splitlines()[-1])
+    assert [report[key] for key in ("teacher_accuracy", "student_accuracy", "accuracy_by_family")] == [None] * 3
+    assert report["kl_first"] > 0 and math.isfinite(report["kl_last"])
+    stored = json.loads((tmp_path / "out" / "loo.json").read_text())
+    assert all(s["accuracy"] is None and s["kl"] >= 0 and s["loss"] > 0 for s in stored["scores"])
+    kl = {s["layer"]: s["kl"] for s in stored["scores"]}
+    assert stored["order"] == sorted(kl, key=kl.get) and report["replaced"] == stored["order"][:2]
+    _, held = train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 538)
+    assert len(held) == 2                                                    # examples 0 and 50
+
+
 def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces):
     lm, enc = load_pretrained(traces[0]), traces[1]
     torch.nn.init.zeros_(lm.layers[2].self_attn.o_proj.weight)
@@ -2350,13 +2570,14 @@ def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces)
         assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
 
 
-def test_distil_from_end_to_end(traces, tmp_path, monkeypatch, capsys):
+def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces, tmp_path, monkeypatch, capsys):
     before = open(os.path.join(traces[0], "model.safetensors"), "rb").read()
-    run = lambda *more: (monkeypatch.setattr(sys, "argv", ["distill.py", "--teacher", traces[0], *map(str, more)]), distill.main())
-    run("--stages", "1,2", "--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1, "--out", tmp_path)
-    report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert set(report) == {"replaced", "layout", "teacher_accuracy", "student_accuracy", "accuracy_by_family", "kl_first",
-                           "kl_last", "steps", "tokens", "seconds", "seed"}
+    run = lambda *more: run_main(distill, monkeypatch, capsys, "--teacher", traces[0], *more)[0]
+    out = run("--stages", "1,2", "--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1,
+              "--out", tmp_path)
+    report = json.loads(out.strip().splitlines()[-1])
+    assert set(report) == {"replaced", "layout", "teacher_accuracy", "student_accuracy", "accuracy_by_family",
+                           "kl_first", "kl_last", "steps", "tokens", "seconds", "seed"}
     assert report["layout"].count("m2") == 2 == len(report["replaced"])
     assert load_pretrained(tmp_path / "h2").config.layout == tuple(report["layout"])
     assert open(os.path.join(traces[0], "model.safetensors"), "rb").read() == before
@@ -2581,6 +2802,50 @@ def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():
-    for arguments in (["distill.py", "--teacher", "no/such/dir"], ["train_sft.py", "--model", "no/such/dir", "--out", "out/x"]):
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=os.path.dirname(__file__) or ".")
-        assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and "no/such/dir" in done.stderr
+    for arguments in (["distill.py", "--teacher", "no/such/dir"],
+                      ["train_sft.py", "--model", "no/such/dir", "--out", "out/x"]):
+        code, _, err = script(*arguments)
+        assert code == 2 and err.count("\n") == 1 and "no/such/dir" in err
+
+
+def drop_key(path):
+    raw = json.loads((path / "config.json").read_text())
+    del raw["num_attention_heads"]
+    (path / "config.json").write_text(json.dumps(raw))
+
+
+BAD_INPUT = {                                # damage to a copy of the teacher, more arguments, what the line must name
+    "truncated safetensors": (lambda path: truncate(path, -10), [], "model.safetensors"),
+    "config without a needed key": (drop_key, [], "num_attention_heads"),
+    "missing shard": (lambda path: (path / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {"a": "model-00002-of-00002.safetensors"}})), [], "model-00002-of-00002.safetensors is missing"),
+    "unsupported layer type": (lambda path: (path / "config.json").write_text(json.dumps(
+        raw_config("m2 t gdn"))), [], "gdn"),
+    "more layers than there are": (lambda path: None, ["--replace", "99"], "4 attention layers"),
+    "broken line of JSON": (lambda path: (path / "x.jsonl").write_text(
+        '{"prompt": "a", "response": "b"}\n' * 4 + '{"prompt": "a"\n'), ["--data", "x.jsonl"], "x.jsonl, line 5"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2_before_any_work(case, traces, tmp_path):
+    """Nothing on stdout and no progress bar on stderr: it was noticed before anything expensive began."""
+    damage, arguments, named = BAD_INPUT[case]
+    teacher = tmp_path / "teacher"
+    shutil.copytree(traces[0], teacher)
+    damage(teacher)
+    arguments = [str(teacher / a) if a.endswith(".jsonl") else a for a in arguments]
+    code, out, err = script("distill.py", "--teacher", teacher, "--replace", 1, "--out", tmp_path / "o", *arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and named in err, err
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_shipped_teacher_is_checked_in_seconds(tmp_path):
+    """All 50 layers are loaded and the request refused within 30 seconds of one core's time."""
+    resource = pytest.importorskip("resource")
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    began = used()
+    code, out, err = script("distill.py", "--replace", 99, "--out", tmp_path / "o", "--teacher",
+                            os.path.join(HERE, "teacher"))
+    assert (code, out, err.count("\n")) == (2, "", 1) and "50 attention layers" in err
+    assert used() - began < 30
