@@ -1235,6 +1235,44 @@ def test_aligned_and_plain_differ_in_nothing_but_that_order():
         assert torch.equal(models["aligned"][name], wanted), name
 
 
+def test_a_ridge_fit_finds_a_linear_map():
+    a, w = torch.randn(200, 6), torch.randn(3, 6)
+    assert (nano.ridge_fit(a, a @ w.T, strength=1e-9) - w).abs().max() < 1e-6
+    assert nano.ridge_fit(a, a @ w.T, strength=10.0).norm() < w.norm() / 2   # the penalty pulls towards zero
+
+
+def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does():
+    """For the same input: aligned starts as far from the attention's output as writing nothing. Padding does not count:
+    other ids there change nothing."""
+    teacher, tokens = tiny("t t t", torch.float32), torch.randint(0, 61, (8, 40))
+    real = torch.arange(40) < torch.randint(20, 41, (8, 1))
+    error = {}
+    for init in ("calibrated", "aligned"):
+        for pad in (0, 7):
+            torch.manual_seed(5)
+            student = convert(copy.deepcopy(teacher), teacher, [1], init, (tokens.where(real, torch.tensor(pad)), real))
+            x = teacher.embed_tokens(tokens)
+            place, _ = nano.make_place(teacher.config, tokens, 0, None, None, torch.float32)
+            x = teacher.layers[1].input_layernorm(teacher.layers[0](x, None, place)[0])
+            wanted = teacher.layers[1].self_attn(x, None, place)[0][real]
+            error[init, pad] = ((student.layers[1].mixer(x, None, place)[0][real] - wanted).norm() / wanted.norm()).item()
+    assert error["calibrated", 0] == error["calibrated", 7] < 0.9 < error["aligned", 0], error
+
+
+def test_calibrating_changes_gate_and_output_of_the_new_layers_alone():
+    teacher, batch = tiny("t t t"), (torch.randint(0, 61, (4, 30)), torch.ones(4, 30, dtype=torch.bool))
+    models = []
+    for init in ("aligned", "calibrated"):
+        torch.manual_seed(5)
+        models.append(dict(convert(copy.deepcopy(teacher), teacher, [1], init, batch).named_parameters()))
+    changed = {name for name, p in models[0].items() if not torch.equal(p, models[1][name])}
+    assert changed == {"layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"}
+    inner = teacher.config.n_head * teacher.config.head_dim                  # rows of z come first, and only they differ
+    assert torch.equal(*(m["layers.1.mixer.in_proj.weight"][inner:] for m in models))
+    with pytest.raises(UserError, match="batch"):
+        convert(copy.deepcopy(teacher), teacher, [1], "calibrated")
+
+
 def test_plain_is_aligned_where_a_chunk_is_a_whole_head():
     models = []
     for init in ("aligned", "plain"):
@@ -1278,7 +1316,8 @@ def test_conversion_changes_nothing_else(init, dtype):
     the parameter names are those of the new layers, and the result runs, saves and goes on converting."""
     teacher, student = tiny("t t t", dtype), tiny("t t t", dtype, seed=1)
     before, kept = ({k: v.clone() for k, v in m.state_dict().items()} for m in (teacher, student))
-    assert convert(student, teacher, [2, 0], init) is student
+    batch = some_tokens(2, 20), torch.ones(2, 20, dtype=torch.bool)
+    assert convert(student, teacher, [2, 0], init, batch) is student
     new = "n" if init == "identity" else "m2"
     assert student.config.layout == (new, "t", new) == tuple(block.kind for block in student.layers)
     assert teacher.config.layout == ("t", "t", "t")
@@ -1296,7 +1335,7 @@ def test_conversion_changes_nothing_else(init, dtype):
     twin = HybridLM(student.config)
     assert set(twin.state_dict()) == set(after)
     logits, _ = student(some_tokens(2, 5))
-    assert torch.isfinite(logits).all() and convert(student, teacher, [1], init).config.layout == (new,) * 3
+    assert torch.isfinite(logits).all() and convert(student, teacher, [1], init, batch).config.layout == (new,) * 3
 
 
 def test_identity_removes_the_mixer():
@@ -2667,10 +2706,12 @@ def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, famil
 
 def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
     lm, enc = load_pretrained(traces[0]), traces[1]
-    torch.nn.init.zeros_(lm.layers[2].self_attn.o_proj.weight)
+    for i, block in enumerate(lm.layers):                                    # layer 2 writes nothing, the others a lot
+        block.self_attn.o_proj.weight.data *= 0 if i == 2 else 5
     cpu, before = torch.device("cpu"), distill.weights_hash(lm)
     run = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [], None)
-    args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", init="aligned", lr=1e-4,
+    run = run._replace(calibration=distill.calibration_batch(run.block, cpu, count=8))
+    args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", init="calibrated", lr=1e-4,
                               loss="reverse_kl")
     student = convert(copy.deepcopy(lm), lm, [0], "aligned")                 # as in a later stage
     trials = distill.try_each_layer(args, run, student, [1, 2, 3], {})
