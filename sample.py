@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # waiting threads sleep 
 import torch
 from tqdm import tqdm
 
-from model import UserError, join_projections, load_pretrained, load_tokenizer
+from model import UserError, join_projections, load_pretrained, load_tokenizer, scan_backend_reason
 from train_sft import format_prompt, pick_device, pick_dtype, run_main
 
 
@@ -212,6 +212,9 @@ def main():
     torch.backends.cuda.enable_cudnn_sdp(False)                              # cuDNN makes a plan for every new length
     model = join_projections(load_pretrained(args.model, device, dtype))
     enc = load_tokenizer(args.model)
+    if device.type == "cpu" and sum(p.numel() for p in model.parameters()) < 10_000_000:
+        torch.set_num_threads(1)                     # so little work per product: waking a second thread costs more
+    print(scan_backend_reason(device), file=sys.stderr)
     with torch.inference_mode():
         (chat if args.chat else sample)(model, enc, args, device)
 
