@@ -227,7 +227,7 @@ def graph_of(run):
 
 def time_decode(model, state, batch, args, device):
     """-> seconds per step (median), spread."""
-    count = 16 if device.type == "cuda" else 2                               # steps between two looks at the clock
+    count = 16 if device.type == "cuda" else 1                               # steps between two looks at the clock
     token = torch.randint(model.config.vocab_size, (batch, 1), device=device)
     start = narrow(state, batch, count)
     run = lambda: decode_steps(model, token, start, count)
@@ -500,7 +500,8 @@ def main():
     config, shape = pick_config(args, device, dtype, memory_for(args, device))
     about, rows = about_run(args, device, dtype, shape, bandwidth), []
     print(f"shape {shape}: {config.n_layer} layers, d_model {config.d_model} | {about['device']} | {about['dtype']} | "
-          f"torch {about['torch']}, triton {about['triton']} | commit {about['commit']}\n{nanoh1.scan_backend_reason(device)}\n"
+          f"torch {about['torch']}, triton {about['triton']} | commit {about['commit']}\n"
+          f"{nanoh1.scan_backend_reason(device)}\n"
           f"copy bandwidth {amount(bandwidth)}/s (measured, read and write)")
     parts = [bench_models] * bool({"prefill", "decode"} & set(args.what)) + [bench_scan] * ("scan" in args.what)
     try:
