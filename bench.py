@@ -354,7 +354,7 @@ def bench_models(args, config, device, dtype, about, bandwidth):
         for row, c in tqdm(rows, desc=f"context {ctx}", leave=False, disable=not sys.stderr.isatty()):
             try:
                 measure_row(row, c, args, device, dtype)
-            except (RuntimeError, MemoryError) as e:                         # on a CPU torch raises a plain RuntimeError
+            except (RuntimeError, MemoryError) as e:                         # on a CPU it is a plain RuntimeError
                 if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(e):
                     raise
                 row["failed"] = "out of memory"

@@ -139,9 +139,11 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         """x (..., dim) -> x / rms(x) * weight. In float32 (at least), cast back, then scaled, as Mistral does it."""
         wide, n = x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1]
-        if wide.is_cpu and not torch.is_grad_enabled():      # there rms_norm is nine operations, layer_norm one: the mean
-            y = F.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=self.eps)[..., :n]  # of (x, -x) is 0, and
-        else:                                                                # its variance the mean square of x
+        # Generating on a CPU is bound by the number of operations. rms_norm is nine there, layer_norm one; (x, -x) has
+        # mean 0 and the mean square of x as its variance, so layer_norm does the same to it.
+        if wide.is_cpu and not torch.is_grad_enabled():
+            y = F.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=self.eps)[..., :n]
+        else:
             y = F.rms_norm(wide, (n,), eps=self.eps)
         return y.to(x.dtype) * self.weight
 
@@ -239,7 +241,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cache, place):
         """x (b, t, d_model), cache KV or None, place Place -> (b, t, d_model), the cache with t more tokens."""
-        (b, t, _), turned = x.shape, self.n_head + self.n_kv_head            # heads of q and k: rotary turns them at once
+        (b, t, _), turned = x.shape, self.n_head + self.n_kv_head            # rotary turns q and k at once
         qkv = F.linear(x, self.joined) if self.joined is not None else torch.cat(
             [self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         qk, v = qkv.view(b, t, -1, self.head_dim).split([turned, self.n_kv_head], dim=2)
