@@ -36,7 +36,8 @@ from model import (KV, Config, HybridLM, State, UserError, join_projections, loa
                    selective_scan)
 from train_sft import pick_device, pick_dtype, run_main
 
-# 15b is Apriel's teacher, 8b ... 1b are Llama-3 shapes, tiny is the shipped teacher's. bytes and speed need no more.
+# 15b is Apriel's teacher, 8b ... 1b are Llama-3 shapes, tiny has the depth of the first
+# and the width of a toy, so that a laptop shows the effect. Bytes and speed need no more than the shape.
 SHAPES = {
     "15b": Config(131072, 5120, 50, 32, 8, 128, 14336, dt_rank=16),
     "8b": Config(128256, 4096, 32, 32, 8, 128, 14336),
@@ -226,7 +227,7 @@ def graph_of(run):
 
 def time_decode(model, state, batch, args, device):
     """-> seconds per step (median), spread."""
-    count = 16 if device.type == "cuda" else 2                               # steps between two looks at the clock
+    count = 16 if device.type == "cuda" else 1                               # steps between two looks at the clock
     token = torch.randint(model.config.vocab_size, (batch, 1), device=device)
     start = narrow(state, batch, count)
     run = lambda: decode_steps(model, token, start, count)
@@ -322,8 +323,9 @@ def print_row(row, columns, base):
         decode = ["decode/s (batch)"] * (columns - 1) + ["at its largest"] * (columns > 0)
         print(line.format("model", "prefill/s", *decode, "of limit", "x H-0", "peak"))
         return
-    cells = [f"{d['tokens_per_s']:.1f} +-{100 * d['spread']:.0f}% ({d['batch']})" if "tokens_per_s" in d else ""
-             for d in row["decode"]] or [row.get("failed") or "does not fit"]
+    missing = row.get("failed", "")                                          # why a cell has no figure
+    cells = [f"{d['tokens_per_s']:.1f} +-{100 * d['spread']:.0f}% ({d['batch']})" if "tokens_per_s" in d else missing
+             for d in row["decode"]] or [missing or "does not fit"]
     cells = cells[:-1] + [""] * (columns - len(cells)) + cells[-1:]          # the largest batch stands last
     best, share, ratio, prefill = (row["decode"] or [{}])[-1], "", "", ""
     if "prefill_spread" in row:
@@ -352,8 +354,14 @@ def bench_models(args, config, device, dtype, about, bandwidth):
         for row, c in tqdm(rows, desc=f"context {ctx}", leave=False, disable=not sys.stderr.isatty()):
             try:
                 measure_row(row, c, args, device, dtype)
-            except (torch.OutOfMemoryError, MemoryError):
+            except (RuntimeError, MemoryError) as e:                         # on a CPU it is a plain RuntimeError
+                if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(e):
+                    raise
                 row["failed"] = "out of memory"
+            except KeyboardInterrupt:                                        # print the cells that are done
+                row["failed"] = "interrupted"
+                print_row(row, columns, base)
+                raise
             if not row["mamba_layers"] and any("tokens_per_s" in d for d in row["decode"][-1:]):
                 base = row
             print_row(row, columns, base)
@@ -531,7 +539,8 @@ def main():
     config, shape = pick_config(args, device, dtype, memory_for(args, device))
     about, rows = about_run(args, device, dtype, shape, bandwidth), []
     print(f"shape {shape}: {config.n_layer} layers, d_model {config.d_model} | {about['device']} | {about['dtype']} | "
-          f"torch {about['torch']}, triton {about['triton']} | scan: {about['scan']} | commit {about['commit']}\n"
+          f"torch {about['torch']}, triton {about['triton']} | commit {about['commit']}\n"
+          f"{nanoh1.scan_backend_reason(device)}\n"
           f"copy bandwidth {amount(bandwidth)}/s (measured, read and write)")
     parts = [bench_models] * bool({"prefill", "decode"} & set(args.what)) + [bench_scan] * ("scan" in args.what)
     try:

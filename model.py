@@ -138,8 +138,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         """x (..., dim) -> x / rms(x) * weight. In float32 (at least), cast back, then scaled, as Mistral does it."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+        wide, n = x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1]
+        # Generating on a CPU is bound by the number of operations. rms_norm is nine there, layer_norm one; (x, -x) has
+        # mean 0 and the mean square of x as its variance, so layer_norm does the same to it.
+        if wide.is_cpu and not torch.is_grad_enabled():
+            y = F.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=self.eps)[..., :n]
+        else:
+            y = F.rms_norm(wide, (n,), eps=self.eps)
+        return y.to(x.dtype) * self.weight
 
 
 def rotary(x, cos, sin):
@@ -219,7 +225,7 @@ def extend(cache, new, past):
     """Append new (b, t, ...) to cache (b, max_length, ...) at `past`: in place, or as a copy if gradients flow."""
     if cache.shape[1] < past + new.shape[1] or (torch.is_grad_enabled() and (new.requires_grad or cache.requires_grad)):
         return torch.cat([cache[:, :past], new.to(cache.dtype)], dim=1)
-    cache[:, past:past + new.shape[1]] = new
+    cache.narrow(1, past, new.shape[1]).copy_(new)
     return cache
 
 
@@ -235,18 +241,14 @@ class Attention(nn.Module):
 
     def forward(self, x, cache, place):
         """x (b, t, d_model), cache KV or None, place Place -> (b, t, d_model), the cache with t more tokens."""
-        b, t, _ = x.shape
-        if self.joined is None:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        else:
-            width = self.n_kv_head * self.head_dim
-            q, k, v = F.linear(x, self.joined).split([self.n_head * self.head_dim, width, width], dim=-1)
-        q = rotary(q.view(b, t, self.n_head, self.head_dim), place.cos, place.sin)
-        k = rotary(k.view(b, t, self.n_kv_head, self.head_dim), place.cos, place.sin)
-        v = v.view(b, t, self.n_kv_head, self.head_dim)
+        (b, t, _), turned = x.shape, self.n_head + self.n_kv_head            # rotary turns q and k at once
+        qkv = F.linear(x, self.joined) if self.joined is not None else torch.cat(
+            [self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        qk, v = qkv.view(b, t, -1, self.head_dim).split([turned, self.n_kv_head], dim=2)
+        q, k = rotary(qk, place.cos, place.sin).split([self.n_head, self.n_kv_head], dim=2)
         if cache is not None:
             cache = KV(extend(cache.k, k, place.past), extend(cache.v, v, place.past))
-            k, v = cache.k[:, :place.past + t], cache.v[:, :place.past + t]
+            k, v = (m.narrow(1, 0, place.past + t) for m in cache)
         k, v = k.transpose(1, 2), v.transpose(1, 2)                          # heads first: (b, heads, tokens, head_dim)
         if t == 1:                           # heads that share a key stand in for tokens, so each key is read only once
             q = q.view(b, self.n_kv_head, -1, self.head_dim)                 # (b, n_kv_head, heads per key, head_dim)

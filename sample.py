@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # waiting threads sleep 
 import torch
 from tqdm import tqdm
 
-from model import UserError, join_projections, load_pretrained, load_tokenizer
+from model import UserError, join_projections, load_pretrained, load_tokenizer, scan_backend_reason
 from train_sft import format_prompt, pick_device, pick_dtype, run_main
 
 
@@ -154,6 +154,7 @@ def sample(model, enc, args, device):
     """All prompts in one batch, --num-samples answers each."""
     prompts, n = read_prompts(args), args.num_samples
     ids = [encode(enc, model.config, prompt, args.raw) for prompt in prompts]
+    print(scan_backend_reason(device), file=sys.stderr)                      # now that the prompts are known to be good
     warn_length(max(map(len, ids)), model.config)
     start = time.perf_counter()
     logits, state = model.prefill(ids, args.max_new_tokens, args.prefill_chunk)
@@ -184,6 +185,7 @@ def chat(model, enc, args, device):
     """One conversation. Between turns only the new question is read: the state holds all that was said before."""
     state, pending = None, []                                                # tokens that the state does not hold yet
     stop = model.config.eos_ids
+    print(scan_backend_reason(device), file=sys.stderr)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         question = sys.stdin.readline()
@@ -212,6 +214,8 @@ def main():
     torch.backends.cuda.enable_cudnn_sdp(False)                              # cuDNN makes a plan for every new length
     model = join_projections(load_pretrained(args.model, device, dtype))
     enc = load_tokenizer(args.model)
+    if device.type == "cpu" and sum(p.numel() for p in model.parameters()) < 10_000_000:
+        torch.set_num_threads(1)                     # so little work per product: waking a second thread costs more
     with torch.inference_mode():
         (chat if args.chat else sample)(model, enc, args, device)
 

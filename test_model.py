@@ -2121,6 +2121,17 @@ def test_temperature_top_k_and_top_p_shape_the_distribution():
     assert (share(draw(top_k=100)) > 0).sum() == 4                                         # more than there are
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_the_norm_of_generation_is_the_norm_of_training(dtype, tolerance):
+    """On a CPU without gradients RMSNorm takes another way to the same numbers: also for large, tiny and offset x."""
+    norm = module.RMSNorm(24, 1e-5).to(dtype)
+    for scale, offset in ((1, 0), (1e4, 0), (1e-4, 0), (1, 100)):
+        x = (torch.randn(3, 5, 24, dtype=torch.float64) * scale + offset).to(dtype)
+        with torch.no_grad():
+            y = norm(x)
+        assert off(y, norm(x).detach()) < tolerance
+
+
 # sample.py
 
 def test_streamed_text_equals_the_decoded_tokens_at_split_characters(checkpoint, monkeypatch, capsys):
@@ -2137,6 +2148,34 @@ def test_streamed_text_equals_the_decoded_tokens_at_split_characters(checkpoint,
         assert outputs[0] == ids + tail[:-1] and last == 257
     assert "".join(pieces[0]) == text and "\ufffd" not in "".join(pieces[0])
     assert "".join(pieces[1]) == text + "\ufffd"
+
+
+def test_ids_beyond_the_tokenizer_show_as_a_replacement_character(checkpoint):
+    enc = load_tokenizer(checkpoint)
+    assert sample.token_bytes(enc, 262) == "\ufffd".encode() and sample.token_bytes(enc, 65) == b"A"
+
+
+def test_prompts_from_standard_input_are_one_batch_and_the_scan_is_named(checkpoint):
+    code, out, err = script("sample.py", "--model", checkpoint, "--device", "cpu", "--prompt-file", "-", "--json",
+                            "--max-new-tokens", 2, stdin="one\n\nthree \u20ac\n")
+    assert code == 0 and [json.loads(row)["prompt"] for row in out.splitlines()] == ["one", "", "three \u20ac"]
+    assert err.startswith(module.scan_backend_reason("cpu"))
+
+
+def test_only_the_last_position_gets_logits(checkpoint, monkeypatch):
+    model, widths = small_hybrid(), []
+    model.lm_head.register_forward_hook(lambda m, inputs, out: widths.append(tuple(inputs[0].shape)))
+    logits, state = model.prefill([[5] * 40, [6] * 30], 4, chunk=7)                    # never 40 x vocabulary
+    assert widths == [(2, 32)] and logits.shape == (2, 262) and state.position == 40
+
+
+def test_samples_start_from_one_prefill(checkpoint, monkeypatch, capsys):
+    fed, hidden = [], HybridLM.hidden
+    monkeypatch.setattr(HybridLM, "hidden", lambda self, tokens, *a: fed.append(tuple(tokens.shape)) or
+                        hidden(self, tokens, *a))
+    run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--prompt", "hello", "--raw",
+             "--num-samples", 3, "--max-new-tokens", 2, "--temperature", 1)
+    assert fed[0] == (1, 5) and set(fed[1:]) <= {(3, 1)}                               # read once, then three rows
 
 
 def test_same_seed_same_text_and_another_seed_another(checkpoint, monkeypatch, capsys):
@@ -2250,6 +2289,30 @@ def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint, monkey
                       "--ctx", 4096, "--memory", 0.001, "--seconds", 0, "--batch", "1", "--what", "decode")
     lines = {line.split()[0]: line for line in out.splitlines() if line.split()[:1]}
     assert "does not fit" in lines["H-0"] and "(1)" in lines["H-50"] and "does not fit" in lines["model"]
+
+
+@pytest.mark.parametrize("error, end", [(RuntimeError("DefaultCPUAllocator: can't allocate memory"), None),
+                                        (KeyboardInterrupt(), KeyboardInterrupt), (RuntimeError("a bug"), RuntimeError)])
+def test_a_row_that_fails_keeps_its_measured_cells(error, end, monkeypatch, capsys, tmp_path):
+    """No memory left: the next row goes on. Ctrl-C: what there is, then the end. A bug is no lack of memory."""
+    time_decode, log = bench.time_decode, tmp_path / "rows.jsonl"
+    def fails(model, state, batch, *rest):
+        if batch == 2 and model.config.layout.count("m2") == 0:
+            raise error
+        return time_decode(model, state, batch, *rest)
+    monkeypatch.setattr(bench, "time_decode", fails)
+    run = lambda: run_main(bench, monkeypatch, capsys, "--device", "cpu", "--ctx", 16, "--replace", "0,40", "--batch",
+                           "1,2", "--seconds", 0, "--memory", 0.03, "--what", "decode", "--json", log)
+    if end:
+        with pytest.raises(end):
+            run()
+        out, rows = capsys.readouterr().out, []
+    else:
+        out, rows = run().out, [json.loads(line)["row"] for line in log.read_text().splitlines()]
+    last = [line for line in out.splitlines() if line.split()[:1] == ["H-0"]][-1]
+    assert rows == ([] if end else ["H-0", "H-40"])
+    if end is not RuntimeError:
+        assert "(1)" in last and ("interrupted" if end else "out of memory") in last
 
 
 # ----------------------------------------------------------------------------------------------------------------------
