@@ -318,6 +318,7 @@ class Run(NamedTuple):                                   # what all stages of a 
     probe: list                                          # lists of examples for LOO
     fixed: list                                          # one held-out batch, for the KL before and after
     calibration: tuple                                   # (tokens, real), see model.calibrate
+    solved: dict                                         # the teacher's answers, once it has been asked
 
 
 def evaluate(args, run, student):
@@ -331,8 +332,9 @@ def evaluate(args, run, student):
     if args.data:
         return result, lines
     problems = problem_set("test", args.eval)
-    both = (teacher, "teacher"), (student, "student")
-    texts = [solve(m, run.enc, problems, note=f"{who} solves") for m, who in both]
+    if args.eval not in run.solved:                                          # every stage asks the same problems
+        run.solved[args.eval] = solve(teacher, run.enc, problems, note="teacher solves")
+    texts = [run.solved[args.eval], solve(student, run.enc, problems, note="student solves")]
     (by_t, all_t), (by_s, all_s) = (accuracy(problems, t) for t in texts)
     result = {"teacher_accuracy": all_t, "student_accuracy": all_s,
               "accuracy_by_family": {family: [by_t[family], by_s[family]] for family in by_t}}
@@ -611,7 +613,7 @@ def parse_args():
                    help="built-in texts to distil on; generic: facts without question or reasoning (default reasoning)")
     p.add_argument("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of layers; "
                                                   "auto: loo, and mmr with --student (default auto)")
-    p.add_argument("--init", default="aligned", choices=tuple(nano.INITS), help="of a new mixer (default aligned)")
+    p.add_argument("--init", default="calibrated", choices=tuple(nano.INITS), help="of a new mixer (default calibrated)")
     p.add_argument("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"), help="default reverse_kl")
     p.add_argument("--train", default="auto", choices=("auto", "all", "mixers"),
                    help="which weights train; auto: all if that fits into memory (default auto)")
@@ -619,7 +621,7 @@ def parse_args():
     p.add_argument("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
     p.add_argument("--batch", type=int, default=24, help="texts per step (default 24)")
     p.add_argument("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 0.001)")
+    p.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
     p.add_argument("--warmup", type=int, default=10, help="steps of linear warm-up (default 10)")
     p.add_argument("--probe", type=int, default=48, help="problems per family for LOO, or --data examples (default 48)")
     p.add_argument("--eval", type=int, default=200, help="held-out problems per family at the end (default 200)")
@@ -643,7 +645,7 @@ def plan(args):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
     if args.data and args.traces != "reasoning":
         raise UserError("--traces chooses among the built-in texts; --data brings its own")
-    name, rank = "" if args.init == "aligned" else f"-{args.init}", args.rank
+    name, rank = "" if args.init == "calibrated" else f"-{args.init}", args.rank
     if not args.stages:
         args.out = args.out or f"out/h{args.replace}{name}"
         args.rank = ("mmr" if args.student else "loo") if rank == "auto" else rank
@@ -707,7 +709,7 @@ def main():
           f"an example, trained part marked: {show_example(enc, block(0, 1)[0])}")
     probe = sorted(probe, key=lambda e: len(e[0]))                           # batches of similar length
     probe = [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)]
-    run = Run(teacher, enc, device, dtype, block, probe, fixed, calibration_batch(block, device))
+    run = Run(teacher, enc, device, dtype, block, probe, fixed, calibration_batch(block, device), {})
     for s in [s for s in stages if not (args.stages and is_finished(s))]:
         s.set_up, began = time.time() - began, time.time()
         stage(s, run)

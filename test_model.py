@@ -2772,7 +2772,7 @@ def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces,
     for i, block in enumerate(lm.layers):                                    # layer 2 writes nothing, the others a lot
         block.self_attn.o_proj.weight.data *= 0 if i == 2 else 5
     cpu, before = torch.device("cpu"), distill.weights_hash(lm)
-    run = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [], None)
+    run = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [], None, {})
     run = run._replace(calibration=distill.calibration_batch(run.block, cpu, count=8))
     args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", init="calibrated", lr=1e-4,
                               loss="reverse_kl")
