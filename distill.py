@@ -34,7 +34,8 @@ import model as nano
 from model import UserError
 from train_sft import (accuracy, autocast, batches, claim_out, clipped_step, collate, encode_problem, generic_block,
                        learning_rate, list_block, load_progress, make_optimizers, pick_device, pick_dtype,
-                       problem_set, read_jsonl, run_main, save_progress, show_example, solve, trace_block)
+                       problem_set, read_jsonl, run_main, save_progress, show_example, solve, trace_block,
+                       uninterrupted)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -42,6 +43,14 @@ from train_sft import (accuracy, autocast, batches, claim_out, clipped_step, col
 #
 # Reverse KL, KL(student || teacher) = sum_v q_v (log q_v - log p_v), punishes the student for putting mass where the
 # teacher has none, and lets it ignore what it cannot represent. Forward KL swaps the roles. Temperature 1, float32.
+# MiniLLM (arXiv 2306.08543) argues for it in language models: a small student that must cover all of a large teacher's
+# distribution gives mass to text that the teacher would never write. Apriel-H1 found it better throughout, and uses
+# nothing else: no cross-entropy, no matching of hidden states. MiniLLM lets the student write the texts; here they are
+# given (the traces that the teacher was trained on), so a step is one forward of each and one backward.
+#
+# The teacher's whole distribution is a far richer signal than the one token that followed: some 100 steps do here what
+# took the teacher thousands. Prompt and padding do not count, and the mean is over tokens, not over texts.
+#
 # With a large vocabulary the (tokens, vocabulary) logits are the largest tensors of the whole run (131072 x 16384 in
 # float32 is 8.6 GB): they are then made piece by piece from the hidden states, and made again in the backward pass.
 
@@ -50,7 +59,8 @@ CHUNK_TOKENS = 1024                                      # tokens per piece
 
 
 def kl_divergence(student_logits, teacher_logits, kind="reverse_kl"):
-    """Two (..., vocab_size) of logits -> (...) nats. Zero for equal logits, finite for any finite ones."""
+    """Two (..., vocab_size) of logits -> (...) nats. Zero for equal logits, finite for any finite ones.
+    Both sides go through log_softmax: the log of a softmax that has underflowed would be -inf."""
     q, p = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     if kind == "forward_kl":
         q, p = p, q
@@ -59,22 +69,25 @@ def kl_divergence(student_logits, teacher_logits, kind="reverse_kl"):
 
 def distillation_loss(x, teacher_x, head, teacher_head, kind="reverse_kl", chunk=None):
     """x, teacher_x (m, d_model): hidden states of the trained positions; head, teacher_head: the output layers.
-    -> the summed divergence in nats. chunk: tokens per piece, None: decided by the vocabulary size."""
+    -> the summed divergence in nats. chunk: tokens per piece, None: decided by the vocabulary size.
+    A sum, so pieces add up exactly to the whole, and the caller divides by the tokens of the batch."""
     piece = lambda a, b: kl_divergence(head(a), teacher_head(b), kind).sum()
     chunk = chunk or (CHUNK_TOKENS if head.weight.shape[0] > CHUNK_ABOVE else None)
     if chunk is None:
         return piece(x, teacher_x)
     total = x.new_zeros((), dtype=torch.float32)
     for i in range(0, len(x), chunk):
+        # The pieces' logits are not kept for the backward pass but made again there: one piece exists at a time.
         total = total + checkpoint(piece, x[i:i + chunk], teacher_x[i:i + chunk], use_reentrant=False)
     return total
 
 
 def batch_loss(student, teacher, tokens, targets, kind):
-    """-> summed divergence over the trained positions of a batch, and their number."""
+    """-> summed divergence over the trained positions of a batch, and their number.
+    tokens, targets (b, t), see train_sft.collate. The prompt's logits are never made, of neither model."""
     trained = targets >= 0                                                   # shifted once, in collate
     with torch.no_grad():
-        teacher_x = teacher.hidden(tokens)[0][trained]
+        teacher_x = teacher.hidden(tokens)[0][trained]                       # (m, d_model): the trained positions
     x = student.hidden(tokens)[0][trained]
     return distillation_loss(x, teacher_x, student.lm_head, teacher.lm_head, kind), int(trained.sum())
 
@@ -96,7 +109,11 @@ def mean_loss(student, teacher, fixed, kind, device, dtype):
 # Take one attention layer's mixer away, look how much worse the model gets, put it back. On the built-in problems the
 # measure is exact match, teacher-forced: a trace whose every token is the most likely one is what greedy decoding would
 # have written. Equal scores are told apart by the loss. On --data the measure is the KL to the intact model.
-# All layers before the missing one compute what they always do, so the walk below does them once.
+# All layers before the missing one compute what they always do, so the walk below does them once: layer i costs the
+# n_layer - i layers above it, 50 layers cost half of 50 full passes.
+#
+# The paper measures MMLU, which a model of 2 M parameters cannot answer. Why not the attention weights or a gradient?
+# Because the residual stream lets later layers repair an early loss: only running the rest of the model shows it.
 
 @torch.no_grad()
 def leave_one_out(model, probe, device, dtype, use_accuracy):
@@ -108,16 +125,17 @@ def leave_one_out(model, probe, device, dtype, use_accuracy):
         tokens, targets = collate(examples, device)
         trained = targets >= 0
         with autocast(device, dtype):
-            base = model.lm_head(model.hidden(tokens)[0][trained])
-            x = model.embed_tokens(tokens)
+            base = model.lm_head(model.hidden(tokens)[0][trained])           # (m, vocab_size), intact
+            x = model.embed_tokens(tokens)                                   # (b, t, d_model)
             place, _ = nano.make_place(model.config, tokens, 0, None, None, x.dtype)
             for i, block in enumerate(model.layers):
                 y = x + block.mlp(block.post_attention_layernorm(x)) if block.kind == "t" else None
+                # Nothing to leave out where the mixer is Mamba already, or missing: the walk just goes on.
                 if y is not None:
-                    for later in model.layers[i + 1:]:
+                    for later in model.layers[i + 1:]:                       # ... and all that follows
                         y, _ = later(y, None, place)
                     totals[i] += score(model.lm_head(model.norm(y)[trained]), base, targets)
-                x, _ = block(x, None, place)
+                x, _ = block(x, None, place)                                 # the intact walk goes on
                 bar.update()
         tokens_seen, rows_seen = tokens_seen + int(trained.sum()), rows_seen + len(examples)
     bar.close()
@@ -127,8 +145,9 @@ def leave_one_out(model, probe, device, dtype, use_accuracy):
 
 
 def score(logits, base, targets):
-    """logits, base (m, vocab_size) -> tensor [rows right throughout, summed KL to base, summed cross-entropy]."""
-    trained, wanted = targets >= 0, targets[targets >= 0]
+    """logits, base (m, vocab_size) -> tensor [rows right throughout, summed KL to base, summed cross-entropy].
+    targets (b, t): m of them are not -1. Sums, so that batches of different size can be added up."""
+    trained, wanted = targets >= 0, targets[targets >= 0]                    # (b, t) bool, (m)
     wrong = torch.zeros_like(trained)
     wrong[trained] = logits.argmax(-1) != wanted
     loss = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
@@ -143,6 +162,7 @@ def harm(score):
 
 
 def least_important_first(scores):
+    """Scores -> layer numbers. sorted is stable: of two equal ones the lower layer comes first."""
     return [s["layer"] for s in sorted(scores, key=harm)]
 
 
@@ -150,13 +170,21 @@ def weights_hash(model):
     """A fingerprint of all weights, so that stored scores are used for no other model."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
+        # As bytes, because numpy has no bfloat16. The names count, too: two equal layers may have changed places.
         digest.update(name.encode() + p.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
+def file_hash(path):
+    """The same for a data file: edited data makes new scores."""
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()[:16]
+
+
 def stored_scores(path, key, make):
     """Scores are expensive: keep them in the file `path` together with what they were made from, reuse them if that is
-    still the same, and otherwise make() them anew. -> the dict in the file."""
+    still the same, and otherwise make() them anew. -> the dict in the file.
+    key: a dict of JSON values. The file is also a valid --rank FILE, for a control that replaces the same layers."""
     stored = nano.read_json(path, dict) if os.path.exists(path) else {}
     if {k: stored.get(k) for k in key} != key:
         scores = make()
@@ -166,29 +194,34 @@ def stored_scores(path, key, make):
 
 
 def rank_layers(args, run, student):
-    """-> attention layers of the student, first to be replaced first, and their scores (None without any)."""
+    """-> attention layers of the student, first to be replaced first, and their scores (None without any).
+    Layers that are replaced already stay in a stored order and are left out here. Raises UserError for a bad file."""
     attention = [i for i, kind in enumerate(student.config.layout) if kind == "t"]
-    if args.rank in ("first", "last"):
+    if args.rank in ("first", "last"):                                       # baselines: no scores at all
         return attention if args.rank == "first" else attention[::-1], None
     if args.rank == "random":
         return random.Random(args.seed).sample(attention, len(attention)), None
-    if args.rank == "apriel15b":
+    if args.rank == "apriel15b":                                             # the order that the paper published
         if len(student.layers) != 50:
             raise UserError(f"--rank apriel15b is an order of 50 layers; {args.teacher} has {len(student.layers)}")
         return [i for i in nano.APRIEL15B if i in attention], None
-    if args.rank not in ("loo", "mmr"):
+    if args.rank not in ("loo", "mmr"):                                      # a file: list, or stored_scores' dict
         stored = nano.read_json(args.rank)
         order = stored.get("order") if isinstance(stored, dict) else stored
         if not isinstance(order, list) or set(order) - set(range(len(student.layers))) or len(set(order)) < len(order):
             raise UserError(f"{args.rank}: not a list of different layers from 0 to {len(student.layers) - 1}")
         return [i for i in order if i in attention], None
-    key = {"teacher": weights_hash(run.teacher), "data": args.data, "ctx": args.ctx, "probe": args.probe}
+    key = {"teacher": weights_hash(run.teacher), "data": args.data and file_hash(args.data), "ctx": args.ctx,
+           "probe": args.probe, "dtype": args.dtype}
+    # Scores are stored in --out under a key: a second run with other --steps or --lr need not rank again.
     if args.rank == "loo":                                                   # always of the teacher itself
         make = lambda: leave_one_out(run.teacher, run.probe, run.device, run.dtype, use_accuracy=not args.data)
         stored = stored_scores(os.path.join(args.out, "loo.json"), key, make)
     else:
+        # MMR's scores belong to this student, and to everything that its trials depend on.
         flags = ("data", "traces", "ctx", "init", "train", "probe_steps", "batch", "lr", "loss", "seed", "dtype")
-        key = {"teacher": key["teacher"], "student": weights_hash(student)} | {f: getattr(args, f) for f in flags}
+        key = {"teacher": key["teacher"], "student": weights_hash(student), "content": key["data"]} | {
+            f: getattr(args, f) for f in flags}
         make = lambda: try_each_layer(args, run, student, attention, key)
         stored = stored_scores(os.path.join(args.out, "mmr.json"), key, make)
     return [i for i in stored["order"] if i in attention], stored["scores"]
@@ -201,22 +234,28 @@ def rank_layers(args, run, student):
 # the question that counts: put a Mamba layer in this place, distil for a few steps, how good is the student then? All
 # candidates see the same batches, so the teacher's side is computed once; only one trial student exists at a time; and
 # every finished trial is written down, so that a killed run continues with the next one.
+#
+# In the paper H-30 gave up layers 6, 7 and 8, which LOO had ranked 37th to 46th of 49. There, a trial has 100 steps;
+# here --probe-steps is 6, since only the order of the losses is used, and with the same batches even small
+# differences come from the layer. 25 candidates cost some 150 steps, more than the stage's own 100.
 
 def try_each_layer(args, run, student, attention, key):
-    """-> per attention layer {"layer", "loss"}: the distillation loss (nats per token) after args.probe_steps steps."""
+    """-> per attention layer {"layer", "loss"}: the distillation loss (nats per token) after args.probe_steps steps,
+    on one batch more. The student itself stays as it is."""
     path, stream = os.path.join(args.out, "mmr-trials.json"), batches(run.block, args.batch)
     stored = nano.read_json(path, dict) if os.path.exists(path) else {}
-    trials = stored["trials"] if stored.get("key") == key else []
+    trials = stored["trials"] if stored.get("key") == key else []            # not of this run: forget them
     data = []
     for _ in range(args.probe_steps + 1):                                    # the last batch only measures
         tokens, targets = collate(next(stream), run.device)
         with torch.no_grad(), autocast(run.device, run.dtype):
+            # Hidden states, not logits: (m, d_model) is small enough to keep for all batches.
             data.append((tokens, targets, run.teacher.hidden(tokens)[0][targets >= 0]))
     todo = [layer for layer in attention if layer not in {trial["layer"] for trial in trials}]
     for layer in tqdm(todo, desc="MMR", unit="layer"):
         torch.manual_seed(args.seed)                                         # the same fresh parts for every candidate
         trial = nano.convert(clone(student, args.train), run.teacher, [layer], args.init, run.calibration)
-        optimizers = make_optimizers(set_trained(trial, args.train), args.lr)
+        optimizers = make_optimizers(set_trained(trial, args.train), args.lr)                # states of its own
         for step, (tokens, targets, teacher_x) in enumerate(data):
             last = step == args.probe_steps
             with autocast(run.device, run.dtype), torch.set_grad_enabled(not last):
@@ -224,6 +263,7 @@ def try_each_layer(args, run, student, attention, key):
                 loss = distillation_loss(x, teacher_x, trial.lm_head, run.teacher.lm_head, args.loss) / len(x)
             if not last:
                 loss.backward()
+                # Full rate from the third step on: a trial is too short for a real warm-up and for a decay.
                 clipped_step(trial, optimizers, args.lr * min(1.0, (step + 1) / 3))
         trials.append({"layer": layer, "loss": loss.item()})
         nano.write_json(path, {"key": key, "trials": trials})
@@ -232,30 +272,43 @@ def try_each_layer(args, run, student, attention, key):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Distillation.
+#
+# --loss, the optimiser of train_sft.py, and nothing else. What the paper tried without gain: freezing layers, warming
+# the new mixers up alone, matching their outputs layer by layer. "Mamba in the Llama" (arXiv 2408.15237) freezes the
+# MLPs at first; here everything trains from the first step, because the kept layers must learn to read a new neighbour.
+#
+# What the start is worth was tried on a 10-layer teacher (one seed, 100 steps at 1e-3; KL at the end, nats a token):
+#       replaced      aligned     plain     random     mixer removed
+#       5 of 10       0.169       0.171     0.184      0.187
+#       8 of 10       1.33                             1.91
+# While much attention is left the others fill in, and a start matters little. It matters more, the more layers go.
 
 def distill(args, run, student, meta):
     """Train the student for args.steps steps. -> log entries, one per step. meta: a dict kept with the progress, saved
-    in args.out/progress.safetensors every 25 steps and on Ctrl-C, and read back with --resume."""
+    in args.out/progress.safetensors every 25 steps and on Ctrl-C, and read back with --resume.
+    An entry: step, kl in nats per trained token (of that batch: it is noisy), tokens seen with padding, seconds."""
     optimizers, start, log, began = make_optimizers(student, args.lr), 0, [], time.time()
     progress = os.path.join(args.out, "progress.safetensors")
     if args.resume and os.path.exists(progress):
         stored = load_progress(progress, student, optimizers, meta["run"])
         meta.update(stored)
         start, log = meta["step"], meta["log"]
-        began -= log[-1]["seconds"] if log else 0
+        began -= log[-1]["seconds"] if log else 0                            # the time of the earlier part counts, too
     bar = tqdm(total=args.steps, initial=start, desc="distilling", unit="step")
     stream, tokens_seen = batches(run.block, args.batch, start), log[-1]["tokens"] if log else 0
+    # The log has one entry per finished step, so its length says where to go on.
     save = lambda: save_progress(progress, student, optimizers, meta | {"step": len(log), "log": log})
     try:
         for step in range(start, args.steps):
             tokens, targets = collate(next(stream), run.device)
             with autocast(run.device, run.dtype):
                 loss, count = batch_loss(student, run.teacher, tokens, targets, args.loss)
-            (loss / max(1, count)).backward()
-            clipped_step(student, optimizers, learning_rate(step, args.steps, args.lr, args.warmup))
-            tokens_seen += tokens.numel()
-            log.append({"step": step + 1, "kl": round(loss.item() / max(1, count), 6), "tokens": tokens_seen,
-                        "seconds": round(time.time() - began, 1)})
+            (loss / max(1, count)).backward()                                # the mean over this batch's tokens
+            with uninterrupted():
+                clipped_step(student, optimizers, learning_rate(step, args.steps, args.lr, args.warmup))
+                tokens_seen += tokens.numel()
+                log.append({"step": step + 1, "kl": round(loss.item() / max(1, count), 6), "tokens": tokens_seen,
+                            "seconds": round(time.time() - began, 1)})
             bar.update()
             bar.set_postfix(kl=f"{log[-1]['kl']:.4f}", tok_s=f"{tokens_seen / max(0.1, log[-1]['seconds']):.0f}")
             if (step + 1) % 25 == 0:
@@ -271,7 +324,8 @@ def distill(args, run, student, meta):
 
 
 def clone(model, train):
-    """-> an independent copy; with train "mixers" the weights, which stay frozen, are shared instead of copied."""
+    """-> an independent copy; with train "mixers" the weights, which stay frozen, are shared instead of copied.
+    deepcopy asks its memo before it copies an object: a parameter that is entered there stands for itself."""
     share = {id(p): p for p in model.parameters()} if train == "mixers" else {}
     return copy.deepcopy(model, memo=share)
 
@@ -283,19 +337,24 @@ def set_trained(student, train):
         p.requires_grad_(train == "all" or ".mixer." in name)
         if p.requires_grad:
             p.data = p.data.float()
+    if not any(p.requires_grad for p in student.parameters()):
+        raise UserError("--train mixers: there is no Mamba mixer to train (--init identity needs --train all)")
     student.recompute = sum(p.numel() for p in student.parameters()) > 1e9
     return student
 
 
 def first_student(args, teacher):
-    """-> the model that this stage starts from, and the layers that are replaced in it already, in order."""
+    """-> the model that this stage starts from, and the layers that are replaced in it already, in order.
+    Raises UserError if args.student cannot be a student of this teacher: only Mamba's own sizes may differ."""
     if not args.student:
         return clone(teacher, args.train), []
     student = nano.load_pretrained(args.student, teacher.embed_tokens.weight.device, teacher.embed_tokens.weight.dtype)
+    # Everything but the layout is compared; Mamba's sizes are the student's own, an all-attention teacher has none.
     if replace(student.config, layout=()) != replace(teacher.config, layout=(), **{
             key: getattr(student.config, key) for key in ("d_state", "d_conv", "dt_rank", "d_inner", "d_xb")}):
         raise UserError(f"{args.student} is not a student of {args.teacher}: its config.json describes another model")
     done = [i for i, kind in enumerate(student.config.layout) if kind != teacher.config.layout[i]]
+    # The layout knows which layers went, the report also in which order: it is trusted only if both agree.
     report = os.path.join(args.student, "report.json")
     known = nano.read_json(report, dict).get("replaced") if os.path.exists(report) else None
     return student, known if known and sorted(known) == done else done
@@ -303,8 +362,14 @@ def first_student(args, teacher):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One stage, from the ranking to the saved checkpoint.
+#
+# The paper's family is a chain of stages: 25, 27, 30, 34, 37, 40 layers. Each starts from the weights of the one
+# before, and learns from the original teacher, never from the previous student: errors are not handed down.
+# A few layers at a time keep the student close to the teacher, so that its scores mean something for the next choice.
+# A member costs the tokens of all stages before it, too: 137 billion for the paper's H-40, 26 billion for its H-25.
 
-# The flags that a result depends on. A run is continued, and a finished stage kept, only under the same ones.
+# The flags that a result depends on. A run is continued, and a finished stage kept, only under the same ones. Not among
+# them: where it is written, on which device it runs, and --eval, which only looks.
 FLAGS = ("teacher", "student", "replace", "rank", "data", "traces", "init", "loss", "train", "steps", "probe_steps",
          "batch", "ctx", "lr", "warmup", "probe", "seed", "dtype")
 
@@ -322,10 +387,11 @@ class Run(NamedTuple):                                   # what all stages of a 
 
 
 def evaluate(args, run, student):
-    """Let both solve the held-out problems. -> report entries, and the lines of a table."""
+    """Let both solve the held-out problems. -> report entries, and the lines of a table.
+    Problems of the test split, which neither training nor ranking ever sees; with --data no answer can be checked."""
     teacher, result = run.teacher, {"teacher_accuracy": None, "student_accuracy": None, "accuracy_by_family": None}
     cache = lambda m: m.new_state(1, 1).nbytes()[0]                          # a state for one token: bytes per token
-    state = lambda m: m.new_state(1, 1).nbytes()[1]
+    state = lambda m: m.new_state(1, 1).nbytes()[1]                          # does not grow with the text
     lines = [f"{'':22}{'teacher':>10}{'student':>10}",
              f"{'cache bytes per token':22}{cache(teacher):10}{cache(student):10}",
              f"{'state bytes per text':22}{state(teacher):10}{state(student):10}"]
@@ -335,11 +401,12 @@ def evaluate(args, run, student):
     if args.eval not in run.solved:                                          # every stage asks the same problems
         run.solved[args.eval] = solve(teacher, run.enc, problems, note="teacher solves")
     texts = [run.solved[args.eval], solve(student, run.enc, problems, note="student solves")]
-    (by_t, all_t), (by_s, all_s) = (accuracy(problems, t) for t in texts)
+    (by_t, all_t), (by_s, all_s) = (accuracy(problems, t) for t in texts)    # shares, 0 to 1
     result = {"teacher_accuracy": all_t, "student_accuracy": all_s,
               "accuracy_by_family": {family: [by_t[family], by_s[family]] for family in by_t}}
     lines += [f"{family:22}{by_t[family]:10.3f}{by_s[family]:10.3f}" for family in by_t]
     lines += [f"{'all problems':22}{all_t:10.3f}{all_s:10.3f}"]
+    # One long problem with both answers in full: numbers alone hide what kind of mistake is made.
     show = max(range(min(30, len(problems))), key=lambda i: len(problems[i][2]))         # a long one
     lines += ["", f"problem   {problems[show][1]}", f"expected  {problems[show][3]}"]
     lines += [f"{who}  {text[show][:600]}" for who, text in zip(("teacher ", "student "), texts)]
@@ -347,12 +414,13 @@ def evaluate(args, run, student):
 
 
 def stage(args, run):
-    """Replace up to args.replace layers, distil, evaluate, save args.out. Prints a table, then the report as JSON."""
+    """Replace up to args.replace layers, distil, evaluate, save args.out. Prints a table, then the report as JSON.
+    Raises UserError if the ranking does not name enough layers. The last line printed can be read by a machine."""
     began = time.time()
     torch.manual_seed(args.seed)
     student, done = first_student(args, run.teacher)
     order, scores = rank_layers(args, run, student) if len(done) < args.replace else ([], None)
-    new = order[:args.replace - len(done)]
+    new = order[:args.replace - len(done)]                                   # the least important of those left
     if len(done) + len(new) != args.replace:
         raise UserError(f"--replace {args.replace}: {len(done)} layers are replaced already and {args.rank} names "
                         f"{len(order)} more")
@@ -360,6 +428,7 @@ def stage(args, run):
     student = set_trained(nano.convert(student, run.teacher, new, args.init, run.calibration), args.train).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
     same = {flag: getattr(args, flag) for flag in FLAGS}
+    # Always reverse KL on the same held-out batch, whatever --loss trains: results can be compared.
     kl = lambda: mean_loss(student, run.teacher, [run.fixed], "reverse_kl", run.device, run.dtype)
     meta = {"run": same | {"replaced": done + new}, "kl_first": kl()}
     here = time.time()
@@ -394,7 +463,7 @@ NEEDED = ("args", "layout", "replaced", "teacher_accuracy", "student_accuracy", 
 
 def read_result(path):
     """The report in a result directory, with its name, path, and the checkpoint it started from; None if none is there.
-    What train_sft.py writes is brought to the keys of distill.py."""
+    What train_sft.py writes is brought to the keys of distill.py. Raises UserError for a report of something else."""
     files = (os.path.join(path, name) for name in ("report.json", "training.json"))
     file = next((f for f in files if os.path.exists(f)), None)               # report.json, if both are there
     if file is None:
@@ -407,9 +476,9 @@ def read_result(path):
                 "layout": list(layout), "replaced": [i for i, kind in enumerate(layout) if kind != "t"],
                 "student_accuracy": report.get("accuracy"), "seed": report["args"]["seed"],
                 "accuracy_by_family": {f: [None, share] for f, share in report.get("accuracy_by_family", {}).items()}}
-        missing = [key for key in NEEDED if key not in report]
+        missing = [key for key in NEEDED if key not in report]               # an older report, or a foreign one
         if not missing:
-            before = report["args"].get("student", report["args"].get("model"))
+            before = report["args"].get("student", report["args"].get("model"))              # where this stage began
             return report | {"name": os.path.basename(os.path.abspath(path)), "path": path, "before": before}
     except (KeyError, IndexError) as e:
         missing = [e]
@@ -431,7 +500,8 @@ def history(path):
 
 
 def find_results(paths):
-    """Directories of results, or those above them -> their histories, by the number of layers replaced."""
+    """Directories of results, or those above them -> their histories, by the number of layers replaced.
+    A directory that is a result itself is not searched. Raises UserError where there is none."""
     found = []
     for path in paths:
         inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
@@ -461,6 +531,7 @@ def table_lines(results):
         groups.setdefault(re.sub(r"-s\d+$", "", last["name"]), []).append((last["seed"], row))
 
     def cell(column, values):
+        """The cell of a column for all seeds of a row. A seed without this value is left out, not counted as 0."""
         known, digits = [v for v in values if v is not None], {"replaced": 0, "seconds": 0}.get(column, 3)
         if not known:
             return ""
@@ -516,7 +587,7 @@ def throughput(paths, file, device, dtype):
             speed.append(batch / bench.time_decode(lm, bench.filled_state(lm, batch, ctx), batch, how, device)[0])
         return speed
     try:
-        with open(file, encoding="utf-8") as f:
+        with open(file, encoding="utf-8") as f:                              # JSON lines, one per row
             rows = [json.loads(line) for line in f if line.strip()]
         known = {}                                                           # the longest context is written last
         for row in sorted((r for r in rows if r.get("decode")), key=lambda r: r["ctx"]):
@@ -552,6 +623,7 @@ def draw_layers(plt, path, rows):
     """The layer map: a row per stage, a column per layer; above each row the scores that decided it, as bars."""
     colors = {"t": "#4c78a8", "m2": "#f3c9a5", "n": "#dddddd", "i": "#dddddd", "new": "#e4572e"}
     figure, axes = plt.subplots(figsize=(10, 0.9 + 0.75 * len(rows)))
+    # Matplotlib counts from below: reversed, so that the first stage is on top.
     for y, (_, kinds, bars) in enumerate(reversed(rows)):
         axes.bar(range(len(kinds)), 0.4, 0.9, y, color=[colors[kind] for kind in kinds])
         axes.bar(list(bars), [0.03 + 0.42 * value for value in bars.values()], 0.5, y + 0.43, color="#555555")
@@ -585,6 +657,7 @@ def show_results(args, device, dtype):
     claim_out(out, overwrite=True, resume=False)                             # pictures are cheap, old ones are replaced
     draw_layers(plt, os.path.join(out, "layers.png"), rows)
     print(f"wrote {os.path.join(out, 'layers.png')}", flush=True)
+    # A member without accuracy (trained on --data, or never evaluated) has no place in the picture.
     solved = [h for h in results if h[-1]["student_accuracy"] is not None and teacher_accuracy(h) is not None]
     if not solved:
         return print("no family.png: no member and its teacher have solved problems")
@@ -596,6 +669,9 @@ def show_results(args, device, dtype):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line.
+#
+# Order matters in main: first what needs no file (plan), then the teacher, then the data, then the claim on every
+# directory of the run, and only then work. A mistake in the last of six stages is reported before the first one starts.
 
 RANKS = ("auto", "loo", "mmr", "first", "last", "random", "apriel15b")
 
@@ -613,7 +689,7 @@ def parse_args():
                    help="built-in texts to distil on; generic: facts without question or reasoning (default reasoning)")
     p.add_argument("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of layers; "
                                                   "auto: loo, and mmr with --student (default auto)")
-    p.add_argument("--init", default="calibrated", choices=tuple(nano.INITS), help="of a new mixer (default calibrated)")
+    p.add_argument("--init", default="calibrated", choices=tuple(nano.INITS), help="of a mixer (default calibrated)")
     p.add_argument("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"), help="default reverse_kl")
     p.add_argument("--train", default="auto", choices=("auto", "all", "mixers"),
                    help="which weights train; auto: all if that fits into memory (default auto)")
@@ -637,7 +713,8 @@ def parse_args():
 
 
 def plan(args):
-    """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file."""
+    """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file.
+    Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
     for name in ("replace", "steps", "probe_steps", "batch", "ctx", "probe", "eval"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -645,6 +722,7 @@ def plan(args):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
     if args.data and args.traces != "reasoning":
         raise UserError("--traces chooses among the built-in texts; --data brings its own")
+    # A control must not land in the directory of the result that it is compared with.
     name, rank = "" if args.init == "calibrated" else f"-{args.init}", args.rank
     if not args.stages:
         args.out = args.out or f"out/h{args.replace}{name}"
@@ -680,6 +758,7 @@ def is_finished(args):
 
 
 def main():
+    """Check, load, then stage after stage. One teacher in memory serves them all."""
     began, args = time.time(), parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -692,7 +771,7 @@ def main():
         raise UserError(f"--replace {stages[-1].replace}: {args.teacher} has {attention} attention layers")
     if args.data:
         train, held = read_jsonl(args.data, enc, args.ctx, teacher.config.vocab_size)
-        probe, fixed, block = held[:args.probe], held[:args.batch], list_block(train, args.seed)
+        probe, fixed, block = held[:args.probe], held[:args.batch], list_block(train, args.seed)  # never trained on
     else:
         probe, fixed = ([encode_problem(enc, p) for p in problem_set(split, n)]
                         for split, n in (("probe", args.probe), ("dev", 16)))
@@ -701,6 +780,7 @@ def main():
         claim_out(s.out, args.overwrite, s.resume, done="report.json")
     size = sum(p.numel() for p in teacher.parameters())
     if args.train == "auto":                                                # weights, gradients, optimiser, the teacher
+        # 20 bytes each: 4 weight, 4 gradient, up to 8 optimiser, 4 teacher. The rest is left to activations.
         train_kind = "all" if size * 20 < 0.7 * memory_bytes(device) else "mixers"
         for s in stages:
             s.train = train_kind
@@ -711,23 +791,25 @@ def main():
     probe = [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)]
     run = Run(teacher, enc, device, dtype, block, probe, fixed, calibration_batch(block, device), {})
     for s in [s for s in stages if not (args.stages and is_finished(s))]:
-        s.set_up, began = time.time() - began, time.time()
+        s.set_up, began = time.time() - began, time.time()                   # the first stage pays for loading
         stage(s, run)
         began = time.time()
 
 
 def calibration_batch(block, device, count=48, most=16384):
-    """-> tokens (b, t) of some training texts, at most `most` of them, and real (b, t): False at padding."""
+    """-> tokens (b, t) of some training texts, at most `most` of them, and real (b, t): False at padding.
+    For --init calibrated: its fit of d_inner unknowns wants several positions for each of them, see model.calibrate.
+    They are of the training split, block 0, whatever the stage: nothing held out is looked at."""
     examples = block(0, count)
     longest = max(len(ids) for ids, _ in examples)
-    examples = examples[:max(1, most // longest)]
+    examples = examples[:max(1, most // longest)]                            # long texts: fewer of them
     lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
     tokens, _ = collate(examples, device)
     return tokens, torch.arange(tokens.shape[1], device=device) < lengths[:, None]
 
 
 def memory_bytes(device):
-    """Memory of the GPU, or of the machine."""
+    """Memory of the GPU, or of the machine, in bytes: all of it, not what is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

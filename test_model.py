@@ -15,8 +15,10 @@ import json
 import math
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -1255,7 +1257,8 @@ def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does():
             place, _ = nano.make_place(teacher.config, tokens, 0, None, None, torch.float32)
             x = teacher.layers[1].input_layernorm(teacher.layers[0](x, None, place)[0])
             wanted = teacher.layers[1].self_attn(x, None, place)[0][real]
-            error[init, pad] = ((student.layers[1].mixer(x, None, place)[0][real] - wanted).norm() / wanted.norm()).item()
+            written = student.layers[1].mixer(x, None, place)[0][real]
+            error[init, pad] = ((written - wanted).norm() / wanted.norm()).item()
     assert error["calibrated", 0] == error["calibrated", 7] < 0.9 < error["aligned", 0], error
 
 
@@ -1267,7 +1270,7 @@ def test_calibrating_changes_gate_and_output_of_the_new_layers_alone():
         models.append(dict(convert(copy.deepcopy(teacher), teacher, [1], init, batch).named_parameters()))
     changed = {name for name, p in models[0].items() if not torch.equal(p, models[1][name])}
     assert changed == {"layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"}
-    inner = teacher.config.n_head * teacher.config.head_dim                  # rows of z come first, and only they differ
+    inner = teacher.config.n_head * teacher.config.head_dim                  # rows of z come first; only they differ
     assert torch.equal(*(m["layers.1.mixer.in_proj.weight"][inner:] for m in models))
     with pytest.raises(UserError, match="batch"):
         convert(copy.deepcopy(teacher), teacher, [1], "calibrated")
@@ -2124,7 +2127,7 @@ def test_temperature_top_k_and_top_p_shape_the_distribution():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_the_norm_of_generation_is_the_norm_of_training(dtype, tolerance):
     """On a CPU without gradients RMSNorm takes another way to the same numbers: also for large, tiny and offset x."""
-    norm = module.RMSNorm(24, 1e-5).to(dtype)
+    norm = nano.RMSNorm(24, 1e-5).to(dtype)
     for scale, offset in ((1, 0), (1e4, 0), (1e-4, 0), (1, 100)):
         x = (torch.randn(3, 5, 24, dtype=torch.float64) * scale + offset).to(dtype)
         with torch.no_grad():
@@ -2159,7 +2162,7 @@ def test_prompts_from_standard_input_are_one_batch_and_the_scan_is_named(checkpo
     code, out, err = script("sample.py", "--model", checkpoint, "--device", "cpu", "--prompt-file", "-", "--json",
                             "--max-new-tokens", 2, stdin="one\n\nthree \u20ac\n")
     assert code == 0 and [json.loads(row)["prompt"] for row in out.splitlines()] == ["one", "", "three \u20ac"]
-    assert err.startswith(module.scan_backend_reason("cpu"))
+    assert err.startswith(nano.scan_backend_reason("cpu"))
 
 
 def test_only_the_last_position_gets_logits(checkpoint, monkeypatch):
@@ -2292,7 +2295,8 @@ def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint, monkey
 
 
 @pytest.mark.parametrize("error, end", [(RuntimeError("DefaultCPUAllocator: can't allocate memory"), None),
-                                        (KeyboardInterrupt(), KeyboardInterrupt), (RuntimeError("a bug"), RuntimeError)])
+                                        (KeyboardInterrupt(), KeyboardInterrupt),
+                                         (RuntimeError("a bug"), RuntimeError)])
 def test_a_row_that_fails_keeps_its_measured_cells(error, end, monkeypatch, capsys, tmp_path):
     """No memory left: the next row goes on. Ctrl-C: what there is, then the end. A bug is no lack of memory."""
     time_decode, log = bench.time_decode, tmp_path / "rows.jsonl"
@@ -2610,11 +2614,11 @@ def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, monk
 def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypatch):
     lm, enc = load_pretrained(traces[0]), traces[1]
     probe = [[train_sft.encode_problem(enc, p) for p in train_sft.problem_set("probe", 1)]]
-    args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, probe=1, seed=0)
+    args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, ctx=99, probe=1, seed=0, dtype="float32")
     calls, real = [], distill.leave_one_out
     monkeypatch.setattr(distill, "leave_one_out", lambda *a, **k: calls.append(1) or real(*a, **k))
     rank = lambda: distill.rank_layers(
-        args, distill.Run(lm, enc, torch.device("cpu"), torch.float32, None, probe, probe[0]), lm)
+        args, distill.Run(lm, enc, torch.device("cpu"), torch.float32, None, probe, probe[0], None, {}), lm)
     first = rank()
     assert rank() == first and len(calls) == 1
     lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3                       # one weight of another layer
@@ -2692,7 +2696,7 @@ def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The family: stages that can be killed, trials that find the harmless layer, generic text, merging, tables and pictures.
+# The family: stages that can be killed, trials that find the harmless layer, generic text, merging, tables, pictures.
 
 def run_script(module, *args):
     """main() of a script in this process, with these arguments. -> what it printed."""
@@ -2733,7 +2737,8 @@ def weights(path):
 @pytest.mark.parametrize("killed_after", [1, 3, 6])                          # of 2 steps, 3 trials of 1 step, 2 steps
 def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family, tmp_path, monkeypatch, no_answers,
                                                                  killed_after):
-    command, calls, real = ("--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", tmp_path), [], distill.clipped_step
+    command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", tmp_path
+    calls, real = [], distill.clipped_step
     def step(*args):
         if len(calls) == killed_after:
             raise KeyboardInterrupt
@@ -2750,7 +2755,7 @@ def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family,
     for member in ("h1", "h2"):
         assert weights(tmp_path / member) == weights(family / member)
         a, b = (json.loads((path / member / "report.json").read_text()) for path in (tmp_path, family))
-        assert (a["replaced"], a["scores"], a["kl_last"], a["tokens"]) == (b["replaced"], b["scores"], b["kl_last"], b["tokens"])
+        assert all(a[key] == b[key] for key in ("replaced", "scores", "kl_last", "tokens"))
 
 
 def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, family, tmp_path, monkeypatch, no_answers):
@@ -2774,8 +2779,8 @@ def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces,
     cpu, before = torch.device("cpu"), distill.weights_hash(lm)
     run = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [], None, {})
     run = run._replace(calibration=distill.calibration_batch(run.block, cpu, count=8))
-    args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", init="calibrated", lr=1e-4,
-                              loss="reverse_kl")
+    args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", lr=1e-4,
+                              init="calibrated", loss="reverse_kl")
     student = convert(copy.deepcopy(lm), lm, [0], "aligned")                 # as in a later stage
     trials = distill.try_each_layer(args, run, student, [1, 2, 3], {})
     assert distill.least_important_first(trials)[0] == 2 and len({trial["loss"] for trial in trials}) == 3
@@ -2806,8 +2811,8 @@ def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces
 def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_path, no_answers):
     reports = {}
     for kind in ("reasoning", "generic"):
-        printed = run_script(distill, "--teacher", traces[0], "--replace", 1, "--rank", "first", *SMALL, "--traces", kind,
-                             "--out", tmp_path / kind)
+        printed = run_script(distill, "--teacher", traces[0], "--replace", 1, "--rank", "first", *SMALL,
+                             "--traces", kind, "--init", "aligned", "--out", tmp_path / kind)
         reports[kind] = json.loads((tmp_path / kind / "report.json").read_text())
         assert (">>> " in printed and "[INST]" not in printed.split("problem ")[0]) == (kind == "generic")
     assert reports["generic"]["args"]["traces"] == "generic"
@@ -2834,16 +2839,19 @@ def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family
     for p in lm.parameters():
         p.data += torch.randn(p.shape) / 100
     save_pretrained(lm, other)
-    sft = lambda out, *more: run_script(train_sft, "--model", start, "--steps", 2, "--batch", 2, "--eval", 0, "--threads", 1,
+    sft = lambda out, *more: run_script(train_sft, "--model", start, "--steps", 2, "--batch", 2, "--eval", 0,
+                                        "--threads", 1,
                                         "--out", tmp_path / out, *more)
     sft("alone"), sft("merged", "--merge", other, "--merge-weight", 0.25)
-    alone, merged, lm = (load_file(path / "model.safetensors") for path in (tmp_path / "alone", tmp_path / "merged", other))
+    places = tmp_path / "alone", tmp_path / "merged", other
+    alone, merged, lm = (load_file(path / "model.safetensors") for path in places)
     assert all(torch.equal(w, 0.25 * alone[name] + 0.75 * lm[name]) for name, w in merged.items())
     args = json.loads((tmp_path / "merged" / "training.json").read_text())["args"]
     assert args["merge"] == str(other) and args["merge_weight"] == 0.25
     monkeypatch.setattr(train_sft, "train", lambda *a: pytest.fail("training began"))
     for more, why in ((("--merge", family / "h2"), "layout"), (("--merge", tmp_path / "none"), "no such directory"),
-                      (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"), (("--merge-weight", -1), "between")):
+                      (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"),
+                      (("--merge-weight", -1), "between")):
         with pytest.raises(UserError, match=why):
             sft("refused", *more)
 
@@ -2867,7 +2875,7 @@ def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
              for line in run_script(distill, "--table", tmp_path, tmp_path / "claims").splitlines()]
     table = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
     assert list(table) == ["h1", "plain", "h3"]
-    assert table["h3"]["M tokens"] == "3.000" and table["h3"]["of teacher"] == "0.500" and table["h3"]["replaced"] == "3"
+    assert [table["h3"][key] for key in ("M tokens", "of teacher", "replaced")] == ["3.000", "0.500", "3"]
     assert table["plain"]["seeds"] == "0 1" and table["plain"]["student"] == "0.600 +-0.100"
     assert table["h1"]["KL first"] == "0.500" and table["h1"]["KL last"] == "0.250" and table["h1"]["seconds"] == "10"
     with pytest.raises(UserError, match="no report.json"):
@@ -2885,7 +2893,8 @@ def test_without_matplotlib_the_layer_map_is_text(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)                     # import fails
     printed = run_script(distill, "--figures", tmp_path, "--out", tmp_path / "results")
     assert ["h1  Mttttt", "    024579", "h2  mtMttt", "     00009"] == [
-        line.rstrip() for line in printed.splitlines() if line and line[0] in "h " and not line.startswith("    0    5")]
+        line.rstrip() for line in printed.splitlines()
+        if line and line[0] in "h " and not line.startswith("    0    5")]
     assert printed.rstrip().endswith("(pip install matplotlib)") and not (tmp_path / "results").exists()
 
 
@@ -2897,7 +2906,8 @@ def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path
     printed = run_script(distill, "--figures", family, "--out", tmp_path)    # measured on the spot
     for name in ("layers.png", "family.png"):
         assert name in printed and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
-    row = lambda path, speed: json.dumps({"row": "model", "shape": str(path), "ctx": 9, "decode": [{"tokens_per_s": speed}]})
+    row = lambda path, speed: json.dumps({"row": "model", "shape": str(path), "ctx": 9,
+                                          "decode": [{"tokens_per_s": speed}]})
     (tmp_path / "bench.jsonl").write_text("\n".join([row(traces[0], 100.0), row(family / "h1", 150.0)]))
     known = lambda *paths: distill.throughput(paths, tmp_path / "bench.jsonl", "cpu", torch.float32)
     assert known(traces[0], family / "h1") == [100.0, 150.0]
@@ -2953,3 +2963,30 @@ def test_the_shipped_teacher_is_checked_in_seconds(tmp_path):
                             os.path.join(HERE, "teacher"))
     assert (code, out, err.count("\n")) == (2, "", 1) and "50 attention layers" in err
     assert used() - began < 30
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step():
+    """A step taken in half would be saved, and taken again after --resume."""
+    done, usual = [], signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        with train_sft.uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            done.append(True)
+    assert done and signal.getsignal(signal.SIGINT) is usual
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    (distill, ("--replace", 1, "--rank", "first", "--init", "identity", "--train", "mixers"), "no Mamba mixer"),
+    (train_sft, ("--steps", 0), "--steps must be at least 1"),
+    (train_sft, ("--batch", -3), "--batch must be at least 1")])
+def test_what_would_train_nothing_is_refused(traces, tmp_path, script, flags, words):
+    start = "--teacher" if script is distill else "--model"
+    with pytest.raises(UserError, match=words):
+        run_script(script, start, traces[0], *flags, "--out", tmp_path)
+
+
+def test_a_progress_file_without_its_header_is_refused(traces, tmp_path):
+    save_file({"weight|norm.weight": torch.ones(3)}, tmp_path / "progress.safetensors")
+    with pytest.raises(UserError, match="does not continue this run"):
+        run_script(train_sft, "--model", traces[0], "--steps", 1, "--resume", "--out", tmp_path)

@@ -54,7 +54,8 @@ def pick_dtype(name, device):
 
 
 def autocast(device, dtype):
-    """Matrix products in dtype over float32 weights; nothing at all for float32."""
+    """Matrix products in dtype over float32 weights; nothing at all for float32.
+    The weights, their gradients and the optimiser stay float32: a step of 0.1 % would vanish in bfloat16's 8 bits."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
@@ -71,11 +72,13 @@ def run_main(main):
 
 
 def claim_out(path, overwrite, resume, done="config.json"):
-    """Check that the directory `path` can be written and holds no finished result (`done`) nobody asked to lose."""
+    """Check that the directory `path` can be written and holds no finished result (`done`) nobody asked to lose.
+    Raises UserError for both. It is called before anything is computed: an hour of training must not end here."""
     if os.path.exists(os.path.join(path, done)) and not (overwrite or resume):
         raise UserError(f"{path} already holds a result: choose another --out, or pass --overwrite")
     try:
         os.makedirs(path, exist_ok=True)
+        # Permission bits say little on network disks, and nothing to root: only writing tells.
         probe = os.path.join(path, ".writable")
         open(probe, "w").close()
         os.remove(probe)
@@ -90,6 +93,15 @@ def claim_out(path, overwrite, resume, done="config.json"):
 # A trace thinks in steps that need one look-up or one small calculation each. A story is walked back from the question
 # to a number that is given, then forward again: a trace that started at the far end would have to search in its head.
 #
+# One of each family, as question / trace / answer:
+#   story       Dan has 8 fewer than Cara. Ivo has 8 more than Cara. Cara has 32 cards. How many cards does Ivo have?
+#               Ivo 8 more than Cara. Cara 32 cards. Ivo 32 + 8 = 40.                                         40
+#   retrieval   The kite has code 38 66 73. Mia owns the lamp. The lamp has code 64 13 77. What is the code of the
+#               thing of Mia?              Mia lamp. lamp 64 13 77.                                           64 13 77
+#   swaps       Finn has the cup. Jon has the rope. 1: Jon and Finn swap. What does Jon have?
+#               1: Jon rope, Finn cup; Jon cup, Finn rope. Jon cup.                                           cup
+# Retrieval is what a state of fixed size finds hardest: a cache keeps every fact, a state must choose what to keep.
+#
 # A problem belongs to a split by a hash of its text, so that no split ever sees another's problems, whatever the seed.
 
 NAMES = "Ann Bob Cara Dan Eve Finn Gus Hana Ivo Jon Kim Leo Mia Ned Ola Pam Quin Rosa Sam Tess".split()
@@ -101,9 +113,9 @@ def story(rng, size):
     """Who has how many? A chain of 1 to 4 comparisons, and up to 4 people who do not matter."""
     n_chain, n_extra = between(rng, 1, 4, size), between(rng, 0, 4, size)
     names, goods = rng.sample(NAMES, n_chain + 1 + n_extra), rng.choice(GOODS)
-    value, fact, note, base = {}, {}, {}, {}
+    value, fact, note, base = {}, {}, {}, {}                                 # by name; base: the person compared with
     for i, name in enumerate(names):
-        other = names[i - 1] if 0 < i <= n_chain else None
+        other = names[i - 1] if 0 < i <= n_chain else None                   # the chain: each from the one before it
         if i > n_chain and rng.random() < 0.7:                               # somebody who does not matter
             other = rng.choice(names[:i])
         if other is None:
@@ -111,6 +123,7 @@ def story(rng, size):
             fact[name] = f"{value[name]} {goods}"
             continue
         v, d = value[other], rng.randint(2, 9)
+        # The bounds keep every number in 2 ... 99, where each is a single token (see make_tokenizer).
         kind = rng.choice(["twice"] * (v <= 49) + ["more"] * 2 * (v <= 90) + ["fewer"] * 2 * (v >= 12))
         value[name] = {"twice": 2 * v, "more": v + d, "fewer": v - d}[kind]
         fact[name] = f"twice as many as {other}" if kind == "twice" else f"{d} {kind} than {other}"
@@ -119,8 +132,8 @@ def story(rng, size):
     target, walk = names[n_chain], [names[n_chain]]
     while walk[-1] in base:                                                  # back to somebody whose number is given
         walk.append(base[walk[-1]])
-    question = " ".join(f"{name} has {fact[name]}." for name in rng.sample(names, len(names)))
-    back = [f"{name} {fact[name]}." for name in walk]
+    question = " ".join(f"{name} has {fact[name]}." for name in rng.sample(names, len(names)))  # facts in random order
+    back = [f"{name} {fact[name]}." for name in walk]                        # the way back; the rest goes forward
     return (f"{question} How many {goods} does {target} have?",
             " ".join(back + [note[name] for name in reversed(walk[:-1])]), str(value[target]))
 
@@ -130,8 +143,8 @@ def retrieval(rng, size):
     things, owners = rng.sample(THINGS, between(rng, 3, 9, size)), rng.sample(NAMES, between(rng, 2, 4, size))
     code = {thing: " ".join(str(rng.randint(10, 99)) for _ in range(3)) for thing in things}
     facts, thing = [f"The {thing} has code {code[thing]}." for thing in things], things[0]
-    steps, question = f"{thing} {code[thing]}.", f"What is the code of the {thing}?"
-    if rng.random() < 0.6:
+    steps, question = f"{thing} {code[thing]}.", f"What is the code of the {thing}?"         # one look-up
+    if rng.random() < 0.6:                                                   # two look-ups, one after the other
         facts += [f"{name} owns the {owned}." for name, owned in zip(owners, things)]
         steps, question = f"{owners[0]} {thing}. {steps}", f"What is the code of the thing of {owners[0]}?"
     return f"{' '.join(rng.sample(facts, len(facts)))} {question}", steps, code[thing]
@@ -139,13 +152,14 @@ def retrieval(rng, size):
 
 def swaps(rng, size):
     """Who ends up with what? 2 to 5 people swap what they have, 1 to 6 times."""
-    n = between(rng, 2, 5, size)
+    n = between(rng, 2, 5, size)                                             # people
     people = rng.sample(NAMES, n)
     has = dict(zip(people, rng.sample(THINGS, n)))
     question, steps = [f"{name} has the {has[name]}." for name in people], []
     for i in range(1, between(rng, 1, 6, size) + 1):
         a, b = rng.sample(people, 2)
         question.append(f"{i}: {a} and {b} swap.")
+        # Before and after each swap: the state stands in the text, nothing must be tracked silently.
         steps.append(f"{i}: {a} {has[a]}, {b} {has[b]}; {a} {has[b]}, {b} {has[a]}.")
         has[a], has[b] = has[b], has[a]
     who = rng.choice(people)
@@ -162,23 +176,25 @@ SPLITS = {"test": (0, 1), "probe": (2,), "dev": (3,)}    # remainders of the has
 
 
 def split_of(question):
+    """A question -> its split. crc32, because Python's own hash of a text differs from process to process."""
     remainder = zlib.crc32(question.encode()) % 64
     return next((split for split, held in SPLITS.items() if remainder in held), "train")
 
 
 def problems(split, seed, size=1.0):
-    """Endless (family, question, steps, answer), the families in turn. Same split and seed, same problems."""
-    rng = random.Random(f"{split} {seed}")
+    """Endless (family, question, steps, answer), the families in turn. Same split and seed, same problems.
+    seed: anything that can be printed; size in (0, 1]: 1 is a problem of full size."""
+    rng = random.Random(f"{split} {seed}")                                   # a text: the same on every machine
     for family in itertools.cycle(FAMILIES):
         while True:
-            question, steps, answer = FAMILIES[family](rng, size)
+            question, steps, answer = FAMILIES[family](rng, size)            # for "test" some 32 tries, cheap ones
             if split_of(question) == split:
                 break
         yield family, question, steps, answer
 
 
 def problem_set(split, per_family, seed=0):
-    """A list of different problems, per_family of each family."""
+    """A list of different problems, per_family of each family. What is measured on must not hold one problem twice."""
     seen, counts = {}, dict.fromkeys(FAMILIES, 0)
     for p in problems(split, seed):
         if counts[p[0]] < per_family and p[1] not in seen:
@@ -189,28 +205,35 @@ def problem_set(split, per_family, seed=0):
 
 
 def format_prompt(question):
+    """The template of Mistral's instruct models. [INST] and <s> are single tokens."""
     return f"<s>[INST] {question} [/INST]"
 
 
 def format_response(steps, answer):
+    """The thoughts between tags, as reasoning models write them; </s> is what ends generation."""
     return f"<think> {steps}</think> {answer}</s>"      # the space makes the first word the token it is everywhere else
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The tokenizer of the built-in traces: byte-level BPE, trained on them, stored as an ordinary tokenizer.json.
 
+# 538 ids: 7 special tokens, 256 bytes and 275 merges. Names and things become one token each, and so does a number
+# below 100: arithmetic is then a table that the MLPs can learn, and no digit has to be carried. The file has the form
+# of a large model's, so whatever reads this teacher reads a real checkpoint.
 SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "<think>", "</think>"]         # ids 0 to 6
 PATTERN = r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"                      # words, short numbers, signs
 
 
 def make_tokenizer(path, n_vocab=538, n_problems=300):
-    """Train BPE on problems and write path/tokenizer.json (the Hugging Face form, which model.load_tokenizer reads)."""
+    """Train BPE on problems and write path/tokenizer.json (the Hugging Face form, which model.load_tokenizer reads).
+    The two forms differ: tiktoken knows ids only, tokenizer.json wants for each token the pair it was merged from.
+    The pair is found by encoding the token's bytes with the merges that are older than it: two parts are left."""
     from tiktoken._educational import bpe_train
     texts = (f"{q} {steps} {answer}" for _, q, steps, answer in itertools.islice(problems("train", 0), n_problems))
     numbers = " ".join(str(n) for n in range(100) for _ in range(20))        # every number below 100 becomes one token
     ranks = bpe_train("\n".join(texts) + " " + numbers, n_vocab - len(SPECIAL), PATTERN, visualise=None)
     character = {byte: c for c, byte in nano.byte_characters().items()}
-    text = lambda token: "".join(character[byte] for byte in token)
+    text = lambda token: "".join(character[byte] for byte in token)          # bytes as tokenizer.json writes them
     merges, rank = [], {}
     for token in sorted(ranks, key=ranks.get)[256:]:                         # the two parts that a token was made from
         pair = tuple(nano.bpe([bytes([byte]) for byte in token], rank))
@@ -241,7 +264,8 @@ def make_tokenizer(path, n_vocab=538, n_problems=300):
 # uninterrupted one would have seen, and there is no loader state to save. Batches hold texts of similar length.
 
 def encode_parts(enc, parts):
-    """parts: [(text, trained)] -> (ids, trained flags)."""
+    """parts: [(text, trained)] -> (ids, trained flags), two lists of equal length.
+    No token ever spans two parts. Encoding the whole text could merge the prompt's end with the response's start."""
     ids, trained = [], []
     for text, flag in parts:
         new = enc.encode(text, allowed_special="all")
@@ -250,13 +274,15 @@ def encode_parts(enc, parts):
 
 
 def encode_problem(enc, problem):
+    """A problem as problems() yields it -> (ids, trained): the response is trained, the question is not."""
     _, question, steps, answer = problem
     return encode_parts(enc, [(format_prompt(question), False), (format_response(steps, answer), True)])
 
 
 def parts_of(record):
     """One parsed JSONL line -> [(text, trained)]. {"prompt", "response"} is taken verbatim; {"messages"} goes through
-    the template <s>[INST] user [/INST]assistant</s>, a system message in front of the first user message."""
+    the template <s>[INST] user [/INST]assistant</s>, a system message in front of the first user message.
+    Every assistant turn is trained. Another shape raises what Python raises; read_jsonl turns it into a UserError."""
     if isinstance(record.get("prompt"), str) and isinstance(record.get("response"), str):
         return [(record["prompt"], False), (record["response"], True)]
     parts, system = [("<s>", False)], ""
@@ -287,9 +313,9 @@ def read_jsonl(path, enc, ctx, n_vocab):
                     ids, trained = encode_parts(enc, parts_of(json.loads(line)))
                 except (ValueError, KeyError, TypeError, AttributeError) as e:
                     raise UserError(f"{path}, line {number}: neither prompt and response nor messages ({e})") from None
-                if not any(trained[1:]):
+                if not any(trained[1:]):                                     # the first token is never predicted
                     raise UserError(f"{path}, line {number}: there is no response to train on")
-                if max(ids) >= n_vocab:
+                if max(ids) >= n_vocab:                                      # or the embedding fails in mid-training
                     raise UserError(f"{path}, line {number}: token id {max(ids)}, the model knows {n_vocab}")
                 examples.append((ids, trained))
     except OSError as e:
@@ -302,18 +328,21 @@ def read_jsonl(path, enc, ctx, n_vocab):
               file=sys.stderr)
     if len(kept) < 2:
         raise UserError(f"{path}: {len(kept)} usable examples of at most {ctx} tokens; two are needed")
-    held = kept[::50]
+    held = kept[::50]                                                        # at least one; never trained on
     return [e for i, e in enumerate(kept) if i % 50], held
 
 
 def trace_block(enc, seed, size_at=lambda block: 1.0, split="train"):
-    """-> a function (block number, count) -> count examples made from the built-in problems."""
+    """-> a function (block number, count) -> count examples made from the built-in problems.
+    size_at: block number -> size of its problems (a curriculum). Blocks do not depend on each other."""
     def block(number, count):
         stream = problems(split, f"{seed} {number}", size_at(number))
         return [encode_problem(enc, p) for p in itertools.islice(stream, count)]
     return block
 
 
+# The paper reports that pretraining data failed where the teacher's own traces worked. generic_block is that experiment
+# in miniature: the same sentences and lengths, but nothing in them that must be thought about.
 def generic_block(enc, seed):
     """The same for generic text: the facts of training problems and nothing else, no question, no reasoning, no answer.
     Text number i is about as long as problem number i of trace_block with its trace; all of it is trained.
@@ -337,7 +366,8 @@ def generic_block(enc, seed):
 
 
 def list_block(examples, seed):
-    """The same for a list of examples: epoch after epoch, each in its own random order."""
+    """The same for a list of examples: epoch after epoch, each in its own random order.
+    Example number i of the whole run lies in epoch i // len(examples): a block finds its place without a history."""
     def block(number, count):
         chosen = []
         for i in range(number * count, (number + 1) * count):
@@ -349,15 +379,18 @@ def list_block(examples, seed):
     return block
 
 
+# Padding is computed and thrown away, so rows of a batch should be about equally long. Sorting 16 batches together does
+# that; sorting everything would make lengths, and with them the learning signal, a function of time.
 PER_BLOCK = 16                                           # batches that are drawn together and sorted by length
 
 
 def batches(block, batch, start=0):
-    """Endless lists of `batch` examples of similar length, from batch number `start` on."""
+    """Endless lists of `batch` examples of similar length, from batch number `start` on.
+    The last line skips, when a run is resumed in the middle of a block, the batches that it has seen already."""
     for number in itertools.count(start // PER_BLOCK):
         examples = sorted(block(number, batch * PER_BLOCK), key=lambda e: len(e[0]))
         groups = [examples[i:i + batch] for i in range(0, len(examples), batch)]
-        random.Random(number).shuffle(groups)
+        random.Random(number).shuffle(groups)                                # no order from short to long
         yield from groups[start % PER_BLOCK if number == start // PER_BLOCK else 0:]
 
 
@@ -367,7 +400,7 @@ def collate(examples, device):
     model never sees; the mask comes from lengths, so a pad id that is also a real token does no harm."""
     longest = max(len(ids) for ids, _ in examples)
     tokens = torch.zeros(len(examples), longest, dtype=torch.long)
-    targets = torch.full((len(examples), longest), -1)
+    targets = torch.full((len(examples), longest), -1)                       # -1 everywhere: nothing is trained
     for row, (ids, trained) in enumerate(examples):
         tokens[row, :len(ids)] = torch.tensor(ids)
         targets[row, :len(ids) - 1] = torch.where(torch.tensor(trained[1:]), torch.tensor(ids[1:]), -1)
@@ -376,27 +409,32 @@ def collate(examples, device):
 
 def show_example(enc, example):
     """One example as text, the trained part in >>> <<<: what the loss counts should be seen once by a human."""
-    runs = itertools.groupby(zip(*example), key=lambda pair: pair[1])
+    runs = itertools.groupby(zip(*example), key=lambda pair: pair[1])        # neighbours with the same flag
     texts = [(flag, enc.decode([token for token, _ in run])) for flag, run in runs]
     return "".join(f">>>{text}<<<" if flag else text for flag, text in texts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Loss and evaluation.
+#
+# Six tokens in ten belong to prompts and are not trained, so their logits are never made: the mask is applied to the
+# hidden states, before the output layer. Losses are sums with a count beside them. Batches differ in their number of
+# trained tokens, and the mean over all of them is the sum of sums over the sum of counts, not the mean of means.
+# A problem counts as solved if the answer is right to the letter; its trace may take any way.
 
 def cross_entropy(model, tokens, targets):
     """-> summed loss in nats (float32) over the trained tokens, their number, and the rows right throughout."""
-    x, _ = model.hidden(tokens)
-    trained = targets >= 0
+    x, _ = model.hidden(tokens)                                              # (b, t, d_model)
+    trained = targets >= 0                                                   # (b, t) bool
     logits = model.lm_head(x[trained]).float()                               # (trained tokens, vocab_size) only
     loss = F.cross_entropy(logits, targets[trained], reduction="sum")
     wrong = torch.zeros_like(targets, dtype=torch.bool)
-    wrong[trained] = logits.argmax(-1) != targets[trained]
+    wrong[trained] = logits.argmax(-1) != targets[trained]                   # untrained places are never wrong
     return loss, int(trained.sum()), int((~wrong.any(dim=1)).sum())
 
 
 def answer_of(text):
-    """What a response says after its thoughts."""
+    """What a response says after its thoughts; all of it, if it never closed them."""
     return text.rpartition("</think>")[2].strip()
 
 
@@ -417,7 +455,7 @@ def solve(model, enc, problem_list, batch=128, max_new_tokens=192, note="solving
 
 
 def accuracy(problem_list, texts):
-    """-> {family: share of problems with exactly the right answer}, and the pooled share."""
+    """-> {family: share of problems with exactly the right answer}, and the pooled share (0 to 1)."""
     right = {}
     for (family, _, _, answer), text in zip(problem_list, texts):
         right.setdefault(family, []).append(answer_of(text) == answer)
@@ -431,35 +469,43 @@ def accuracy(problem_list, texts):
 # direction of the matrix moves by the same amount, also those whose gradient is small. It finds the copying circuits
 # that these problems need in about half of AdamW's tokens. Five Newton-Schulz iterations approximate it, on all
 # matrices of one shape at once. The factor 0.2 sqrt(larger side) gives a step the size of AdamW's, so one rate does.
+#
+# Newton-Schulz: an odd polynomial of x acts on the singular values of x alone and leaves its directions as they are.
+# Jordan's 3.4445 s - 4.7750 s^3 + 2.0315 s^5 lifts a small s by 3.4 each time. It does not converge: after five rounds
+# the values lie around 1, roughly between 0.7 and 1.2. That is good enough for a step, and far cheaper than an SVD.
+# Embeddings are left to AdamW, as Jordan does it: a row of theirs is one token's own, and no direction of a map.
 
 def orthogonalize(g):
-    """g (n, rows, columns) -> about U V^T of each matrix's singular value decomposition, by Newton-Schulz."""
+    """g (n, rows, columns) -> about U V^T of each matrix's singular value decomposition, by Newton-Schulz.
+    The polynomial needs singular values of at most 1; the Frobenius norm is never smaller than the largest of them."""
     x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
+    tall = x.shape[-2] > x.shape[-1]                                         # work on the shorter side: a is smaller
     x = x.mT if tall else x
     for _ in range(5):
-        a = x @ x.mT
+        a = x @ x.mT                                                         # (n, s, s), s the shorter side
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, for parameters (rows, columns) only. One state per parameter: "momentum", of its shape;
+    that is half of what AdamW keeps. 0.95 is Jordan's value."""
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum, same = group["lr"], group["momentum"], {}
+            lr, momentum, same = group["lr"], group["momentum"], {}          # same: shape -> its parameters
             for p in group["params"]:
                 if p.grad is not None:
                     same.setdefault(p.shape, []).append(p)
             for shape, params in same.items():
                 buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
                 grads = [p.grad for p in params]
-                torch._foreach_lerp_(buffers, grads, 1 - momentum)
+                torch._foreach_lerp_(buffers, grads, 1 - momentum)           # buffer: running mean of gradients
                 update = orthogonalize(torch.stack(torch._foreach_lerp(grads, buffers, momentum)))   # Nesterov's form
-                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])  # decoupled, as in AdamW
                 torch._foreach_add_(params, list(update.unbind()), alpha=-0.2 * lr * max(shape) ** 0.5)
 
 
@@ -469,18 +515,22 @@ def make_optimizers(model, lr, weight_decay=0.05):
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrix = lambda name, p: p.ndim == 2 and name.startswith("layers.") and not nano.keeps_float32(name)
     groups = [[p for name, p in named if matrix(name, p) == flag] for flag in (True, False)]
+    # beta2 0.98, not 0.999: a mean over 1000 steps would be longer than most runs here.
     kinds = (lambda ps: Muon(ps, lr, weight_decay), lambda ps: torch.optim.AdamW(ps, lr, (0.9, 0.98), weight_decay=0.0))
     return [kind(group) for kind, group in zip(kinds, groups) if group]
 
 
 def learning_rate(step, steps, peak, warmup, floor=0.03, decay=0.4):
-    """Linear warm-up, constant, and over the last `decay` of the steps linearly down to floor * peak."""
+    """Linear warm-up, constant, and over the last `decay` of the steps linearly down to floor * peak.
+    step counts from 0. A constant rate until late ("warm-up, stable, decay") suits runs whose length is a guess: the
+    loss drops during the decay, and everything before it could be continued."""
     left = (steps - step) / max(1, decay * steps)
     return peak * min(1.0, (step + 1) / max(1, warmup), max(floor, left))
 
 
 def clipped_step(model, optimizers, lr, clip=1.0):
-    """Clip the gradient's norm, set the rate, step, clear. Raises UserError if the gradient is not finite."""
+    """Clip the gradient's norm, set the rate, step, clear. Raises UserError if the gradient is not finite.
+    -> the norm over all parameters before clipping. It is checked before any weight is touched."""
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip)
     if not torch.isfinite(norm):
         raise UserError("the loss or its gradient is not finite (NaN); lower --lr. What was saved before is intact")
@@ -492,10 +542,28 @@ def clipped_step(model, optimizers, lr, clip=1.0):
     return norm.item()
 
 
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C inside waits until the block is done: a step that was taken in half must never be saved."""
+    pressed, usual = [], signal.getsignal(signal.SIGINT)
+    if usual not in (signal.SIG_IGN, None):                                  # nohup ignores it, and so do we then
+        signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        if usual is not None:
+            signal.signal(signal.SIGINT, usual)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 # A run in progress is one safetensors file: weights and optimiser states as tensors, the rest as JSON in its header.
+# One file, renamed into place, is all or nothing: weights of one step can never meet the optimiser state of another.
+# There is no random state in it, because batches depend on seed and step alone, and no pickle, which could run code.
 
 def save_progress(path, model, optimizers, meta):
-    """model: the module being trained; meta: what else is needed, as JSON."""
+    """model: the module being trained; meta: what else is needed, as JSON.
+    Tensors are named kind|parameter: parameter names hold dots, but no bar. All is float32, as trained."""
     from safetensors.torch import save_file
     tensors = {f"weight|{name}": p.detach().contiguous() for name, p in model.named_parameters()}
     for optimizer in optimizers:
@@ -506,7 +574,8 @@ def save_progress(path, model, optimizers, meta):
 
 
 def load_progress(path, model, optimizers, run):
-    """The reverse, into a model of the same shape. -> meta. meta["run"], what the run depends on, must equal run."""
+    """The reverse, into a model of the same shape. -> meta. meta["run"], what the run depends on, must equal run.
+    Raises UserError, naming the flag, if it does not, and for a file that is broken or of another model."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, framework="pt") as f, torch.no_grad():
@@ -522,14 +591,26 @@ def load_progress(path, model, optimizers, run):
                 p.copy_(states[name].pop("weight"))
                 for optimizer in optimizers:
                     if states[name] and any(p is q for group in optimizer.param_groups for q in group["params"]):
+                        # AdamW's step count lives on the CPU, whatever the device of its parameter.
                         optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in states[name].items()}
             return meta
-    except (SafetensorError, OSError, KeyError, RuntimeError) as e:
+    except UserError:
+        raise
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(f"{path} does not continue this run: {e}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training.
+#
+# A teacher of 50 layers has the depth of the paper's, so that H-25 ... H-40 mean the same, and the width of a toy.
+# It has 2.2 M parameters: per layer 2 query heads that share 1 key/value head of 32, and an MLP of 160.
+#
+# Depth costs time, not steps. In early trials, on simpler problems, 10 and 50 layers had the same loss after the same
+# number of steps, at 0.4 s and 1.7 s a step (16 x 256 tokens, 2 CPU cores). So 10 layers learn the skills, the stack is
+# repeated 5 times, and the 50 layers train for a short while more. For the first few hundred steps the loss sat near
+# 0.7 nats a token; it fell fast once copying from the context was found. 50 layers from nothing (AdamW, 3e-3) had 9 %
+# of those problems right after 4.1 M tokens.
 
 TEACHER = nano.Config(vocab_size=538, d_model=64, n_layer=50, n_head=2, n_kv_head=1, head_dim=32, d_mlp=160,
                       tie_embeddings=True, max_length=512)
@@ -542,21 +623,23 @@ def init_weights(model):
     Positional attention ("look one token back") needs a part of the input that is the same for every token; without
     biases only the embedding can bring it. With it, copying from the context is found several times sooner."""
     torch.nn.init.normal_(model.embed_tokens.weight, std=0.1)
-    model.embed_tokens.weight[:, 0] += 0.3
+    model.embed_tokens.weight[:, 0] += 0.3                                   # the shared component: channel 0
     for block in model.layers:
         for w in (block.self_attn.q_proj.weight, block.self_attn.k_proj.weight):
-            w.mul_(1.8)
+            w.mul_(1.8)                                                      # sharper attention from the start
         for w in (block.self_attn.o_proj.weight, block.mlp.down_proj.weight):
-            w.mul_(1.7 / math.sqrt(2 * len(model.layers)))
+            w.mul_(1.7 / math.sqrt(2 * len(model.layers)))                   # GPT-2's rule for residual branches
 
 
 def grow(model, n_layer):
     """-> a deeper model: the stack of layers repeated as a whole. It is wrong at first and recovers within a few steps,
-    while every layer goes on doing something (copies that start as zero would stay idle)."""
+    while every layer goes on doing something (copies that start as zero would stay idle).
+    Embedding, last norm and head are shared with the old model, not copied. Raises UserError if the stack does not fit
+    a whole number of times, or if a layer is not attention."""
     old = len(model.layers)
     if n_layer % old or set(model.config.layout) != {"t"}:
         raise UserError(f"cannot grow {old} layers to {n_layer}: only all-attention models, by a whole factor")
-    deep = nano.HybridLM(replace(model.config, n_layer=n_layer, layout=()))
+    deep = nano.HybridLM(replace(model.config, n_layer=n_layer, layout=()))  # an empty layout: attention
     for i, block in enumerate(deep.layers):
         block.load_state_dict(model.layers[i % old].state_dict())
     deep.embed_tokens, deep.norm, deep.lm_head = model.embed_tokens, model.norm, model.lm_head
@@ -622,7 +705,8 @@ def parse_args():
 
 
 def start_model(args):
-    """-> the model to train (float32, CPU) and its tokenizer; --out holds the tokenizer afterwards."""
+    """-> the model to train (float32, CPU) and its tokenizer; --out holds the tokenizer afterwards.
+    Raises UserError unless exactly one of --scratch and --model is given."""
     if args.scratch == bool(args.model):
         raise UserError("pass either --scratch or --model DIR")
     torch.manual_seed(args.seed)
@@ -638,7 +722,8 @@ def start_model(args):
 
 
 def train(args, model, block, device, dtype):
-    """The loop. -> list of log entries. Saves args.out/progress.safetensors every args.every steps and on Ctrl-C."""
+    """The loop. -> list of log entries. Saves args.out/progress.safetensors every args.every steps and on Ctrl-C.
+    An entry per 10 steps: step, mean loss in nats per trained token, tokens seen (padding included), seconds."""
     optimizers, start, log, began = make_optimizers(model, args.lr), 0, [], time.time()
     progress = os.path.join(args.out, "progress.safetensors")
     keys = ("model", "layers", "data", "steps", "batch", "ctx", "lr", "warmup", "easy", "seed")
@@ -646,18 +731,23 @@ def train(args, model, block, device, dtype):
     if args.resume and os.path.exists(progress):
         meta = load_progress(progress, model, optimizers, run)
         start, log = meta["step"], meta["log"]
-        began -= log[-1]["seconds"] if log else 0
-    tokens_seen, meter = (log[-1]["tokens"] if log else 0), [0.0, 0]
+        began -= log[-1]["seconds"] if log else 0                            # the time of the earlier part counts, too
+    # What is not in the log yet: tokens so far, and loss and trained tokens since its last entry.
+    tokens_seen, *meter = meta["since"] if start else (0, 0.0, 0)
+    save = lambda: save_progress(progress, model, optimizers,
+                                 {"run": run, "step": start, "log": log, "since": [tokens_seen, *meter]})
     bar = tqdm(total=args.steps, initial=start, desc="training", unit="step")
     stream = batches(block, args.batch, start)
     try:
         for step in range(start, args.steps):
-            tokens, targets = collate(next(stream), device)
+            tokens, targets = collate(next(stream), device)                  # (b, t) each
             with autocast(device, dtype):
                 loss, count, _ = cross_entropy(model, tokens, targets)
-            (loss / max(1, count)).backward()
-            clipped_step(model, optimizers, learning_rate(step, args.steps, args.lr, args.warmup))
-            meter, tokens_seen = [meter[0] + loss.item(), meter[1] + count], tokens_seen + tokens.numel()
+            (loss / max(1, count)).backward()                                # the mean over this batch's tokens
+            with uninterrupted():
+                clipped_step(model, optimizers, learning_rate(step, args.steps, args.lr, args.warmup))
+                start, tokens_seen = step + 1, tokens_seen + tokens.numel()
+                meter = [meter[0] + loss.item(), meter[1] + count]
             bar.update()
             if (step + 1) % 10 == 0 or step + 1 == args.steps:
                 log.append({"step": step + 1, "loss": round(meter[0] / max(1, meter[1]), 5), "tokens": tokens_seen,
@@ -666,11 +756,11 @@ def train(args, model, block, device, dtype):
                 bar.set_postfix(loss=f"{log[-1]['loss']:.4f}", tok_s=f"{speed:.0f}")
                 meter = [0.0, 0]
             if (step + 1) % args.every == 0:
-                save_progress(progress, model, optimizers, {"run": run, "step": step + 1, "log": log})
+                save()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)                         # a second Ctrl-C must not spoil the save
-        save_progress(progress, model, optimizers, {"run": run, "step": step, "log": log})
-        print(f"\nsaved step {step}; run the same command with --resume to continue", file=sys.stderr)
+        save()
+        print(f"\nsaved step {start}; run the same command with --resume to continue", file=sys.stderr)
         raise
     finally:
         bar.close()
@@ -678,14 +768,18 @@ def train(args, model, block, device, dtype):
 
 
 def main():
+    """Check flags and files, train, merge, save, evaluate. What a user can get wrong is found before the first step."""
     args = parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     args.lr = args.lr or (0.005 if args.scratch else 0.0005)
+    for name in ("steps", "batch", "ctx", "every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     claim_out(args.out, args.overwrite, args.resume)
     model, enc = start_model(args)
-    other = merge_partner(args, model)
+    other = merge_partner(args, model)                                       # refused now, not after the training
     if args.data:
         examples, _ = read_jsonl(args.data, enc, args.ctx, model.config.vocab_size)
         block = list_block(examples, args.seed)
@@ -699,7 +793,7 @@ def main():
     log = train(args, model, block, device, dtype)
     if other:
         merge(model, other, args.merge_weight)
-    model.eval().to(getattr(torch, args.save_dtype))
+    model.eval().to(getattr(torch, args.save_dtype))                         # in place
     nano.save_pretrained(model, args.out, tokenizer_from=args.model)
     model.float()                                                            # evaluated as saved, rounding included
     report = {"args": vars(args), "torch": torch.__version__, "log": log}
