@@ -2778,7 +2778,7 @@ def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces,
         block.self_attn.o_proj.weight.data *= 0 if i == 2 else 5
     cpu, before = torch.device("cpu"), distill.weights_hash(lm)
     run = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [], None, {})
-    run = run._replace(calibration=distill.calibration_batch(run.block, cpu, count=8))
+    run = run._replace(fixed=run.block(1, 4), calibration=distill.calibration_batch(run.block, cpu, count=8))
     args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", lr=1e-4,
                               init="calibrated", loss="reverse_kl")
     student = convert(copy.deepcopy(lm), lm, [0], "aligned")                 # as in a later stage
