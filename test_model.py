@@ -7,6 +7,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"     # before anything imports Triton: without a GPU it interprets its kernels
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -2965,15 +2966,21 @@ def test_the_shipped_teacher_is_checked_in_seconds(tmp_path):
     assert used() - began < 30
 
 
-def test_ctrl_c_waits_for_the_end_of_a_step():
-    """A step taken in half would be saved, and taken again after --resume."""
-    done, usual = [], signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        with train_sft.uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.05)
-            done.append(True)
-    assert done and signal.getsignal(signal.SIGINT) is usual
+@pytest.mark.parametrize("ignored", (False, True))
+def test_ctrl_c_waits_for_the_end_of_a_step(ignored):
+    """A step taken in half would be saved, and taken again after --resume. Under nohup it stays ignored."""
+    done, usual = [], signal.SIG_IGN if ignored else signal.default_int_handler
+    before = signal.signal(signal.SIGINT, usual)
+    try:
+        with contextlib.suppress(() if ignored else KeyboardInterrupt):
+            with train_sft.uninterrupted():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+                done.append("whole")
+            done.append("on")
+        assert done == (["whole", "on"] if ignored else ["whole"]) and signal.getsignal(signal.SIGINT) is usual
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("script, flags, words", [
