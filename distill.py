@@ -782,6 +782,8 @@ def main():
     for s in stages:
         claim_out(s.out, args.overwrite, s.resume, done="report.json")
     size = sum(p.numel() for p in teacher.parameters())
+    if device.type == "cpu" and size < 10_000_000:                           # two threads gain little here, and lose
+        torch.set_num_threads(1)                                             # much while another program has a core
     if args.train == "auto":                                                # weights, gradients, optimiser, the teacher
         # 20 bytes each: 4 weight, 4 gradient, up to 8 optimiser, 4 teacher. The rest is left to activations.
         train_kind = "all" if size * 20 < 0.7 * memory_bytes(device) else "mixers"
