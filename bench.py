@@ -19,7 +19,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -34,7 +33,7 @@ from tqdm import tqdm
 import model as nanoh1
 from model import (KV, Config, HybridLM, State, UserError, join_projections, load_pretrained, scan_backend,
                    selective_scan)
-from train_sft import pick_device, pick_dtype, run_main
+from train_sft import pick_device, pick_dtype, provenance, run_main
 
 # 15b is Apriel's teacher, 8b ... 1b are Llama-3 shapes, tiny has the depth of the first
 # and the width of a toy, so that a laptop shows the effect. Bytes and speed need no more than the shape.
@@ -514,17 +513,9 @@ def pick_config(args, device, dtype, memory):
 
 def about_run(args, device, dtype, shape, bandwidth):
     """What every JSON line says about the machine and the run."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                                cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip() or None
-    except OSError:
-        commit = None
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     return {"date": datetime.datetime.now().isoformat(timespec="seconds"), "command": " ".join(sys.argv),
-            "commit": commit, "device": gpu or f"{device.type}, {torch.get_num_threads()} threads",
-            "torch": torch.__version__, "triton": getattr(nanoh1.triton, "__version__", None),
-            "dtype": str(dtype).removeprefix("torch."), "shape": shape, "scan": scan_backend(device),
-            "copy_bytes_per_s": bandwidth, "graph": args.graph}
+            **provenance(device), "dtype": str(dtype).removeprefix("torch."), "shape": shape,
+            "scan": scan_backend(device), "copy_bytes_per_s": bandwidth, "graph": args.graph}
 
 
 def main():
@@ -538,8 +529,8 @@ def main():
     bandwidth = copy_bandwidth(device)
     config, shape = pick_config(args, device, dtype, memory_for(args, device))
     about, rows = about_run(args, device, dtype, shape, bandwidth), []
-    print(f"shape {shape}: {config.n_layer} layers, d_model {config.d_model} | {about['device']} | {about['dtype']} | "
-          f"torch {about['torch']}, triton {about['triton']} | commit {about['commit']}\n"
+    print(f"shape {shape}: {config.n_layer} layers, d_model {config.d_model} | {about['device']}, {about['threads']} "
+          f"threads | {about['dtype']} | torch {about['torch']}, triton {about['triton']} | commit {about['commit']}\n"
           f"{nanoh1.scan_backend_reason(device)}\n"
           f"copy bandwidth {amount(bandwidth)}/s (measured, read and write)")
     parts = [bench_models] * bool({"prefill", "decode"} & set(args.what)) + [bench_scan] * ("scan" in args.what)

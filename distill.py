@@ -35,8 +35,8 @@ import model as nano
 from model import UserError
 from train_sft import (accuracy, autocast, batches, claim_out, clipped_step, collate, encode_problem, generic_block,
                        learning_rate, list_block, load_progress, make_optimizers, pick_device, pick_dtype,
-                       problem_set, read_jsonl, run_main, save_progress, show_example, solve, trace_block,
-                       uninterrupted)
+                       problem_set, provenance, read_jsonl, run_main, save_progress, show_example, solve,
+                       trace_block, uninterrupted)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -206,9 +206,9 @@ def rank_layers(args, run, student):
         if len(student.layers) != 50:
             raise UserError(f"--rank apriel15b is an order of 50 layers; {args.teacher} has {len(student.layers)}")
         return [i for i in nano.APRIEL15B if i in attention], None
-    if args.rank not in ("loo", "mmr"):                                      # a file: list, or stored_scores' dict
+    if args.rank not in ("loo", "mmr"):                                      # a file: list, stored_scores' dict, report
         stored = nano.read_json(args.rank)
-        order = stored.get("order") if isinstance(stored, dict) else stored
+        order = stored.get("order", stored.get("replaced")) if isinstance(stored, dict) else stored
         if not isinstance(order, list) or set(order) - set(range(len(student.layers))) or len(set(order)) < len(order):
             raise UserError(f"{args.rank}: not a list of different layers from 0 to {len(student.layers) - 1}")
         return [i for i in order if i in attention], None
@@ -445,8 +445,7 @@ def stage(args, run):
     report = {"replaced": done + new, "layout": list(student.config.layout), **result, "kl_first": meta["kl_first"],
               "kl_last": kl_last, "steps": args.steps, "tokens": log[-1]["tokens"],
               "seconds": round(time.time() - began + args.set_up, 1), "seed": args.seed}
-    extra = {"args": vars(args), "scores": scores, "log": log, "torch": torch.__version__, "device": str(run.device),
-             "threads": torch.get_num_threads()}
+    extra = {"args": vars(args), "scores": scores, "log": log, **provenance(run.device)}
     nano.write_json(os.path.join(args.out, "report.json"), report | extra)
     if os.path.exists(os.path.join(args.out, "progress.safetensors")):
         os.remove(os.path.join(args.out, "progress.safetensors"))
@@ -488,14 +487,45 @@ def read_result(path):
     raise UserError(f"{file} is no report of distill.py or train_sft.py: it has no {missing[0]}")
 
 
-def history(path):
-    """-> reports of the stages that led to the result in path, oldest first. A family may have moved as a whole: then
-    an earlier stage is found beside the later one."""
-    reports, seen = [read_result(path)], set()
+def read_lines(path):
+    """A file that --json has written -> its reports, as read_result gives them. Raises UserError naming a bad line."""
+    reports = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                reports.append(json.loads(line))
+                if missing := [key for key in (*NEEDED, "name", "path", "before") if key not in reports[-1]]:
+                    raise UserError(f"{path}, line {number} is no result: it has no {missing[0]}")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path}, line {number} is no result: {e}") from None
+    return reports
+
+
+def write_lines(path, results):
+    """histories -> a JSON line for the newest report of each; the logs of single steps stay with the checkpoints."""
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as f:
+            for reports in results:
+                line = {key: value for key, value in reports[-1].items() if key != "log"}
+                f.write(json.dumps(line | {"tokens_before": tokens_of(reports) - line["tokens"]}) + "\n")
+    nano.write_atomic(path, write)
+
+
+def tokens_of(reports):
+    """Tokens that a history has cost, all stages together; a line of --json knows it without its earlier stages."""
+    return reports[-1]["tokens"] + reports[-1].get("tokens_before", sum(r["tokens"] for r in reports[:-1]))
+
+
+def history(report, known):
+    """-> reports of the stages that led to this one, oldest first. known: {path: report}, asked before the disk. A
+    family may have moved as a whole: then an earlier stage is found beside the later one."""
+    reports, seen = [report], set()
     while (before := reports[0]["before"]) and before not in seen:
         seen.add(before)                                                     # a run may have replaced its own start
         sibling = os.path.join(os.path.dirname(os.path.abspath(reports[0]["path"])), os.path.basename(before))
-        earlier = next((r for r in map(read_result, (before, sibling)) if r), None)
+        earlier = next((r for r in (known.get(p) or read_result(p) for p in (before, sibling)) if r), None)
         if earlier is None or not earlier["replaced"]:                       # nothing known, or the teacher itself
             break
         reports.insert(0, earlier)
@@ -503,16 +533,19 @@ def history(path):
 
 
 def find_results(paths):
-    """Directories of results, or those above them -> their histories, by the number of layers replaced.
-    A directory that is a result itself is not searched. Raises UserError where there is none."""
+    """Directories of results, those above them, or files of --json -> their histories, by the number of layers
+    replaced. A directory that is a result itself is not searched. Raises UserError where there is none."""
     found = []
     for path in paths:
         inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
-        here = [path] if read_result(path) else [p for p in (os.path.join(path, d) for d in inside) if read_result(p)]
+        here = read_lines(path) if os.path.isfile(path) else [read_result(path)]
+        here = [r for r in here if r] or [r for d in inside if (r := read_result(os.path.join(path, d)))]
         if not here:
             raise UserError(f"{path}: no report.json of distill.py and no training.json of train_sft.py there")
-        found += map(history, here)
-    return sorted(found, key=lambda h: (len(h[-1]["replaced"]), len(h), h[-1]["name"]))
+        found += here
+    known = {report["path"]: report for report in found}
+    return sorted((history(report, known) for report in found),
+                  key=lambda h: (len(h[-1]["replaced"]), len(h), h[-1]["name"]))
 
 
 def teacher_accuracy(reports):
@@ -530,7 +563,7 @@ def table_lines(results):
         row = {"replaced": len(last["replaced"]), "teacher": teacher, "student": student,
                "of teacher": student / teacher if student is not None and teacher else None, **by_family,
                "KL first": last["kl_first"], "KL last": last["kl_last"],
-               "M tokens": sum(r["tokens"] for r in reports) / 1e6, "seconds": last["seconds"]}
+               "M tokens": tokens_of(reports) / 1e6, "seconds": last["seconds"]}
         groups.setdefault(re.sub(r"-s\d+$", "", last["name"]), []).append((last["seed"], row))
 
     def cell(column, values):
@@ -608,8 +641,8 @@ def draw_family(plt, path, results, teacher, speed):
     then the members'."""
     points = [("teacher", teacher, speed[0])]
     for reports, rate in zip(results, speed[1:]):
-        tokens = sum(r["tokens"] for r in reports)
-        points.append((f"{reports[-1]['name']}, {tokens / 1e6:.2f} M tokens", reports[-1]["student_accuracy"], rate))
+        last, tokens = reports[-1], tokens_of(reports)
+        points.append((f"{last['name']}, {tokens / 1e6:.2f} M tokens", last["student_accuracy"], rate))
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for i, (label, accuracy, rate) in enumerate(points):
         axes.plot(rate / speed[0], accuracy, "o", color="tab:red" if i else "black")
@@ -646,6 +679,8 @@ def show_results(args, device, dtype):
     """--table and --figures."""
     results = find_results([*(args.table or ()), *(args.figures or ())])
     print("\n".join(table_lines(results)))
+    if args.json:
+        write_lines(args.json, results)
     if not args.figures:
         return
     rows = layer_rows(results)                                               # as text in any case: it needs nothing
@@ -690,8 +725,9 @@ def parse_args():
     p.add_argument("--data", help="JSONL file of prompt/response or messages (default: the built-in traces)")
     p.add_argument("--traces", default="reasoning", choices=("reasoning", "generic"),
                    help="built-in texts to distil on; generic: facts without question or reasoning (default reasoning)")
-    p.add_argument("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of layers; "
-                                                  "auto: loo, and mmr with --student (default auto)")
+    p.add_argument("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of layers "
+                                                  "(loo.json, mmr.json, a report); auto: loo, and mmr "
+                                                  "with --student (default auto)")
     p.add_argument("--init", default="calibrated", choices=tuple(nano.INITS), help="of a mixer (default calibrated)")
     p.add_argument("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"), help="default reverse_kl")
     p.add_argument("--train", default="auto", choices=("auto", "all", "mixers"),
@@ -709,8 +745,11 @@ def parse_args():
     p.add_argument("--dtype", default="auto", help="of matrix products: auto, float32 or bfloat16 (default auto)")
     p.add_argument("--resume", action="store_true", help="continue an interrupted run in --out, with the same flags")
     p.add_argument("--overwrite", action="store_true", help="replace a finished result in --out")
-    p.add_argument("--table", nargs="+", metavar="DIR", help="only print a table of these results (or those inside)")
+    p.add_argument("--table", nargs="+", metavar="DIR", help="only print a table of these results (or those inside, "
+                                                                 "or in a file of --json)")
     p.add_argument("--figures", nargs="+", metavar="DIR", help="... and draw the family into --out (default results)")
+    p.add_argument("--json", metavar="FILE", help="for --table and --figures: also write their reports, one JSON line "
+                                                  "each; such a file can be given to both instead of directories")
     p.add_argument("--bench", metavar="FILE", help="for --figures: tokens/s from bench.py --model DIR --json FILE")
     return p.parse_args()
 

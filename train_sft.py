@@ -15,9 +15,11 @@ import contextlib
 import itertools
 import json
 import math
+import platform
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -57,6 +59,23 @@ def autocast(device, dtype):
     """Matrix products in dtype over float32 weights; nothing at all for float32.
     The weights, their gradients and the optimiser stay float32: a step of 0.1 % would vanish in bfloat16's 8 bits."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def provenance(device):
+    """Where a number comes from, for JSON: commit of this code ("-dirty" if it was changed, None outside git), machine,
+    versions of torch and triton (None without it), CPU threads."""
+    try:
+        here = os.path.dirname(os.path.abspath(__file__))
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=here,
+                                capture_output=True, text=True).stdout.strip() or None
+    except OSError:                                                          # there is no git
+        commit = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    if os.path.exists("/proc/cpuinfo") and device.type == "cpu":             # Linux: platform knows no more than x86_64
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
+    return {"commit": commit, "device": f"{device.type}: {name or platform.machine()}", "torch": torch.__version__,
+            "triton": getattr(nano.triton, "__version__", None), "threads": torch.get_num_threads()}
 
 
 def run_main(main):
@@ -631,19 +650,27 @@ def init_weights(model):
             w.mul_(1.7 / math.sqrt(2 * len(model.layers)))                   # GPT-2's rule for residual branches
 
 
-def grow(model, n_layer):
-    """-> a deeper model: the stack of layers repeated as a whole. It is wrong at first and recovers within a few steps,
-    while every layer goes on doing something (copies that start as zero would stay idle).
-    Embedding, last norm and head are shared with the old model, not copied. Raises UserError if the stack does not fit
-    a whole number of times, or if a layer is not attention."""
+@torch.no_grad()
+def resize(model, n_layer):
+    """-> a model of n_layer layers made from the layers of this one. Fewer: the first ones. More: each layer becomes
+    n_layer / old layers that share its work. All of them attend as it did, and each writes its part of the output; the
+    last one holds the MLP, and the other MLPs start silent (down_proj 0, the rest fresh). That is exact as long as what
+    a layer writes does not change where it looks. Embedding, last norm and head are shared with the old model, not
+    copied. Raises UserError if the old number of layers does not divide the new one, or if a layer is not attention."""
     old = len(model.layers)
-    if n_layer % old or set(model.config.layout) != {"t"}:
-        raise UserError(f"cannot grow {old} layers to {n_layer}: only all-attention models, by a whole factor")
-    deep = nano.HybridLM(replace(model.config, n_layer=n_layer, layout=()))  # an empty layout: attention
-    for i, block in enumerate(deep.layers):
-        block.load_state_dict(model.layers[i % old].state_dict())
-    deep.embed_tokens, deep.norm, deep.lm_head = model.embed_tokens, model.norm, model.lm_head
-    return deep
+    if n_layer < 1 or n_layer > old and n_layer % old or set(model.config.layout) != {"t"}:
+        raise UserError(f"cannot make {n_layer} layers of {old}: only all-attention models, less or a whole multiple")
+    parts = max(1, n_layer // old)
+    new = nano.HybridLM(replace(model.config, n_layer=n_layer, layout=()))   # an empty layout: attention
+    for i, block in enumerate(new.layers):
+        last = i % parts == parts - 1
+        block.load_state_dict({key: w for key, w in model.layers[i // parts].state_dict().items()
+                               if last or not key.startswith("mlp.")}, strict=False)
+        block.self_attn.o_proj.weight.div_(parts)
+        if not last:
+            block.mlp.down_proj.weight.zero_()
+    new.embed_tokens, new.norm, new.lm_head = model.embed_tokens, model.norm, model.lm_head
+    return new
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -679,7 +706,7 @@ def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--scratch", action="store_true", help="start from nothing, with the shape of the shipped teacher")
     p.add_argument("--model", help="start from this checkpoint directory")
-    p.add_argument("--layers", type=int, help="with --scratch: layers (default 50); with --model: grow to this many")
+    p.add_argument("--layers", type=int, help="with --scratch: layers (default 50); with --model: make this many of it")
     p.add_argument("--out", required=True, help="directory for the result")
     p.add_argument("--data", help="JSONL file of prompt/response or messages (default: the built-in traces)")
     p.add_argument("--steps", type=int, default=200, help="optimiser steps (default 200)")
@@ -718,7 +745,7 @@ def start_model(args):
         init_weights(model)
         return model, nano.load_tokenizer(args.out)
     model, enc = nano.load_pretrained(args.model), nano.load_tokenizer(args.model)
-    return (grow(model, args.layers) if args.layers else model), enc
+    return (resize(model, args.layers) if args.layers else model), enc
 
 
 def train(args, model, block, device, dtype):
@@ -796,7 +823,7 @@ def main():
     model.eval().to(getattr(torch, args.save_dtype))                         # in place
     nano.save_pretrained(model, args.out, tokenizer_from=args.model)
     model.float()                                                            # evaluated as saved, rounding included
-    report = {"args": vars(args), "torch": torch.__version__, "log": log}
+    report = {"args": vars(args), "log": log, **provenance(device)}
     if args.eval and not args.data:
         held = problem_set("test", args.eval)
         by_family, pooled = accuracy(held, solve(model, enc, held))
