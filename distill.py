@@ -637,17 +637,19 @@ def throughput(paths, file, device, dtype):
 
 
 def draw_family(plt, path, results, teacher, speed):
-    """Score against decoding speed, a point per member; beside it the tokens of all its stages. speed: the teacher's,
-    then the members'."""
-    points = [("teacher", teacher, speed[0])]
+    """Score against decoding speed, a point per member, and the tokens of all its stages beside it. Members whose
+    mixers were removed (--init identity) are crosses. speed: the teacher's, then the members'."""
+    points = [("teacher", teacher, speed[0], "o", "black")]
     for reports, rate in zip(results, speed[1:]):
-        last, tokens = reports[-1], tokens_of(reports)
-        points.append((f"{last['name']}, {tokens / 1e6:.2f} M tokens", last["student_accuracy"], rate))
+        last, label = reports[-1], f"{reports[-1]['name']}, {tokens_of(reports) / 1e6:.2f} M tokens"
+        removed = "n" in last["layout"]
+        points.append((label, last["student_accuracy"], rate, *(("x", "gray") if removed else ("o", "tab:red"))))
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for i, (label, accuracy, rate) in enumerate(points):
-        axes.plot(rate / speed[0], accuracy, "o", color="tab:red" if i else "black")
-        place, side = ((7, 4), "left") if i % 2 == 0 else ((-7, -11), "right")       # neighbours must not overlap
-        axes.annotate(label, (rate / speed[0], accuracy), place, textcoords="offset points", fontsize=8, ha=side)
+    for label, accuracy, rate, marker, color in points:
+        axes.plot(rate / speed[0], accuracy, marker, color=color)
+        place, side = ((-7, -4), "right") if marker == "x" else ((7, 4), "left")     # neighbours must not overlap
+        axes.annotate(label, (rate / speed[0], accuracy), place, textcoords="offset points", fontsize=7, ha=side,
+                      color=color)
     axes.margins(0.36, 0.12)
     axes.set_xlabel(f"decoding speed, teacher = 1 ({speed[0]:.0f} tokens/s)")
     axes.set_ylabel("exact match on held-out problems")

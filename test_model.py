@@ -2509,25 +2509,6 @@ def test_learning_rate_rises_stays_and_falls():
     assert train_sft.learning_rate(0, 5, 1.0, 0) == 1.0                      # no warm-up
 
 
-def test_more_layers_share_the_work_of_the_old_ones_and_fewer_are_the_first():
-    old, tokens, scale = tiny("t t", torch.float32), some_tokens(2, 12), 1e-2
-    scaled = lambda by: [block.self_attn.o_proj.weight.mul_(by) for block in old.layers]
-    scaled(scale)                                                            # what a layer writes moves others little
-    logits = old(tokens)[0]
-    shared, first = train_sft.resize(old, 6).eval(), train_sft.resize(old, 1).eval()
-    with torch.no_grad():
-        error = off(shared(tokens)[0], logits)
-        scaled(0)
-        assert error < 0.1 * off(old(tokens)[0], logits)                     # of what all attention changes
-    for i, block in enumerate(shared.layers):                                # all of them attend, one in three has an MLP
-        assert torch.equal(block.self_attn.q_proj.weight, old.layers[i // 3].self_attn.q_proj.weight)
-        assert bool(block.mlp.down_proj.weight.any()) == (i % 3 == 2) and bool(block.mlp.up_proj.weight.any())
-    assert torch.equal(first.layers[0].mlp.up_proj.weight, old.layers[0].mlp.up_proj.weight)
-    for lm, n in ((old, 3), (old, 0), (tiny("t m2"), 4)):
-        with pytest.raises(UserError, match="whole multiple"):
-            train_sft.resize(lm, n)
-
-
 def test_training_resumed_is_training_uninterrupted(traces, tmp_path):
     def run(out, stop=None):
         args = argparse.Namespace(out=str(out), steps=4, batch=2, lr=1e-3, warmup=1, every=2, resume=True, seed=0,
