@@ -2879,6 +2879,13 @@ def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
     assert [table["h3"][key] for key in ("M tokens", "of teacher", "replaced")] == ["3.000", "0.500", "3"]
     assert table["plain"]["seeds"] == "0 1" and table["plain"]["student"] == "0.600 +-0.100"
     assert table["h1"]["KL first"] == "0.500" and table["h1"]["KL last"] == "0.250" and table["h1"]["seconds"] == "10"
+    # Lines of --json give the same table, also where the earlier stages and the checkpoints are gone.
+    printed = run_script(distill, "--table", tmp_path / "h3", "--json", tmp_path / "lines.jsonl")
+    shutil.rmtree(tmp_path / "h1")
+    assert run_script(distill, "--table", tmp_path / "lines.jsonl") == printed
+    (tmp_path / "bad.jsonl").write_text((tmp_path / "lines.jsonl").read_text() + "{}\n")
+    with pytest.raises(UserError, match="line 2 is no result"):
+        run_script(distill, "--table", tmp_path / "bad.jsonl")
     with pytest.raises(UserError, match="no report.json"):
         run_script(distill, "--table", tmp_path / "nothing")
     (tmp_path / "h3" / "report.json").write_text("{}")
