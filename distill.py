@@ -682,7 +682,10 @@ def show_results(args, device, dtype):
     results = find_results([*(args.table or ()), *(args.figures or ())])
     print("\n".join(table_lines(results)))
     if args.json:
-        write_lines(args.json, results)
+        try:
+            write_lines(args.json, results)
+        except OSError as e:
+            raise UserError(f"cannot write {args.json}: {e.strerror}") from None
     if not args.figures:
         return
     rows = layer_rows(results)                                               # as text in any case: it needs nothing
