@@ -2834,6 +2834,21 @@ def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path)
         run_script(distill, "--teacher", traces[0], "--replace", 1, "--rank", "apriel15b", "--out", tmp_path / "x")
 
 
+def test_a_stack_of_layers_becomes_deeper_or_shallower():
+    """As a whole: the old layers repeated in order, or the first of them, and nothing else changed or shared wrongly."""
+    old, tokens = tiny("t t t"), some_tokens(2, 9)
+    for n in (2, 3, 6):
+        new = train_sft.resize(old, n)
+        assert new.config.layout == ("t",) * n == ("t",) * len(new.layers) and new.config.n_layer == n
+        for i, block in enumerate(new.layers):
+            assert all(torch.equal(p, q.float()) for p, q in zip(block.parameters(), old.layers[i % 3].parameters()))
+    same = train_sft.resize(old.float(), 3)(tokens)[0]
+    assert off(same, old(tokens)[0]) < 1e-6
+    for lm, n in ((old, 4), (old, 0), (old, -1), (tiny("t m2"), 2)):
+        with pytest.raises(UserError, match="only all-attention models"):
+            train_sft.resize(lm, n)
+
+
 def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family, tmp_path, monkeypatch):
     start, other = family / "h1", tmp_path / "other"
     lm = load_pretrained(start)

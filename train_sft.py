@@ -651,19 +651,19 @@ def init_weights(model):
             w.mul_(1.7 / math.sqrt(2 * len(model.layers)))                   # GPT-2's rule for residual branches
 
 
-def grow(model, n_layer):
-    """-> a deeper model: the stack of layers repeated as a whole. It is wrong at first and recovers within a few steps,
-    while every layer goes on doing something (copies that start as zero would stay idle).
-    Embedding, last norm and head are shared with the old model, not copied. Raises UserError if the stack does not fit
-    a whole number of times, or if a layer is not attention."""
+def resize(model, n_layer):
+    """-> a deeper model: the stack of layers repeated as a whole; or a shallower one: its first n_layer layers. It is
+    wrong at first and recovers within a few steps, while every layer goes on doing something (copies that start as zero
+    would stay idle). Embedding, last norm and head are shared with the old model, not copied. Raises UserError if the
+    stack does not fit a whole number of times, or if a layer is not attention."""
     old = len(model.layers)
-    if n_layer % old or set(model.config.layout) != {"t"}:
-        raise UserError(f"cannot grow {old} layers to {n_layer}: only all-attention models, by a whole factor")
-    deep = nano.HybridLM(replace(model.config, n_layer=n_layer, layout=()))  # an empty layout: attention
-    for i, block in enumerate(deep.layers):
+    if n_layer < 1 or n_layer > old and n_layer % old or set(model.config.layout) != {"t"}:
+        raise UserError(f"cannot make {n_layer} layers of {old}: only all-attention models, fewer or a whole multiple")
+    new = nano.HybridLM(replace(model.config, n_layer=n_layer, layout=()))   # an empty layout: attention
+    for i, block in enumerate(new.layers):
         block.load_state_dict(model.layers[i % old].state_dict())
-    deep.embed_tokens, deep.norm, deep.lm_head = model.embed_tokens, model.norm, model.lm_head
-    return deep
+    new.embed_tokens, new.norm, new.lm_head = model.embed_tokens, model.norm, model.lm_head
+    return new
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -699,7 +699,7 @@ def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--scratch", action="store_true", help="start from nothing, with the shape of the shipped teacher")
     p.add_argument("--model", help="start from this checkpoint directory")
-    p.add_argument("--layers", type=int, help="with --scratch: layers (default 50); with --model: grow to this many")
+    p.add_argument("--layers", type=int, help="with --scratch: layers (default 50); with --model: make this many of it")
     p.add_argument("--out", required=True, help="directory for the result")
     p.add_argument("--data", help="JSONL file of prompt/response or messages (default: the built-in traces)")
     p.add_argument("--steps", type=int, default=200, help="optimiser steps (default 200)")
@@ -738,7 +738,7 @@ def start_model(args):
         init_weights(model)
         return model, nano.load_tokenizer(args.out)
     model, enc = nano.load_pretrained(args.model), nano.load_tokenizer(args.model)
-    return (grow(model, args.layers) if args.layers else model), enc
+    return (resize(model, args.layers) if args.layers else model), enc
 
 
 def train(args, model, block, device, dtype):
