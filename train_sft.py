@@ -630,7 +630,7 @@ def load_progress(path, model, optimizers, run):
 #
 # The stack of 10 layers is repeated five times, and recovers within fifty steps. The price: the first 10 layers go on
 # doing the work and solve 43 of 48 problems alone, the attention of the others can go without a trace. Splitting each
-# layer into five that share its work was tried, too: see "The teacher" in the README.
+# layer into five that share its work was tried, too: see "The teacher" in the README. Ten layers that count: see there.
 
 TEACHER = nano.Config(vocab_size=538, d_model=64, n_layer=50, n_head=2, n_kv_head=1, head_dim=32, d_mlp=160,
                       tie_embeddings=True, max_length=512)
