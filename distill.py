@@ -643,15 +643,16 @@ def draw_family(plt, path, results, teacher, speed):
     mixers were removed (--init identity) are crosses. speed: the teacher's, then the members'."""
     points = [("teacher", teacher, speed[0], "o", "black")]
     for reports, rate in zip(results, speed[1:]):
-        last, label = reports[-1], f"{reports[-1]['name']}, {tokens_of(reports) / 1e6:.2f} M tokens"
+        last, label = reports[-1], f"{reports[-1]['name']}\n{tokens_of(reports) / 1e6:.2f} M tokens"
         removed = "n" in last["layout"]
         points.append((label, last["student_accuracy"], rate, *(("x", "gray") if removed else ("o", "tab:red"))))
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for label, accuracy, rate, marker, color in points:
+    for i, (label, accuracy, rate, marker, color) in enumerate(points):
         axes.plot(rate / speed[0], accuracy, marker, color=color)
-        place, side = ((-7, -4), "right") if marker == "x" else ((7, 4), "left")     # neighbours must not overlap
-        axes.annotate(label, (rate / speed[0], accuracy), place, textcoords="offset points", fontsize=7, ha=side,
-                      color=color)
+        x, side = (-7, "right") if marker == "x" else (7, "left")            # neighbours must not overlap: by turns
+        y, edge = (-1, "top") if i % 2 else (1, "bottom")                    # below and above the point
+        axes.annotate(label, (rate / speed[0], accuracy), (x, y), textcoords="offset points", fontsize=7, ha=side,
+                      va=edge, color=color)
     axes.margins(0.36, 0.12)
     axes.set_xlabel(f"decoding speed, teacher = 1 ({speed[0]:.0f} tokens/s)")
     axes.set_ylabel("exact match on held-out problems")
