@@ -647,10 +647,15 @@ def draw_family(plt, path, results, teacher, speed):
         removed = "n" in last["layout"]
         points.append((label, last["student_accuracy"], rate, *(("x", "gray") if removed else ("o", "tab:red"))))
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for i, (label, accuracy, rate, marker, color) in enumerate(points):
+    width, height = (max(p[k] for p in points) - min(p[k] for p in points) or 1 for k in (2, 1))
+    for point in points:
+        label, accuracy, rate, marker, color = point
         axes.plot(rate / speed[0], accuracy, marker, color=color)
-        x, side = (-7, "right") if marker == "x" else (7, "left")            # neighbours must not overlap: by turns
-        y, edge = (-1, "top") if i % 2 else (1, "bottom")                    # below and above the point
+        # A label must not run into its neighbour's: above the point if the nearest other one is lower, else below.
+        apart = lambda p: ((p[2] - rate) / width) ** 2 + ((p[1] - accuracy) / height) ** 2
+        nearest = min((p for p in points if p is not point), key=apart)
+        y, edge = (1, "bottom") if accuracy > nearest[1] else (-1, "top")
+        x, side = (-7, "right") if marker == "x" else (7, "left")
         axes.annotate(label, (rate / speed[0], accuracy), (x, y), textcoords="offset points", fontsize=7, ha=side,
                       va=edge, color=color)
     axes.margins(0.36, 0.12)
