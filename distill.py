@@ -618,12 +618,14 @@ def throughput(paths, file, device, dtype):
     and the largest batch there, or else measured now by bench.py's functions."""
     import bench                                                             # nothing else here needs it
     if file is None:
-        speed, how = [], argparse.Namespace(seconds=1.0, graph=False)
+        speed, how = [[] for _ in paths], argparse.Namespace(seconds=1.0, graph=False)
         batch, ctx = (16, 32768) if device.type == "cuda" else (4, 8192)     # caches that outweigh so small a model
-        for path in tqdm(paths, desc=f"decoding {batch} texts after {ctx} tokens", unit="model"):
-            lm = nano.join_projections(nano.load_pretrained(path, device, dtype))
-            speed.append(batch / bench.time_decode(lm, bench.filled_state(lm, batch, ctx), batch, how, device)[0])
-        return speed
+        # Three rounds over all models, and the median: another program's burst then hits one round, not one member.
+        for i in tqdm([*range(len(paths))] * 3, desc=f"decoding {batch} texts after {ctx} tokens", unit="model"):
+            lm = nano.join_projections(nano.load_pretrained(paths[i], device, dtype))
+            state = bench.filled_state(lm, batch, ctx)
+            speed[i].append(batch / bench.time_decode(lm, state, batch, how, device)[0])
+        return [sorted(rates)[1] for rates in speed]
     try:
         with open(file, encoding="utf-8") as f:                              # JSON lines, one per row
             rows = [json.loads(line) for line in f if line.strip()]
