@@ -2835,13 +2835,15 @@ def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path)
 
 
 def test_a_stack_of_layers_becomes_deeper_or_shallower():
-    """As a whole: the old layers repeated in order, or the first of them, and nothing else changed or shared wrongly."""
+    """As a whole: the old layers repeated in order, or the first of them; copies, so that each can be trained alone."""
     old, tokens = tiny("t t t"), some_tokens(2, 9)
     for n in (2, 3, 6):
         new = train_sft.resize(old, n)
         assert new.config.layout == ("t",) * n == ("t",) * len(new.layers) and new.config.n_layer == n
         for i, block in enumerate(new.layers):
             assert all(torch.equal(p, q.float()) for p, q in zip(block.parameters(), old.layers[i % 3].parameters()))
+        places = [p.data_ptr() for lm in (old, new) for p in lm.layers.parameters()]
+        assert len(set(places)) == len(places) and new.norm is old.norm and new.embed_tokens is old.embed_tokens
     same = train_sft.resize(old.float(), 3)(tokens)[0]
     assert off(same, old(tokens)[0]) < 1e-6
     for lm, n in ((old, 4), (old, 0), (old, -1), (tiny("t m2"), 2)):
@@ -2936,6 +2938,14 @@ def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path
     assert known(traces[0], family / "h1") == [100.0, 150.0]
     with pytest.raises(UserError, match="no line for .*h2"):
         known(family / "h2")
+
+
+def test_a_burst_of_another_program_spoils_no_speed(traces, family, monkeypatch):
+    """Three rounds over all models, the median of each: one slow call of three does not show."""
+    seconds = iter([1.0, 2.0, 9.0, 2.0, 1.0, 9.0])                           # a call per model and round
+    monkeypatch.setattr(bench, "filled_state", lambda lm, batch, ctx: None)
+    monkeypatch.setattr(bench, "time_decode", lambda *rest: (next(seconds), 0.0))
+    assert distill.throughput([traces[0], family / "h1"], None, torch.device("cpu"), torch.float32) == [4.0, 2.0]
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():
