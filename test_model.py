@@ -2942,10 +2942,10 @@ def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path
 
 def test_a_burst_of_another_program_spoils_no_speed(traces, family, monkeypatch):
     """Three rounds over all models, the median of each: one slow call of three does not show."""
-    seconds = iter([1.0, 2.0, 9.0, 2.0, 1.0, 9.0])                           # a call per model and round
+    seconds = iter([1.0, 8.0, 9.0, 1.0, 2.0, 4.0])                           # a call per model and round
     monkeypatch.setattr(bench, "filled_state", lambda lm, batch, ctx: None)
     monkeypatch.setattr(bench, "time_decode", lambda *rest: (next(seconds), 0.0))
-    assert distill.throughput([traces[0], family / "h1"], None, torch.device("cpu"), torch.float32) == [4.0, 2.0]
+    assert distill.throughput([traces[0], family / "h1"], None, torch.device("cpu"), torch.float32) == [2.0, 1.0]
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():
