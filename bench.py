@@ -24,16 +24,14 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # waiting threads sleep instead of spinning on busy cores
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import model as nanoh1
-from model import (KV, Config, HybridLM, State, UserError, join_projections, load_pretrained, scan_backend,
-                   selective_scan)
-from train_sft import pick_device, pick_dtype, provenance, run_main
+from model import (KV, Config, HybridLM, State, UserError, join_projections, load_pretrained, provenance, run_main,
+                   scan_backend, selective_scan, start_script, sync)
 
 # 15b is Apriel's teacher, 8b ... 1b are Llama-3 shapes, tiny has the depth of the first
 # and the width of a toy, so that a laptop shows the effect. Bytes and speed need no more than the shape.
@@ -137,12 +135,6 @@ def memory_for(args, device):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring.
-
-def sync(device):
-    """Wait until the device has finished: its calls return before the work is done."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
 
 def measure(run, device, seconds, warmup=1, least=3, most=50):
     """-> (median, spread) of run() in seconds; spread: half the distance between the quartiles, relative. The first
@@ -520,10 +512,8 @@ def about_run(args, device, dtype, shape, bandwidth):
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    device, dtype = start_script(args)
     torch.manual_seed(args.seed)
-    torch.set_flush_denormal(True)
     if args.graph and device.type != "cuda":
         raise UserError("--graph needs a GPU with CUDA")
     bandwidth = copy_bandwidth(device)

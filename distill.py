@@ -12,13 +12,12 @@ in its place (MMR, later stages); replace the least important ones by Mamba laye
 train the student to give the teacher's next-token distribution on reasoning traces (reverse KL); let both solve
 held-out problems; save --out in the Hugging Face layout.
 """
-import os
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import copy
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import signal
@@ -32,11 +31,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model as nano
-from model import UserError
-from train_sft import (accuracy, autocast, batches, claim_out, clipped_step, collate, encode_problem, generic_block,
-                       learning_rate, list_block, load_progress, make_optimizers, pick_device, pick_dtype,
-                       problem_set, provenance, read_jsonl, run_main, save_progress, show_example, solve,
-                       trace_block, uninterrupted)
+from model import (UserError, autocast, choose_threads, claim_out, provenance, run_main, start_script,
+                   uninterrupted)
+from train_sft import (accuracy, batches, clipped_step, collate, encode_problem, generic_block, learning_rate,
+                       list_block, load_progress, make_optimizers, problem_set, read_jsonl, save_progress,
+                       show_example, solve, trace_block)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -817,8 +816,7 @@ def is_finished(args):
 def main():
     """Check, load, then stage after stage. One teacher in memory serves them all."""
     began, args = time.time(), parse_args()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    device, dtype = start_script(args)
     if args.table or args.figures:
         return show_results(args, device, dtype)
     stages = plan(args)
@@ -836,8 +834,7 @@ def main():
     for s in stages:
         claim_out(s.out, args.overwrite, s.resume, done="report.json")
     size = sum(p.numel() for p in teacher.parameters())
-    if device.type == "cpu" and size < 10_000_000:                           # two threads gain little here, and lose
-        torch.set_num_threads(1)                                             # much while another program has a core
+    choose_threads(teacher, device)
     if args.train == "auto":                                                # weights, gradients, optimiser, the teacher
         # 20 bytes each: 4 weight, 4 gradient, up to 8 optimiser, 4 teacher. The rest is left to activations.
         train_kind = "all" if size * 20 < 0.7 * memory_bytes(device) else "mixers"

@@ -38,14 +38,20 @@ Glossary. Sizes are lower case; capitals are the paper's letters, or the constan
 Read it top to bottom: every name is defined before it is used. Where a function mirrors an upstream one, the commit is
 named: Fast-LLM 7d61a1ba (the Apriel model code), state-spaces/mamba e9594ce1, MambaInLlama 60d64dc6.
 """
+import contextlib
 import json
 import math
 import os
+import platform
 import shutil
+import signal
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")    # waiting threads sleep: on a shared machine 10 times faster
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -1221,6 +1227,116 @@ def load_tokenizer(path):
         raise
     except ValueError as e:
         refuse(f"tiktoken refused the pattern: {e}")
+
+
+def format_prompt(question):
+    """The template of Mistral's instruct models. [INST] and <s> are single tokens."""
+    return f"<s>[INST] {question} [/INST]"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running a script: what all scripts share. Devices, errors, Ctrl-C, where a number comes from.
+
+def pick_device(name):
+    """"auto" -> cuda, mps or cpu, the first that is there. Raises UserError for a device that is not."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(device for device, there in found.items() if there) if name == "auto" else name
+    if not found.get(name.split(":")[0]):
+        raise UserError(f"device {name!r} is not available here; available: {', '.join(d for d in found if found[d])}")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """"auto" -> bfloat16 on cuda, float32 elsewhere. Only matrix products use it: the rest is float32."""
+    name = ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"dtype {name!r} is not supported: use float32 or bfloat16")
+    return getattr(torch, name)
+
+
+def start_script(args):
+    """args with device and dtype, as the flags of every script -> (torch.device, dtype of matrix products)."""
+    torch.set_flush_denormal(True)           # a state that has decayed to 1e-40 costs 100 cycles an operation
+    device = pick_device(args.device)
+    return device, pick_dtype(args.dtype, device)
+
+
+def choose_threads(model, device, threads=None):
+    """Set the CPU threads: as many as asked for; else one for a small model on a CPU, where two gain little and lose
+    much while another program has a core; else PyTorch's own choice."""
+    small = device.type == "cpu" and sum(p.numel() for p in model.parameters()) < 10_000_000
+    torch.set_num_threads(threads or (1 if small else torch.get_num_threads()))
+
+
+def sync(device):
+    """Wait until the device has finished: its calls return before the work is done, and clocks would read too early."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def autocast(device, dtype):
+    """Matrix products in dtype over float32 weights; nothing at all for float32.
+    The weights, their gradients and the optimiser stay float32: a step of 0.1 % would vanish in bfloat16's 8 bits."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def provenance(device):
+    """Where a number comes from, for JSON: commit of this code ("-dirty" if it was changed, None outside git), machine,
+    versions of torch and triton (None without it), CPU threads."""
+    try:
+        here = os.path.dirname(os.path.abspath(__file__))
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=here,
+                                capture_output=True, text=True).stdout.strip() or None
+    except OSError:                                                          # there is no git
+        commit = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    if os.path.exists("/proc/cpuinfo") and device.type == "cpu":             # Linux: platform knows no more than x86_64
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
+    return {"commit": commit, "device": f"{device.type}: {name or platform.machine()}", "torch": torch.__version__,
+            "triton": getattr(triton, "__version__", None), "threads": torch.get_num_threads()}
+
+
+def run_main(main):
+    """Run a script: a user's mistake is one line and exit code 2, Ctrl-C exit code 130, a bug keeps its traceback."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def claim_out(path, overwrite, resume, done="config.json"):
+    """Check that the directory `path` can be written and holds no finished result (`done`) nobody asked to lose.
+    Raises UserError for both. It is called before anything is computed: an hour of training must not end here."""
+    if os.path.exists(os.path.join(path, done)) and not (overwrite or resume):
+        raise UserError(f"{path} already holds a result: choose another --out, or pass --overwrite")
+    try:
+        os.makedirs(path, exist_ok=True)
+        # Permission bits say little on network disks, and nothing to root: only writing tells.
+        probe = os.path.join(path, ".writable")
+        open(probe, "w").close()
+        os.remove(probe)
+    except OSError as e:
+        raise UserError(f"cannot write to {path}: {e.strerror}") from None
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C inside waits until the block is done: a step that was taken in half must never be saved."""
+    pressed, usual = [], signal.getsignal(signal.SIGINT)
+    if usual not in (signal.SIG_IGN, None):                                  # nohup ignores it, and so do we then
+        signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        if usual is not None:
+            signal.signal(signal.SIGINT, usual)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 # ----------------------------------------------------------------------------------------------------------------------

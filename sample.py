@@ -11,16 +11,14 @@ grows with every token; the recurrent state of a Mamba layer does not: the last 
 import argparse
 import codecs
 import json
-import os
 import sys
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # waiting threads sleep instead of spinning on busy cores
 import torch
 from tqdm import tqdm
 
-from model import UserError, join_projections, load_pretrained, load_tokenizer, scan_backend_reason
-from train_sft import format_prompt, pick_device, pick_dtype, run_main
+from model import (UserError, choose_threads, format_prompt, join_projections, load_pretrained, load_tokenizer,
+                   run_main, scan_backend_reason, start_script, sync)
 
 
 def parse_args():
@@ -99,12 +97,6 @@ def token_bytes(enc, token):
 def warn_length(tokens, config):
     if tokens > config.max_length:
         print(f"warning: {tokens} tokens of context, trained on {config.max_length}: it may get worse", file=sys.stderr)
-
-
-def sync(device):
-    """Wait until the device has finished: its calls return before the work is done, and clocks would read too early."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def answer(model, enc, args, logits, state, streams, show=None):
@@ -208,14 +200,11 @@ def chat(model, enc, args, device):
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    torch.set_flush_denormal(True)                                           # a faded state must not slow the CPU down
+    device, dtype = start_script(args)
     torch.backends.cuda.enable_cudnn_sdp(False)                              # cuDNN makes a plan for every new length
     model = join_projections(load_pretrained(args.model, device, dtype))
     enc = load_tokenizer(args.model)
-    if device.type == "cpu" and sum(p.numel() for p in model.parameters()) < 10_000_000:
-        torch.set_num_threads(1)                     # so little work per product: waking a second thread costs more
+    choose_threads(model, device)
     with torch.inference_mode():
         (chat if args.chat else sample)(model, enc, args, device)
 

@@ -2540,7 +2540,7 @@ def test_training_resumed_is_training_uninterrupted(traces, tmp_path):
 @pytest.fixture
 def interrupt(monkeypatch):
     """-> a function: let the next run of this script end with Ctrl-C after so many steps."""
-    monkeypatch.setattr(train_sft.signal, "signal", lambda *a: None)         # this process stays interruptible
+    monkeypatch.setattr(nano.signal, "signal", lambda *a: None)         # this process stays interruptible
     real = train_sft.clipped_step
 
     def after(program, steps):
@@ -2593,7 +2593,7 @@ def test_a_loss_that_is_nan_exits_and_leaves_what_was_saved(program, traces, tmp
     monkeypatch.setattr(sys, "argv", ["x", *map(str, short_run(program, traces, tmp_path, "--resume"))])
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        train_sft.run_main(program.main)
+        nano.run_main(program.main)
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count("error: ") == 1 and "not finite" in err.splitlines()[-1]
     assert (tmp_path / "progress.safetensors").read_bytes() == before and sorted(os.listdir(tmp_path)) == files
@@ -2609,7 +2609,7 @@ def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, monk
     assert all(torch.isfinite(w).all() for w in weights.values())
     assert program is distill or {w.dtype for w in weights.values()} == {torch.float32}
     with pytest.raises(UserError, match="float16"):
-        train_sft.pick_dtype("float16", torch.device("cpu"))
+        nano.pick_dtype("float16", torch.device("cpu"))
 
 
 def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypatch):
@@ -3005,7 +3005,7 @@ def test_ctrl_c_waits_for_the_end_of_a_step(ignored):
     before = signal.signal(signal.SIGINT, usual)
     try:
         with contextlib.suppress(() if ignored else KeyboardInterrupt):
-            with train_sft.uninterrupted():
+            with nano.uninterrupted():
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.05)
                 done.append("whole")

@@ -6,20 +6,16 @@ Make reasoning traces, and train a model on them: the teacher from scratch, or s
     python train_sft.py --model DIR --data traces.jsonl --out out/mine       # ... or any checkpoint on your own
     python train_sft.py --model out/h30 --merge out/h30 --out out/h30-sft    # ... and average it with an earlier one
 
-The first half of this file is also the library of the other scripts: devices, problems, batches, loss and evaluation.
+The first half of this file is also the library of distill.py: problems, batches, loss and evaluation.
 """
-import os
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # waiting threads sleep: on a shared machine 10 times faster
 import argparse
-import contextlib
 import itertools
 import json
 import math
-import platform
+import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 import zlib
@@ -30,79 +26,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as nano
-from model import UserError
-
-torch.set_flush_denormal(True)                         # a state that has decayed to 1e-40 costs 100 cycles an operation
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What all scripts share: devices, errors, Ctrl-C.
-
-def pick_device(name):
-    """"auto" -> cuda, mps or cpu, the first that is there. Raises UserError for a device that is not."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(device for device, there in found.items() if there) if name == "auto" else name
-    if not found.get(name.split(":")[0]):
-        raise UserError(f"device {name!r} is not available here; available: {', '.join(d for d in found if found[d])}")
-    return torch.device(name)
-
-
-def pick_dtype(name, device):
-    """"auto" -> bfloat16 on cuda, float32 elsewhere. Only matrix products use it: the rest is float32."""
-    name = ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name
-    if name not in ("float32", "bfloat16"):
-        raise UserError(f"dtype {name!r} is not supported: use float32 or bfloat16")
-    return getattr(torch, name)
-
-
-def autocast(device, dtype):
-    """Matrix products in dtype over float32 weights; nothing at all for float32.
-    The weights, their gradients and the optimiser stay float32: a step of 0.1 % would vanish in bfloat16's 8 bits."""
-    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-
-
-def provenance(device):
-    """Where a number comes from, for JSON: commit of this code ("-dirty" if it was changed, None outside git), machine,
-    versions of torch and triton (None without it), CPU threads."""
-    try:
-        here = os.path.dirname(os.path.abspath(__file__))
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=here,
-                                capture_output=True, text=True).stdout.strip() or None
-    except OSError:                                                          # there is no git
-        commit = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    if os.path.exists("/proc/cpuinfo") and device.type == "cpu":             # Linux: platform knows no more than x86_64
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
-    return {"commit": commit, "device": f"{device.type}: {name or platform.machine()}", "torch": torch.__version__,
-            "triton": getattr(nano.triton, "__version__", None), "threads": torch.get_num_threads()}
-
-
-def run_main(main):
-    """Run a script: a user's mistake is one line and exit code 2, Ctrl-C exit code 130, a bug keeps its traceback."""
-    try:
-        main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def claim_out(path, overwrite, resume, done="config.json"):
-    """Check that the directory `path` can be written and holds no finished result (`done`) nobody asked to lose.
-    Raises UserError for both. It is called before anything is computed: an hour of training must not end here."""
-    if os.path.exists(os.path.join(path, done)) and not (overwrite or resume):
-        raise UserError(f"{path} already holds a result: choose another --out, or pass --overwrite")
-    try:
-        os.makedirs(path, exist_ok=True)
-        # Permission bits say little on network disks, and nothing to root: only writing tells.
-        probe = os.path.join(path, ".writable")
-        open(probe, "w").close()
-        os.remove(probe)
-    except OSError as e:
-        raise UserError(f"cannot write to {path}: {e.strerror}") from None
+from model import (UserError, autocast, claim_out, format_prompt, provenance, run_main, start_script,
+                   uninterrupted)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,11 +146,6 @@ def problem_set(split, per_family, seed=0):
             counts[p[0]] += 1
         if min(counts.values()) >= per_family:
             return list(seen.values())
-
-
-def format_prompt(question):
-    """The template of Mistral's instruct models. [INST] and <s> are single tokens."""
-    return f"<s>[INST] {question} [/INST]"
 
 
 def format_response(steps, answer):
@@ -561,21 +481,6 @@ def clipped_step(model, optimizers, lr, clip=1.0):
     return norm.item()
 
 
-@contextlib.contextmanager
-def uninterrupted():
-    """Ctrl-C inside waits until the block is done: a step that was taken in half must never be saved."""
-    pressed, usual = [], signal.getsignal(signal.SIGINT)
-    if usual not in (signal.SIG_IGN, None):                                  # nohup ignores it, and so do we then
-        signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        if usual is not None:
-            signal.signal(signal.SIGINT, usual)
-    if pressed:
-        raise KeyboardInterrupt
-
-
 # A run in progress is one safetensors file: weights and optimiser states as tensors, the rest as JSON in its header.
 # One file, renamed into place, is all or nothing: weights of one step can never meet the optimiser state of another.
 # There is no random state in it, because batches depend on seed and step alone, and no pickle, which could run code.
@@ -790,8 +695,7 @@ def train(args, model, block, device, dtype):
 def main():
     """Check flags and files, train, merge, save, evaluate. What a user can get wrong is found before the first step."""
     args = parse_args()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    device, dtype = start_script(args)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     args.lr = args.lr or (0.005 if args.scratch else 0.0005)
     for name in ("steps", "batch", "ctx", "every"):
