@@ -4,6 +4,7 @@ What the conversion buys: tokens/s of a transformer (H-0) and of its hybrids (H-
     python bench.py --ctx 32768                                 # GPU: largest shape that fits; CPU: tiny, 2 minutes
     python bench.py --shape 3b --replace 0,20 --batch 1,8 --json bench.jsonl --plot bench.png
     python bench.py --what scan                                 # the selective scans that run here
+    python bench.py --figures out/h25 out/h27 out/h30           # a table and two pictures of what distill.py has saved
 
 Weights are random (speed does not depend on them) unless --model names a checkpoint. All rows run the same code and the
 same attention kernel, H-0 too: a slow baseline would flatter the ratio.
@@ -18,6 +19,7 @@ import datetime
 import importlib.util
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -30,8 +32,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import model as nanoh1
-from model import (KV, Config, HybridLM, State, UserError, join_projections, load_pretrained, provenance, run_main,
-                   scan_backend, selective_scan, start_script, sync)
+from model import (KV, Config, HybridLM, State, UserError, claim_out, harm, join_projections, load_pretrained,
+                   provenance, run_main, scan_backend, selective_scan, start_script, sync)
 
 # 15b is Apriel's teacher, 8b ... 1b are Llama-3 shapes, tiny has the depth of the first
 # and the width of a toy, so that a laptop shows the effect. Bytes and speed need no more than the shape.
@@ -64,8 +66,15 @@ def parse_args():
     add("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
     add("--dtype", default="auto", help="float32 or bfloat16 (default: bfloat16 on cuda, else float32)")
     add("--seed", type=int, default=0, help="seed of weights and inputs (default: 0)")
-    add("--json", metavar="FILE", help="append one JSON line per row")
+    add("--json", metavar="FILE", help="append one JSON line per row; with --table or --figures: write their "
+        "reports, one line each (such a file can be given to both instead of directories)")
     add("--plot", metavar="FILE.png", help="tokens/s against context and against Mamba layers (needs matplotlib)")
+    # Results of distill.py and train_sft.py instead of measurements.
+    add("--table", nargs="+", metavar="DIR", help="only print a table of these results (or those inside, or in a file of "
+        "--json)")
+    add("--figures", nargs="+", metavar="DIR", help="... and draw the family into --out")
+    add("--out", default="results", help="directory for the pictures of --figures (default: results)")
+    add("--speeds", metavar="FILE", help="for --figures: tokens/s from bench.py --model DIR --json FILE")
     args = p.parse_args()
     args.ctx = numbers("--ctx", args.ctx)
     args.replace = numbers("--replace", args.replace or ("0" if args.model else "0,25,30,34,37,40"), least=0)
@@ -489,6 +498,274 @@ def plot(rows, path):
     print(f"wrote {path}")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Results: a table, and two pictures of a family, made from the reports that the runs have saved and from nothing else.
+#
+# A result is known by its history, the reports of all stages that led to it, oldest first: the tokens that a member has
+# cost are those of all of them, and its layer map has a row for each. A directory of train_sft.py is a member, too
+# (H-30-SFT). Runs that differ in the seed alone are named x-s0, x-s1, ... and share a row of the table.
+
+NEEDED = ("args", "layout", "replaced", "teacher_accuracy", "student_accuracy", "accuracy_by_family", "kl_first",
+          "kl_last", "scores", "tokens", "seconds", "seed")
+
+
+def read_result(path):
+    """The report in a result directory, with its name, path, and the checkpoint it started from; None if none is there.
+    What train_sft.py writes is brought to the keys of distill.py. Raises UserError for a report of something else."""
+    files = (os.path.join(path, name) for name in ("report.json", "training.json"))
+    file = next((f for f in files if os.path.exists(f)), None)               # report.json, if both are there
+    if file is None:
+        return None
+    report = nanoh1.read_json(file, dict)
+    try:
+        if file.endswith("training.json"):                                   # no teacher was asked: no KL, no scores
+            layout = nanoh1.config_from_json(nanoh1.read_json(os.path.join(path, "config.json"), dict)).layout
+            report = dict.fromkeys(NEEDED) | report | {key: report["log"][-1][key] for key in ("tokens", "seconds")} | {
+                "layout": list(layout), "replaced": [i for i, kind in enumerate(layout) if kind != "t"],
+                "student_accuracy": report.get("accuracy"), "seed": report["args"]["seed"],
+                "accuracy_by_family": {f: [None, share] for f, share in report.get("accuracy_by_family", {}).items()}}
+        missing = [key for key in NEEDED if key not in report]               # an older report, or a foreign one
+        if not missing:
+            before = report["args"].get("student", report["args"].get("model"))              # where this stage began
+            return report | {"name": os.path.basename(os.path.abspath(path)), "path": path, "before": before}
+    except (KeyError, IndexError) as e:
+        missing = [e]
+    raise UserError(f"{file} is no report of distill.py or train_sft.py: it has no {missing[0]}")
+
+
+def read_lines(path):
+    """A file that --json has written -> its reports, as read_result gives them. Raises UserError naming a bad line."""
+    reports = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                reports.append(json.loads(line))
+                if missing := [key for key in (*NEEDED, "name", "path", "before") if key not in reports[-1]]:
+                    raise UserError(f"{path}, line {number} is no result: it has no {missing[0]}")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path}, line {number} is no result: {e}") from None
+    return reports
+
+
+def write_lines(path, results):
+    """histories -> a JSON line for the newest report of each; the logs of single steps stay with the checkpoints."""
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as f:
+            for reports in results:
+                line = {key: value for key, value in reports[-1].items() if key != "log"}
+                f.write(json.dumps(line | {"tokens_before": tokens_of(reports) - line["tokens"]}) + "\n")
+    nanoh1.write_atomic(path, write)
+
+
+def tokens_of(reports):
+    """Tokens that a history has cost, all stages together; a line of --json knows it without its earlier stages."""
+    return reports[-1]["tokens"] + reports[-1].get("tokens_before", sum(r["tokens"] for r in reports[:-1]))
+
+
+def history(report, known):
+    """-> reports of the stages that led to this one, oldest first. known: {path: report}, asked before the disk. A
+    family may have moved as a whole: then an earlier stage is found beside the later one."""
+    reports, seen = [report], set()
+    while (before := reports[0]["before"]) and before not in seen:
+        seen.add(before)                                                     # a run may have replaced its own start
+        sibling = os.path.join(os.path.dirname(os.path.abspath(reports[0]["path"])), os.path.basename(before))
+        earlier = next((r for r in (known.get(p) or read_result(p) for p in (before, sibling)) if r), None)
+        if earlier is None or not earlier["replaced"]:                       # nothing known, or the teacher itself
+            break
+        reports.insert(0, earlier)
+    return reports
+
+
+def find_results(paths):
+    """Directories of results, those above them, or files of --json -> their histories, by the number of layers
+    replaced. A directory that is a result itself is not searched. Raises UserError where there is none."""
+    found = []
+    for path in paths:
+        inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
+        here = read_lines(path) if os.path.isfile(path) else [read_result(path)]
+        here = [r for r in here if r] or [r for d in inside if (r := read_result(os.path.join(path, d)))]
+        if not here:
+            raise UserError(f"{path}: no report.json of distill.py and no training.json of train_sft.py there")
+        found += here
+    known = {report["path"]: report for report in found}
+    return sorted((history(report, known) for report in found),
+                  key=lambda h: (len(h[-1]["replaced"]), len(h), h[-1]["name"]))
+
+
+def teacher_accuracy(reports):
+    """What the teacher scored in the newest stage that asked it, or None."""
+    return next((r["teacher_accuracy"] for r in reversed(reports) if r["teacher_accuracy"] is not None), None)
+
+
+def table_lines(results):
+    """histories -> a Markdown table. Numbers of several seeds: the mean +- half the distance of the extremes."""
+    groups = {}                                                              # name without seed -> [(seed, its row)]
+    for reports in results:
+        last, teacher = reports[-1], teacher_accuracy(reports)
+        by_family = {family: pair[1] for family, pair in (last["accuracy_by_family"] or {}).items()}
+        student = last["student_accuracy"]
+        row = {"replaced": len(last["replaced"]), "teacher": teacher, "student": student,
+               "of teacher": student / teacher if student is not None and teacher else None, **by_family,
+               "KL first": last["kl_first"], "KL last": last["kl_last"],
+               "M tokens": tokens_of(reports) / 1e6, "seconds": last["seconds"]}
+        groups.setdefault(re.sub(r"-s\d+$", "", last["name"]), []).append((last["seed"], row))
+
+    def cell(column, values):
+        """The cell of a column for all seeds of a row. A seed without this value is left out, not counted as 0."""
+        known, digits = [v for v in values if v is not None], {"replaced": 0, "seconds": 0}.get(column, 3)
+        if not known:
+            return ""
+        spread = f" +-{(max(known) - min(known)) / 2:.{digits}f}" if max(known) > min(known) else ""
+        return f"{sum(known) / len(known):.{digits}f}{spread}"
+    # A column for every key that any row has: families of problems differ between teachers, --data has none.
+    columns = list(dict.fromkeys(key for group in groups.values() for _, row in group for key in row))
+    table = [["result", "seeds", *columns]]
+    for name, group in groups.items():
+        table.append([name, " ".join(str(seed) for seed, _ in group),
+                      *(cell(column, [row.get(column) for _, row in group]) for column in columns)])
+    # Padded, so that it can be read in the terminal as well as pasted into the README.
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    table.insert(1, ["-" * width for width in widths])
+    return ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in table]
+
+
+def layer_rows(results):
+    """The longest history -> per stage (name, kinds, bars): kinds: per layer "t", "m2" or "n", and "new" where it was
+    replaced in this stage; bars: {layer: 0 ... 1}, its LOO or MMR score between the stage's least and largest harm."""
+    rows, before = [], None
+    for report in max(results, key=lambda h: len(h[-1]["replaced"])):
+        layout = report["layout"]
+        kinds = ["new" if k != "t" and (before is None or before[i] == "t") else k for i, k in enumerate(layout)]
+        # LOO accuracies and MMR losses have no common unit, and losses fall from stage to stage: scale within a stage.
+        cost = {s["layer"]: harm(s)[0] for s in report["scores"] or ()}      # empty for --rank first, last, FILE, ...
+        low, high = min(cost.values(), default=0), max(cost.values(), default=0)
+        rows.append((report["name"], kinds, {i: (c - low) / ((high - low) or 1) for i, c in cost.items()}))
+        before = layout
+    return rows
+
+
+def map_lines(rows):
+    """The layer map as text: a letter per layer, below it its score as a digit, 9 for the most harmful layer."""
+    letters, width = {"t": "t", "m2": "m", "n": "-", "i": "-", "new": "M"}, max(len(name) for name, _, _ in rows) + 2
+    lines = [" " * width + "".join(f"{i:<5}" for i in range(0, len(rows[0][1]), 5))]
+    for name, kinds, bars in rows:
+        digits = [str(round(9 * bars[i])) if i in bars else " " for i in range(len(kinds))]
+        lines += [name.ljust(width) + "".join(letters[kind] for kind in kinds), " " * width + "".join(digits).rstrip()]
+    return [*lines, "t attention, m Mamba, M replaced in this stage, - removed; digits: harm by the score, 0 to 9"]
+
+
+@torch.no_grad()
+def throughput(paths, file, device, dtype):
+    """Decoding speed of the checkpoints in paths, tokens/s: from the lines of bench.py in file, at the longest context
+    and the largest batch there, or else measured now by bench.py's functions."""
+    if file is None:
+        speed, how = [[] for _ in paths], argparse.Namespace(seconds=1.0, graph=False)
+        batch, ctx = (16, 32768) if device.type == "cuda" else (4, 8192)     # caches that outweigh so small a model
+        # Three rounds over all models, and the median: another program's burst then hits one round, not one member.
+        for i in tqdm([*range(len(paths))] * 3, desc=f"decoding {batch} texts after {ctx} tokens", unit="model"):
+            lm = nanoh1.join_projections(nanoh1.load_pretrained(paths[i], device, dtype))
+            state = filled_state(lm, batch, ctx)
+            speed[i].append(batch / time_decode(lm, state, batch, how, device)[0])
+        return [sorted(rates)[1] for rates in speed]
+    try:
+        with open(file, encoding="utf-8") as f:                              # JSON lines, one per row
+            rows = [json.loads(line) for line in f if line.strip()]
+        known = {}                                                           # the longest context is written last
+        for row in sorted((r for r in rows if r.get("decode")), key=lambda r: r["ctx"]):
+            if row["row"] == "model":                                        # row H-0 of --model is a random model
+                known[os.path.realpath(row["shape"])] = row["decode"][-1]["tokens_per_s"]
+        return [known[os.path.realpath(path)] for path in paths]
+    except OSError as e:
+        raise UserError(f"cannot read {file}: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{file} has no line for {e}: python bench.py --model DIR --json {file}") from None
+
+
+def draw_family(plt, path, results, teacher, speed):
+    """Score against decoding speed, a point per member, and the tokens of all its stages beside it. Members whose
+    mixers were removed (--init identity) are crosses. speed: the teacher's, then the members'."""
+    points = [("teacher", teacher, speed[0], "o", "black")]
+    for reports, rate in zip(results, speed[1:]):
+        last, label = reports[-1], f"{reports[-1]['name']}\n{tokens_of(reports) / 1e6:.2f} M tokens"
+        removed = "n" in last["layout"]
+        points.append((label, last["student_accuracy"], rate, *(("x", "gray") if removed else ("o", "tab:red"))))
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    width, height = (max(p[k] for p in points) - min(p[k] for p in points) or 1 for k in (2, 1))
+    for point in points:
+        label, accuracy, rate, marker, color = point
+        axes.plot(rate / speed[0], accuracy, marker, color=color)
+        # A label must not run into its neighbour's: above the point if the nearest other one is lower, else below.
+        apart = lambda p: ((p[2] - rate) / width) ** 2 + ((p[1] - accuracy) / height) ** 2
+        nearest = min((p for p in points if p is not point), key=apart)
+        y, edge = (1, "bottom") if accuracy > nearest[1] else (-1, "top")
+        x, side = (-7, "right") if marker == "x" else (7, "left")
+        axes.annotate(label, (rate / speed[0], accuracy), (x, y), textcoords="offset points", fontsize=7, ha=side,
+                      va=edge, color=color)
+    axes.margins(0.36, 0.12)
+    axes.set_xlabel(f"decoding speed, teacher = 1 ({speed[0]:.0f} tokens/s)")
+    axes.set_ylabel("exact match on held-out problems")
+    figure.tight_layout()
+    nanoh1.write_atomic(path, lambda to: figure.savefig(to, format="png", dpi=150))
+
+
+def draw_layers(plt, path, rows):
+    """The layer map: a row per stage, a column per layer; above each row the scores that decided it, as bars."""
+    colors = {"t": "#4c78a8", "m2": "#f3c9a5", "n": "#dddddd", "i": "#dddddd", "new": "#e4572e"}
+    figure, axes = plt.subplots(figsize=(10, 0.9 + 0.75 * len(rows)))
+    # Matplotlib counts from below: reversed, so that the first stage is on top.
+    for y, (_, kinds, bars) in enumerate(reversed(rows)):
+        axes.bar(range(len(kinds)), 0.4, 0.9, y, color=[colors[kind] for kind in kinds])
+        axes.bar(list(bars), [0.03 + 0.42 * value for value in bars.values()], 0.5, y + 0.43, color="#555555")
+    axes.set_yticks([y + 0.2 for y in range(len(rows))], [name for name, _, _ in reversed(rows)])
+    for kind, label in (("t", "attention"), ("m2", "Mamba"), ("new", "replaced in this stage")):
+        axes.bar([0], [0], color=colors[kind], label=label)
+    # Bars of no height, for the legend alone.
+    axes.bar([0], [0], color="#555555", label="harm (LOO, then MMR), scaled per stage")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4, fontsize=8, frameon=False)
+    axes.set_xlim(-1, len(rows[0][1]))
+    axes.set_xlabel("layer")
+    figure.tight_layout()
+    nanoh1.write_atomic(path, lambda to: figure.savefig(to, format="png", dpi=150))
+
+
+def show_results(args, device, dtype):
+    """--table and --figures."""
+    results = find_results([*(args.table or ()), *(args.figures or ())])
+    print("\n".join(table_lines(results)))
+    if args.json:
+        try:
+            write_lines(args.json, results)
+        except OSError as e:
+            raise UserError(f"cannot write {args.json}: {e.strerror}") from None
+    if not args.figures:
+        return
+    rows = layer_rows(results)                                               # as text in any case: it needs nothing
+    print("\n".join(["", *map_lines(rows)]), flush=True)
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no pictures: they need matplotlib (pip install matplotlib)")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    out = args.out
+    claim_out(out, overwrite=True, resume=False)                             # pictures are cheap, old ones are replaced
+    draw_layers(plt, os.path.join(out, "layers.png"), rows)
+    print(f"wrote {os.path.join(out, 'layers.png')}", flush=True)
+    # A member without accuracy (trained on --data, or never evaluated) has no place in the picture.
+    solved = [h for h in results if h[-1]["student_accuracy"] is not None and teacher_accuracy(h) is not None]
+    if not solved:
+        return print("no family.png: no member and its teacher have solved problems")
+    teacher = next(r["args"]["teacher"] for r in solved[0] if "teacher" in r["args"])
+    speed = throughput([teacher, *(reports[-1]["path"] for reports in solved)], args.speeds, device, dtype)
+    draw_family(plt, os.path.join(out, "family.png"), solved, teacher_accuracy(solved[0]), speed)
+    print(f"wrote {os.path.join(out, 'family.png')}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line.
+
 def pick_config(args, device, dtype, memory):
     """The shape: a checkpoint's, the one named, or the largest whose rows all fit with one text."""
     if args.model:
@@ -514,6 +791,8 @@ def main():
     args = parse_args()
     device, dtype = start_script(args)
     torch.manual_seed(args.seed)
+    if args.table or args.figures:
+        return show_results(args, device, dtype)
     if args.graph and device.type != "cuda":
         raise UserError("--graph needs a GPU with CUDA")
     bandwidth = copy_bandwidth(device)

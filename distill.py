@@ -5,7 +5,6 @@ Turn attention layers of a transformer into Mamba layers, and distil the result 
     python distill.py --replace 25 --init identity        # the control: the same 25 layers simply removed
     python distill.py --stages 25,27,30,34,37,40          # the whole family, each member from the one before
     python distill.py --teacher DIR --replace 12 --data traces.jsonl --out out/mine         # your model, your traces
-    python distill.py --figures out/h25 out/h27 out/h30   # a table and two pictures from what those runs have saved
 
 The steps of a stage: rank the attention layers, by leaving each one out (LOO, first stage) or by trying a Mamba layer
 in its place (MMR, later stages); replace the least important ones by Mamba layers that start from their weights (MIL);
@@ -19,7 +18,6 @@ import itertools
 import json
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -31,11 +29,131 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model as nano
-from model import (UserError, autocast, choose_threads, claim_out, provenance, run_main, start_script,
+from model import (UserError, autocast, choose_threads, claim_out, harm, provenance, run_main, start_script,
                    uninterrupted)
 from train_sft import (accuracy, batches, clipped_step, collate, encode_problem, generic_block, learning_rate,
                        list_block, load_progress, make_optimizers, problem_set, read_jsonl, save_progress,
                        show_example, solve, trace_block)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conversion (MIL, "Mamba in Llama"): a Mamba layer that starts from the attention layer it replaces.
+#
+# Linear attention without its softmax is a Mamba layer whose decay is 1 and whose step is 1: values are written under
+# keys and read with queries. So v, k, q and o have an obvious place in the new layer:
+#
+#       Mamba                        attention      |   Mamba                            fresh
+#       in_proj rows z               fresh          |   dt_in_proj, dt_proj, dt bias     Mamba's own initialisation
+#       in_proj rows x               v_proj         |   conv1d                           U(+-1/sqrt(d_conv))
+#       in_proj rows B               k_proj         |   A_log                            log(1 ... d_state)
+#       in_proj rows C               q_proj         |   D                                1
+#       out_proj columns             o_proj         |   norms, MLP                       kept
+#
+# Mamba knows chunks of d_state channels, not heads. Channel chunk j is read with chunk j of C but written with chunk
+# j // r of x and B (r query heads share a kv head). If Q's rows keep their order (head a of kv head g, chunk k: the
+# published code), chunk k of head a meets the wrong chunk of its kv head 7 times in 8 at the 15B shape. "aligned" lays
+# Q's rows and O's columns out in the order (g, k, a), and every chunk of q meets the same chunk of k and v. Both are
+# the same file format, and differ in nothing but the order of those rows and columns.
+#
+# The idea is that of "The Mamba in the Llama" (arXiv 2408.15237); what is lost is the softmax, which makes attention
+# exact: a scan returns a blend of all that was written, with old entries faded. Distillation has to close that gap.
+# Positions go as well: a scan knows order by its decay, so q and k are taken over without their rotation.
+
+INITS = {"calibrated": "aligned, then gate and output fitted on one batch", "aligned": "from attention, chunks matched",
+         "plain": "from attention, in the published order", "random": "nothing copied",
+         "identity": "no mixer at all (control)"}
+
+@torch.no_grad()
+def mil_mixer(attention, config, init="aligned"):
+    """attention: the Attention to replace -> a new Mamba, on the CPU in float32. init: a key of INITS but
+    identity; calibrated gives what aligned does, see calibrate."""
+    c, n, mixer = config, config.d_state, nano.Mamba(config)
+    if init == "random":
+        return mixer
+    if c.d_inner != c.n_head * c.head_dim or c.d_xb != c.n_kv_head * c.head_dim or c.head_dim % n or c.proj_bias:
+        raise UserError(f"attention with {c.n_head} / {c.n_kv_head} heads of {c.head_dim} cannot become a Mamba layer "
+                        f"of d_inner {c.d_inner}, d_xb {c.d_xb}, d_state {n}, projection bias {c.proj_bias}")
+    order = torch.arange(c.d_inner)
+    if init in ("aligned", "calibrated"):                                    # (g, a, k, lane) -> (g, k, a, lane)
+        order = order.view(c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim // n, n).transpose(1, 2).reshape(-1)
+    z, x, B, C = mixer.in_proj.weight.split([c.d_inner, c.d_xb, c.d_xb, c.d_inner])  # views: copy_ fills in_proj
+    for target, source in ((x, attention.v_proj.weight), (B, attention.k_proj.weight),
+                           (C, attention.q_proj.weight[order]),
+                           (mixer.out_proj.weight, attention.o_proj.weight[:, order])):
+        assert target.shape == source.shape, (target.shape, source.shape)
+        target.copy_(source)
+    return mixer
+
+
+# A fresh mixer has a weakness: with dt near 0.01 and a random gate it writes next to nothing, and the student starts
+# where a model without the layer would. "calibrated" repairs that on one batch of texts, in closed form: the gate is
+# opened (z is fitted to a constant c with silu(c) = 1, plus a little of its random start), and out_proj is fitted to
+# what the attention would have written for the same input. Layer by layer, so each sees the work of those before it.
+# The method is ours and not the paper's. Nothing but two linear systems per layer is solved: it takes no training step,
+# and the file format does not notice. dt stays as it is: size and direction are corrected in the last linear map.
+# With 7 of 10 layers replaced, 400 steps of distillation end at a KL of 0.16 from here and of 0.25 from "aligned" (see
+# the README, "The claims").
+
+def ridge_fit(a, b, strength=0.01):
+    """Least squares with a small penalty: a (m, k), b (m, r) -> w (r, k) float64, on the CPU, with a w^T close to b.
+    strength is relative to the mean square of a's columns: channels that hardly move get no huge weights."""
+    a, b = a.double().cpu(), b.double().cpu()
+    gram = a.T @ a                                                           # (k, k)
+    gram += strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram, a.T @ b).T
+
+
+@torch.no_grad()
+def calibrate(student, teacher, layers, tokens, real):
+    """Fit gate and out_proj of the new mixers in these layers of student, in place. tokens (b, t); real (b, t) False at
+    padding. Not in the paper; measured in the README."""
+    place, _ = nano.make_place(student.config, tokens, 0, None, None, student.embed_tokens.weight.dtype)
+    x = student.embed_tokens(tokens)                                         # (b, t, d_model)
+    for i, block in enumerate(student.layers):
+        if i in layers:
+            mixer, h = block.mixer, block.input_layernorm(x)
+            open_gate = ridge_fit(h[real], h.new_full((int(real.sum()), 1), 1.28))           # (1, d_model)
+            z = mixer.in_proj.weight[:mixer.config.d_inner]                  # (d_inner, d_model), a view
+            z.mul_(0.1).add_(open_gate.to(z))
+            keep, mixer.out_proj = mixer.out_proj, torch.nn.Identity()             # to see what goes into it
+            inner, _ = mixer(h, None, place)                                 # (b, t, d_inner)
+            mixer.out_proj = keep
+            wanted, _ = teacher.layers[i].self_attn(h, None, place)          # (b, t, d_model)
+            keep.weight.copy_(ridge_fit(inner[real], wanted[real]))
+        x, _ = block(x, None, place)
+
+
+def convert(student, teacher, layers, init="aligned", batch=None):
+    """Replace the mixers of these layers of student, in place, by Mamba layers made from the teacher's attention.
+    layers: 0-based; all must still be attention in the student. init: a key of INITS. batch: (tokens, real), which
+    "calibrated" needs, see calibrate. Returns the student."""
+    layout = list(student.config.layout)
+    if init not in INITS:
+        raise UserError(f"unknown init {init!r}; known: {', '.join(INITS)}")
+    if init == "calibrated" and batch is None:
+        raise UserError("init calibrated needs a batch of tokens")
+    for field in ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim"):
+        if getattr(student.config, field) != getattr(teacher.config, field):
+            raise UserError(f"student and teacher differ in {field}: {getattr(student.config, field)} and "
+                            f"{getattr(teacher.config, field)}")
+    for i in layers:
+        if not 0 <= i < len(layout) or layout[i] != "t" or teacher.config.layout[i] != "t":
+            raise UserError(f"layer {i} is not an attention layer (layout: {' '.join(layout)})")
+        layout[i] = "n" if init == "identity" else "m2"
+    config = replace(student.config, layout=tuple(layout))
+    for i in layers:
+        block = student.layers[i]
+        if init == "identity":
+            del block.input_layernorm
+        else:
+            mixer = mil_mixer(teacher.layers[i].self_attn, config, init)     # raises, if at all, at the first layer
+            block.mixer = nano.cast(mixer, block.mlp.down_proj.weight.device, block.mlp.down_proj.weight.dtype)
+        block.kind = layout[i]
+        del block.self_attn
+    student.config = config
+    if init == "calibrated" and layers:
+        calibrate(student, teacher, layers, *batch)
+    return student
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,13 +272,6 @@ def score(logits, base, targets):
     return torch.tensor([float((~wrong.any(1)).sum()), kl_divergence(logits, base).sum().item(), loss.item()])
 
 
-def harm(score):
-    """What replacing a layer costs, by its score: LOO: minus the accuracy without it, or the KL where there is none;
-    MMR: the loss of its trial. -> a pair of numbers, the second for ties."""
-    accuracy = score.get("accuracy")
-    return -accuracy if accuracy is not None else score.get("kl", score["loss"]), score["loss"]
-
-
 def least_important_first(scores):
     """Scores -> layer numbers. sorted is stable: of two equal ones the lower layer comes first."""
     return [s["layer"] for s in sorted(scores, key=harm)]
@@ -257,7 +368,7 @@ def try_each_layer(args, run, student, attention, key):
     todo = [layer for layer in attention if layer not in {trial["layer"] for trial in trials}]
     for layer in tqdm(todo, desc="MMR", unit="layer"):
         torch.manual_seed(args.seed)                                         # the same fresh parts for every candidate
-        trial = nano.convert(clone(student, args.train), run.teacher, [layer], args.init, run.calibration)
+        trial = convert(clone(student, args.train), run.teacher, [layer], args.init, run.calibration)
         optimizers = make_optimizers(set_trained(trial, args.train), args.lr)                # states of its own
         for step, (tokens, targets, teacher_x) in enumerate(data):
             last = step == args.probe_steps
@@ -386,7 +497,7 @@ class Run(NamedTuple):                                   # what all stages of a 
     block: object                                        # (number, count) -> training examples, see train_sft.batches
     probe: list                                          # lists of examples for LOO
     fixed: list                                          # one held-out batch, for the KL before and after
-    calibration: tuple                                   # (tokens, real), see model.calibrate
+    calibration: tuple                                   # (tokens, real), see calibrate
     solved: dict                                         # the teacher's answers, once it has been asked
 
 
@@ -429,7 +540,7 @@ def stage(args, run):
         raise UserError(f"--replace {args.replace}: {len(done)} layers are replaced already and {args.rank} names "
                         f"{len(order)} more")
     torch.manual_seed(args.seed)                                             # fresh parts do not depend on the ranking
-    student = set_trained(nano.convert(student, run.teacher, new, args.init, run.calibration), args.train).train()
+    student = set_trained(convert(student, run.teacher, new, args.init, run.calibration), args.train).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
     same = {flag: getattr(args, flag) for flag in FLAGS}
     # Always reverse KL on the same held-out batch, whatever --loss trains: results can be compared.
@@ -451,272 +562,6 @@ def stage(args, run):
     if os.path.exists(os.path.join(args.out, "progress.safetensors")):
         os.remove(os.path.join(args.out, "progress.safetensors"))
     print("\n".join([*table, f"saved {args.out}", json.dumps(report)]), flush=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Results: a table, and two pictures of a family, made from the reports that the runs have saved and from nothing else.
-#
-# A result is known by its history, the reports of all stages that led to it, oldest first: the tokens that a member has
-# cost are those of all of them, and its layer map has a row for each. A directory of train_sft.py is a member, too
-# (H-30-SFT). Runs that differ in the seed alone are named x-s0, x-s1, ... and share a row of the table.
-
-NEEDED = ("args", "layout", "replaced", "teacher_accuracy", "student_accuracy", "accuracy_by_family", "kl_first",
-          "kl_last", "scores", "tokens", "seconds", "seed")
-
-
-def read_result(path):
-    """The report in a result directory, with its name, path, and the checkpoint it started from; None if none is there.
-    What train_sft.py writes is brought to the keys of distill.py. Raises UserError for a report of something else."""
-    files = (os.path.join(path, name) for name in ("report.json", "training.json"))
-    file = next((f for f in files if os.path.exists(f)), None)               # report.json, if both are there
-    if file is None:
-        return None
-    report = nano.read_json(file, dict)
-    try:
-        if file.endswith("training.json"):                                   # no teacher was asked: no KL, no scores
-            layout = nano.config_from_json(nano.read_json(os.path.join(path, "config.json"), dict)).layout
-            report = dict.fromkeys(NEEDED) | report | {key: report["log"][-1][key] for key in ("tokens", "seconds")} | {
-                "layout": list(layout), "replaced": [i for i, kind in enumerate(layout) if kind != "t"],
-                "student_accuracy": report.get("accuracy"), "seed": report["args"]["seed"],
-                "accuracy_by_family": {f: [None, share] for f, share in report.get("accuracy_by_family", {}).items()}}
-        missing = [key for key in NEEDED if key not in report]               # an older report, or a foreign one
-        if not missing:
-            before = report["args"].get("student", report["args"].get("model"))              # where this stage began
-            return report | {"name": os.path.basename(os.path.abspath(path)), "path": path, "before": before}
-    except (KeyError, IndexError) as e:
-        missing = [e]
-    raise UserError(f"{file} is no report of distill.py or train_sft.py: it has no {missing[0]}")
-
-
-def read_lines(path):
-    """A file that --json has written -> its reports, as read_result gives them. Raises UserError naming a bad line."""
-    reports = []
-    try:
-        with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                reports.append(json.loads(line))
-                if missing := [key for key in (*NEEDED, "name", "path", "before") if key not in reports[-1]]:
-                    raise UserError(f"{path}, line {number} is no result: it has no {missing[0]}")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path}, line {number} is no result: {e}") from None
-    return reports
-
-
-def write_lines(path, results):
-    """histories -> a JSON line for the newest report of each; the logs of single steps stay with the checkpoints."""
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as f:
-            for reports in results:
-                line = {key: value for key, value in reports[-1].items() if key != "log"}
-                f.write(json.dumps(line | {"tokens_before": tokens_of(reports) - line["tokens"]}) + "\n")
-    nano.write_atomic(path, write)
-
-
-def tokens_of(reports):
-    """Tokens that a history has cost, all stages together; a line of --json knows it without its earlier stages."""
-    return reports[-1]["tokens"] + reports[-1].get("tokens_before", sum(r["tokens"] for r in reports[:-1]))
-
-
-def history(report, known):
-    """-> reports of the stages that led to this one, oldest first. known: {path: report}, asked before the disk. A
-    family may have moved as a whole: then an earlier stage is found beside the later one."""
-    reports, seen = [report], set()
-    while (before := reports[0]["before"]) and before not in seen:
-        seen.add(before)                                                     # a run may have replaced its own start
-        sibling = os.path.join(os.path.dirname(os.path.abspath(reports[0]["path"])), os.path.basename(before))
-        earlier = next((r for r in (known.get(p) or read_result(p) for p in (before, sibling)) if r), None)
-        if earlier is None or not earlier["replaced"]:                       # nothing known, or the teacher itself
-            break
-        reports.insert(0, earlier)
-    return reports
-
-
-def find_results(paths):
-    """Directories of results, those above them, or files of --json -> their histories, by the number of layers
-    replaced. A directory that is a result itself is not searched. Raises UserError where there is none."""
-    found = []
-    for path in paths:
-        inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
-        here = read_lines(path) if os.path.isfile(path) else [read_result(path)]
-        here = [r for r in here if r] or [r for d in inside if (r := read_result(os.path.join(path, d)))]
-        if not here:
-            raise UserError(f"{path}: no report.json of distill.py and no training.json of train_sft.py there")
-        found += here
-    known = {report["path"]: report for report in found}
-    return sorted((history(report, known) for report in found),
-                  key=lambda h: (len(h[-1]["replaced"]), len(h), h[-1]["name"]))
-
-
-def teacher_accuracy(reports):
-    """What the teacher scored in the newest stage that asked it, or None."""
-    return next((r["teacher_accuracy"] for r in reversed(reports) if r["teacher_accuracy"] is not None), None)
-
-
-def table_lines(results):
-    """histories -> a Markdown table. Numbers of several seeds: the mean +- half the distance of the extremes."""
-    groups = {}                                                              # name without seed -> [(seed, its row)]
-    for reports in results:
-        last, teacher = reports[-1], teacher_accuracy(reports)
-        by_family = {family: pair[1] for family, pair in (last["accuracy_by_family"] or {}).items()}
-        student = last["student_accuracy"]
-        row = {"replaced": len(last["replaced"]), "teacher": teacher, "student": student,
-               "of teacher": student / teacher if student is not None and teacher else None, **by_family,
-               "KL first": last["kl_first"], "KL last": last["kl_last"],
-               "M tokens": tokens_of(reports) / 1e6, "seconds": last["seconds"]}
-        groups.setdefault(re.sub(r"-s\d+$", "", last["name"]), []).append((last["seed"], row))
-
-    def cell(column, values):
-        """The cell of a column for all seeds of a row. A seed without this value is left out, not counted as 0."""
-        known, digits = [v for v in values if v is not None], {"replaced": 0, "seconds": 0}.get(column, 3)
-        if not known:
-            return ""
-        spread = f" +-{(max(known) - min(known)) / 2:.{digits}f}" if max(known) > min(known) else ""
-        return f"{sum(known) / len(known):.{digits}f}{spread}"
-    # A column for every key that any row has: families of problems differ between teachers, --data has none.
-    columns = list(dict.fromkeys(key for group in groups.values() for _, row in group for key in row))
-    table = [["result", "seeds", *columns]]
-    for name, group in groups.items():
-        table.append([name, " ".join(str(seed) for seed, _ in group),
-                      *(cell(column, [row.get(column) for _, row in group]) for column in columns)])
-    # Padded, so that it can be read in the terminal as well as pasted into the README.
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    table.insert(1, ["-" * width for width in widths])
-    return ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in table]
-
-
-def layer_rows(results):
-    """The longest history -> per stage (name, kinds, bars): kinds: per layer "t", "m2" or "n", and "new" where it was
-    replaced in this stage; bars: {layer: 0 ... 1}, its LOO or MMR score between the stage's least and largest harm."""
-    rows, before = [], None
-    for report in max(results, key=lambda h: len(h[-1]["replaced"])):
-        layout = report["layout"]
-        kinds = ["new" if k != "t" and (before is None or before[i] == "t") else k for i, k in enumerate(layout)]
-        # LOO accuracies and MMR losses have no common unit, and losses fall from stage to stage: scale within a stage.
-        cost = {s["layer"]: harm(s)[0] for s in report["scores"] or ()}      # empty for --rank first, last, FILE, ...
-        low, high = min(cost.values(), default=0), max(cost.values(), default=0)
-        rows.append((report["name"], kinds, {i: (c - low) / ((high - low) or 1) for i, c in cost.items()}))
-        before = layout
-    return rows
-
-
-def map_lines(rows):
-    """The layer map as text: a letter per layer, below it its score as a digit, 9 for the most harmful layer."""
-    letters, width = {"t": "t", "m2": "m", "n": "-", "i": "-", "new": "M"}, max(len(name) for name, _, _ in rows) + 2
-    lines = [" " * width + "".join(f"{i:<5}" for i in range(0, len(rows[0][1]), 5))]
-    for name, kinds, bars in rows:
-        digits = [str(round(9 * bars[i])) if i in bars else " " for i in range(len(kinds))]
-        lines += [name.ljust(width) + "".join(letters[kind] for kind in kinds), " " * width + "".join(digits).rstrip()]
-    return [*lines, "t attention, m Mamba, M replaced in this stage, - removed; digits: harm by the score, 0 to 9"]
-
-
-@torch.no_grad()
-def throughput(paths, file, device, dtype):
-    """Decoding speed of the checkpoints in paths, tokens/s: from the lines of bench.py in file, at the longest context
-    and the largest batch there, or else measured now by bench.py's functions."""
-    import bench                                                             # nothing else here needs it
-    if file is None:
-        speed, how = [[] for _ in paths], argparse.Namespace(seconds=1.0, graph=False)
-        batch, ctx = (16, 32768) if device.type == "cuda" else (4, 8192)     # caches that outweigh so small a model
-        # Three rounds over all models, and the median: another program's burst then hits one round, not one member.
-        for i in tqdm([*range(len(paths))] * 3, desc=f"decoding {batch} texts after {ctx} tokens", unit="model"):
-            lm = nano.join_projections(nano.load_pretrained(paths[i], device, dtype))
-            state = bench.filled_state(lm, batch, ctx)
-            speed[i].append(batch / bench.time_decode(lm, state, batch, how, device)[0])
-        return [sorted(rates)[1] for rates in speed]
-    try:
-        with open(file, encoding="utf-8") as f:                              # JSON lines, one per row
-            rows = [json.loads(line) for line in f if line.strip()]
-        known = {}                                                           # the longest context is written last
-        for row in sorted((r for r in rows if r.get("decode")), key=lambda r: r["ctx"]):
-            if row["row"] == "model":                                        # row H-0 of --model is a random model
-                known[os.path.realpath(row["shape"])] = row["decode"][-1]["tokens_per_s"]
-        return [known[os.path.realpath(path)] for path in paths]
-    except OSError as e:
-        raise UserError(f"cannot read {file}: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{file} has no line for {e}: python bench.py --model DIR --json {file}") from None
-
-
-def draw_family(plt, path, results, teacher, speed):
-    """Score against decoding speed, a point per member, and the tokens of all its stages beside it. Members whose
-    mixers were removed (--init identity) are crosses. speed: the teacher's, then the members'."""
-    points = [("teacher", teacher, speed[0], "o", "black")]
-    for reports, rate in zip(results, speed[1:]):
-        last, label = reports[-1], f"{reports[-1]['name']}\n{tokens_of(reports) / 1e6:.2f} M tokens"
-        removed = "n" in last["layout"]
-        points.append((label, last["student_accuracy"], rate, *(("x", "gray") if removed else ("o", "tab:red"))))
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    width, height = (max(p[k] for p in points) - min(p[k] for p in points) or 1 for k in (2, 1))
-    for point in points:
-        label, accuracy, rate, marker, color = point
-        axes.plot(rate / speed[0], accuracy, marker, color=color)
-        # A label must not run into its neighbour's: above the point if the nearest other one is lower, else below.
-        apart = lambda p: ((p[2] - rate) / width) ** 2 + ((p[1] - accuracy) / height) ** 2
-        nearest = min((p for p in points if p is not point), key=apart)
-        y, edge = (1, "bottom") if accuracy > nearest[1] else (-1, "top")
-        x, side = (-7, "right") if marker == "x" else (7, "left")
-        axes.annotate(label, (rate / speed[0], accuracy), (x, y), textcoords="offset points", fontsize=7, ha=side,
-                      va=edge, color=color)
-    axes.margins(0.36, 0.12)
-    axes.set_xlabel(f"decoding speed, teacher = 1 ({speed[0]:.0f} tokens/s)")
-    axes.set_ylabel("exact match on held-out problems")
-    figure.tight_layout()
-    nano.write_atomic(path, lambda to: figure.savefig(to, format="png", dpi=150))
-
-
-def draw_layers(plt, path, rows):
-    """The layer map: a row per stage, a column per layer; above each row the scores that decided it, as bars."""
-    colors = {"t": "#4c78a8", "m2": "#f3c9a5", "n": "#dddddd", "i": "#dddddd", "new": "#e4572e"}
-    figure, axes = plt.subplots(figsize=(10, 0.9 + 0.75 * len(rows)))
-    # Matplotlib counts from below: reversed, so that the first stage is on top.
-    for y, (_, kinds, bars) in enumerate(reversed(rows)):
-        axes.bar(range(len(kinds)), 0.4, 0.9, y, color=[colors[kind] for kind in kinds])
-        axes.bar(list(bars), [0.03 + 0.42 * value for value in bars.values()], 0.5, y + 0.43, color="#555555")
-    axes.set_yticks([y + 0.2 for y in range(len(rows))], [name for name, _, _ in reversed(rows)])
-    for kind, label in (("t", "attention"), ("m2", "Mamba"), ("new", "replaced in this stage")):
-        axes.bar([0], [0], color=colors[kind], label=label)
-    # Bars of no height, for the legend alone.
-    axes.bar([0], [0], color="#555555", label="harm (LOO, then MMR), scaled per stage")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4, fontsize=8, frameon=False)
-    axes.set_xlim(-1, len(rows[0][1]))
-    axes.set_xlabel("layer")
-    figure.tight_layout()
-    nano.write_atomic(path, lambda to: figure.savefig(to, format="png", dpi=150))
-
-
-def show_results(args, device, dtype):
-    """--table and --figures."""
-    results = find_results([*(args.table or ()), *(args.figures or ())])
-    print("\n".join(table_lines(results)))
-    if args.json:
-        try:
-            write_lines(args.json, results)
-        except OSError as e:
-            raise UserError(f"cannot write {args.json}: {e.strerror}") from None
-    if not args.figures:
-        return
-    rows = layer_rows(results)                                               # as text in any case: it needs nothing
-    print("\n".join(["", *map_lines(rows)]), flush=True)
-    try:
-        import matplotlib
-    except ImportError:
-        return print("no pictures: they need matplotlib (pip install matplotlib)")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    out = args.out or "results"
-    claim_out(out, overwrite=True, resume=False)                             # pictures are cheap, old ones are replaced
-    draw_layers(plt, os.path.join(out, "layers.png"), rows)
-    print(f"wrote {os.path.join(out, 'layers.png')}", flush=True)
-    # A member without accuracy (trained on --data, or never evaluated) has no place in the picture.
-    solved = [h for h in results if h[-1]["student_accuracy"] is not None and teacher_accuracy(h) is not None]
-    if not solved:
-        return print("no family.png: no member and its teacher have solved problems")
-    teacher = next(r["args"]["teacher"] for r in solved[0] if "teacher" in r["args"])
-    speed = throughput([teacher, *(reports[-1]["path"] for reports in solved)], args.bench, device, dtype)
-    draw_family(plt, os.path.join(out, "family.png"), solved, teacher_accuracy(solved[0]), speed)
-    print(f"wrote {os.path.join(out, 'family.png')}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -742,7 +587,7 @@ def parse_args():
     p.add_argument("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of layers "
                                                   "(loo.json, mmr.json, a report); auto: loo, and mmr "
                                                   "with --student (default auto)")
-    p.add_argument("--init", default="calibrated", choices=tuple(nano.INITS), help="of a mixer (default calibrated)")
+    p.add_argument("--init", default="calibrated", choices=tuple(INITS), help="of a mixer (default calibrated)")
     p.add_argument("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"), help="default reverse_kl")
     p.add_argument("--train", default="auto", choices=("auto", "all", "mixers"),
                    help="which weights train; auto: all if that fits into memory (default auto)")
@@ -759,12 +604,6 @@ def parse_args():
     p.add_argument("--dtype", default="auto", help="of matrix products: auto, float32 or bfloat16 (default auto)")
     p.add_argument("--resume", action="store_true", help="continue an interrupted run in --out, with the same flags")
     p.add_argument("--overwrite", action="store_true", help="replace a finished result in --out")
-    p.add_argument("--table", nargs="+", metavar="DIR", help="only print a table of these results (or those inside, "
-                                                                 "or in a file of --json)")
-    p.add_argument("--figures", nargs="+", metavar="DIR", help="... and draw the family into --out (default results)")
-    p.add_argument("--json", metavar="FILE", help="for --table and --figures: also write their reports, one JSON line "
-                                                  "each; such a file can be given to both instead of directories")
-    p.add_argument("--bench", metavar="FILE", help="for --figures: tokens/s from bench.py --model DIR --json FILE")
     return p.parse_args()
 
 
@@ -817,8 +656,6 @@ def main():
     """Check, load, then stage after stage. One teacher in memory serves them all."""
     began, args = time.time(), parse_args()
     device, dtype = start_script(args)
-    if args.table or args.figures:
-        return show_results(args, device, dtype)
     stages = plan(args)
     teacher, enc = nano.load_pretrained(args.teacher, device, dtype), nano.load_tokenizer(args.teacher)
     attention = teacher.config.layout.count("t")
@@ -854,7 +691,7 @@ def main():
 
 def calibration_batch(block, device, count=48, most=16384):
     """-> tokens (b, t) of some training texts, at most `most` of them, and real (b, t): False at padding.
-    For --init calibrated: its fit of d_inner unknowns wants several positions for each of them, see model.calibrate.
+    For --init calibrated: its fit of d_inner unknowns wants several positions for each of them, see calibrate.
     They are of the training split, block 0, whatever the stage: nothing held out is looked at."""
     examples = block(0, count)
     longest = max(len(ids) for ids, _ in examples)

@@ -740,133 +740,6 @@ def choose(logits, temperature, top_k, top_p, rngs):
     return torch.cat([torch.multinomial(p, 1, generator=rng) for p, rng in zip(probs, rngs)])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Conversion (MIL, "Mamba in Llama"): a Mamba layer that starts from the attention layer it replaces.
-#
-# Linear attention without its softmax is a Mamba layer whose decay is 1 and whose step is 1: values are written under
-# keys and read with queries. So v, k, q and o have an obvious place in the new layer:
-#
-#       Mamba                        attention      |   Mamba                            fresh
-#       in_proj rows z               fresh          |   dt_in_proj, dt_proj, dt bias     Mamba's own initialisation
-#       in_proj rows x               v_proj         |   conv1d                           U(+-1/sqrt(d_conv))
-#       in_proj rows B               k_proj         |   A_log                            log(1 ... d_state)
-#       in_proj rows C               q_proj         |   D                                1
-#       out_proj columns             o_proj         |   norms, MLP                       kept
-#
-# Mamba knows chunks of d_state channels, not heads. Channel chunk j is read with chunk j of C but written with chunk
-# j // r of x and B (r query heads share a kv head). If Q's rows keep their order (head a of kv head g, chunk k: the
-# published code), chunk k of head a meets the wrong chunk of its kv head 7 times in 8 at the 15B shape. "aligned" lays
-# Q's rows and O's columns out in the order (g, k, a), and every chunk of q meets the same chunk of k and v. Both are
-# the same file format, and differ in nothing but the order of those rows and columns.
-#
-# The idea is that of "The Mamba in the Llama" (arXiv 2408.15237); what is lost is the softmax, which makes attention
-# exact: a scan returns a blend of all that was written, with old entries faded. Distillation has to close that gap.
-# Positions go as well: a scan knows order by its decay, so q and k are taken over without their rotation.
-
-INITS = {"calibrated": "aligned, then gate and output fitted on one batch", "aligned": "from attention, chunks matched",
-         "plain": "from attention, in the published order", "random": "nothing copied",
-         "identity": "no mixer at all (control)"}
-
-# The order in which Apriel's 50-layer 15B teacher gave up its attention (0-based). Published: the first 25 (H-25, by
-# leaving one out), then 3 5 (H-27) and 6 7 8 (H-30), by trial. What H-34, H-37 and H-40 replaced is not published: here
-# the published leave-one-out order goes on. Layer 2 has no score there, and is never replaced.
-APRIEL15B = [47, 39, 24, 36, 31, 43, 32, 20, 38, 37, 30, 33, 22, 23, 40, 42, 44, 35, 41, 27, 21, 46, 45, 49, 25,
-             3, 5, 6, 7, 8, 34, 29, 28, 19, 26, 18, 17, 16, 13, 15, 14, 9, 12, 11, 48, 10, 4, 1, 0]
-
-
-@torch.no_grad()
-def mil_mixer(attention, config, init="aligned"):
-    """attention: the Attention to replace -> a new Mamba, on the CPU in float32. init: a key of INITS but
-    identity; calibrated gives what aligned does, see calibrate."""
-    c, n, mixer = config, config.d_state, Mamba(config)
-    if init == "random":
-        return mixer
-    if c.d_inner != c.n_head * c.head_dim or c.d_xb != c.n_kv_head * c.head_dim or c.head_dim % n or c.proj_bias:
-        raise UserError(f"attention with {c.n_head} / {c.n_kv_head} heads of {c.head_dim} cannot become a Mamba layer "
-                        f"of d_inner {c.d_inner}, d_xb {c.d_xb}, d_state {n}, projection bias {c.proj_bias}")
-    order = torch.arange(c.d_inner)
-    if init in ("aligned", "calibrated"):                                    # (g, a, k, lane) -> (g, k, a, lane)
-        order = order.view(c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim // n, n).transpose(1, 2).reshape(-1)
-    z, x, B, C = mixer.in_proj.weight.split([c.d_inner, c.d_xb, c.d_xb, c.d_inner])  # views: copy_ fills in_proj
-    for target, source in ((x, attention.v_proj.weight), (B, attention.k_proj.weight),
-                           (C, attention.q_proj.weight[order]),
-                           (mixer.out_proj.weight, attention.o_proj.weight[:, order])):
-        assert target.shape == source.shape, (target.shape, source.shape)
-        target.copy_(source)
-    return mixer
-
-
-# A fresh mixer has a weakness: with dt near 0.01 and a random gate it writes next to nothing, and the student starts
-# where a model without the layer would. "calibrated" repairs that on one batch of texts, in closed form: the gate is
-# opened (z is fitted to a constant c with silu(c) = 1, plus a little of its random start), and out_proj is fitted to
-# what the attention would have written for the same input. Layer by layer, so each sees the work of those before it.
-# The method is ours and not the paper's. Nothing but two linear systems per layer is solved: it takes no training step,
-# and the file format does not notice. dt stays as it is: size and direction are corrected in the last linear map.
-# With 7 of 10 layers replaced, 400 steps of distillation end at a KL of 0.16 from here and of 0.25 from "aligned" (see
-# the README, "The claims").
-
-def ridge_fit(a, b, strength=0.01):
-    """Least squares with a small penalty: a (m, k), b (m, r) -> w (r, k) float64, on the CPU, with a w^T close to b.
-    strength is relative to the mean square of a's columns: channels that hardly move get no huge weights."""
-    a, b = a.double().cpu(), b.double().cpu()
-    gram = a.T @ a                                                           # (k, k)
-    gram += strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram, a.T @ b).T
-
-
-@torch.no_grad()
-def calibrate(student, teacher, layers, tokens, real):
-    """Fit gate and out_proj of the new mixers in these layers of student, in place. tokens (b, t); real (b, t) False at
-    padding. Not in the paper; measured in the README."""
-    place, _ = make_place(student.config, tokens, 0, None, None, student.embed_tokens.weight.dtype)
-    x = student.embed_tokens(tokens)                                         # (b, t, d_model)
-    for i, block in enumerate(student.layers):
-        if i in layers:
-            mixer, h = block.mixer, block.input_layernorm(x)
-            open_gate = ridge_fit(h[real], h.new_full((int(real.sum()), 1), 1.28))           # (1, d_model)
-            z = mixer.in_proj.weight[:mixer.config.d_inner]                  # (d_inner, d_model), a view
-            z.mul_(0.1).add_(open_gate.to(z))
-            keep, mixer.out_proj = mixer.out_proj, nn.Identity()             # to see what goes into it
-            inner, _ = mixer(h, None, place)                                 # (b, t, d_inner)
-            mixer.out_proj = keep
-            wanted, _ = teacher.layers[i].self_attn(h, None, place)          # (b, t, d_model)
-            keep.weight.copy_(ridge_fit(inner[real], wanted[real]))
-        x, _ = block(x, None, place)
-
-
-def convert(student, teacher, layers, init="aligned", batch=None):
-    """Replace the mixers of these layers of student, in place, by Mamba layers made from the teacher's attention.
-    layers: 0-based; all must still be attention in the student. init: a key of INITS. batch: (tokens, real), which
-    "calibrated" needs, see calibrate. Returns the student."""
-    layout = list(student.config.layout)
-    if init not in INITS:
-        raise UserError(f"unknown init {init!r}; known: {', '.join(INITS)}")
-    if init == "calibrated" and batch is None:
-        raise UserError("init calibrated needs a batch of tokens")
-    for field in ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim"):
-        if getattr(student.config, field) != getattr(teacher.config, field):
-            raise UserError(f"student and teacher differ in {field}: {getattr(student.config, field)} and "
-                            f"{getattr(teacher.config, field)}")
-    for i in layers:
-        if not 0 <= i < len(layout) or layout[i] != "t" or teacher.config.layout[i] != "t":
-            raise UserError(f"layer {i} is not an attention layer (layout: {' '.join(layout)})")
-        layout[i] = "n" if init == "identity" else "m2"
-    config = replace(student.config, layout=tuple(layout))
-    for i in layers:
-        block = student.layers[i]
-        if init == "identity":
-            del block.input_layernorm
-        else:
-            mixer = mil_mixer(teacher.layers[i].self_attn, config, init)     # raises, if at all, at the first layer
-            block.mixer = cast(mixer, block.mlp.down_proj.weight.device, block.mlp.down_proj.weight.dtype)
-        block.kind = layout[i]
-        del block.self_attn
-    student.config = config
-    if init == "calibrated" and layers:
-        calibrate(student, teacher, layers, *batch)
-    return student
-
-
 def cast(module, device, dtype):
     """Move to device and dtype; A_log and D stay float32 (the recurrence is sensitive to them)."""
     for name, p in module.named_parameters():
@@ -1272,6 +1145,20 @@ def sync(device):
     """Wait until the device has finished: its calls return before the work is done, and clocks would read too early."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
+
+
+# The order in which Apriel's 50-layer 15B teacher gave up its attention (0-based). Published: the first 25 (H-25, by
+# leaving one out), then 3 5 (H-27) and 6 7 8 (H-30), by trial. What H-34, H-37 and H-40 replaced is not published: here
+# the published leave-one-out order goes on. Layer 2 has no score there, and is never replaced.
+APRIEL15B = [47, 39, 24, 36, 31, 43, 32, 20, 38, 37, 30, 33, 22, 23, 40, 42, 44, 35, 41, 27, 21, 46, 45, 49, 25,
+             3, 5, 6, 7, 8, 34, 29, 28, 19, 26, 18, 17, 16, 13, 15, 14, 9, 12, 11, 48, 10, 4, 1, 0]
+
+
+def harm(score):
+    """What replacing a layer costs, by its score: LOO: minus the accuracy without it, or the KL where there is none;
+    MMR: the loss of its trial. -> a pair of numbers, the second for ties."""
+    accuracy = score.get("accuracy")
+    return -accuracy if accuracy is not None else score.get("kl", score["loss"]), score["loss"]
 
 
 def autocast(device, dtype):

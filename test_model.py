@@ -31,8 +31,9 @@ import distill
 import model as nano
 import sample
 import train_sft
-from model import (Config, GPT2_PATTERN, HybridLM, INITS, KV, SSM, UserError, ChunkedScan, choose, convert,
-                   join_projections, load_pretrained, load_tokenizer, save_pretrained, scan_chunk, scan_loop,
+from distill import INITS, convert
+from model import (Config, GPT2_PATTERN, HybridLM, KV, SSM, UserError, ChunkedScan, choose, join_projections,
+                   load_pretrained, load_tokenizer, save_pretrained, scan_chunk, scan_loop,
                    selective_scan)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1240,8 +1241,8 @@ def test_aligned_and_plain_differ_in_nothing_but_that_order():
 
 def test_a_ridge_fit_finds_a_linear_map():
     a, w = torch.randn(200, 6), torch.randn(3, 6)
-    assert (nano.ridge_fit(a, a @ w.T, strength=1e-9) - w).abs().max() < 1e-6
-    assert nano.ridge_fit(a, a @ w.T, strength=10.0).norm() < w.norm() / 2   # the penalty pulls towards zero
+    assert (distill.ridge_fit(a, a @ w.T, strength=1e-9) - w).abs().max() < 1e-6
+    assert distill.ridge_fit(a, a @ w.T, strength=10.0).norm() < w.norm() / 2   # the penalty pulls towards zero
 
 
 def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does():
@@ -2890,24 +2891,24 @@ def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
     for seed, student in ((0, 0.5), (1, 0.7)):
         fake_report(tmp_path / "claims" / f"plain-s{seed}", [4, 5], 1_000_000, student, seed)
     lines = [[cell.strip() for cell in line.strip("|").split("|")]
-             for line in run_script(distill, "--table", tmp_path, tmp_path / "claims").splitlines()]
+             for line in run_script(bench, "--table", tmp_path, tmp_path / "claims").splitlines()]
     table = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
     assert list(table) == ["h1", "plain", "h3"]
     assert [table["h3"][key] for key in ("M tokens", "of teacher", "replaced")] == ["3.000", "0.500", "3"]
     assert table["plain"]["seeds"] == "0 1" and table["plain"]["student"] == "0.600 +-0.100"
     assert table["h1"]["KL first"] == "0.500" and table["h1"]["KL last"] == "0.250" and table["h1"]["seconds"] == "10"
     # Lines of --json give the same table, also where the earlier stages and the checkpoints are gone.
-    printed = run_script(distill, "--table", tmp_path / "h3", "--json", tmp_path / "lines.jsonl")
+    printed = run_script(bench, "--table", tmp_path / "h3", "--json", tmp_path / "lines.jsonl")
     shutil.rmtree(tmp_path / "h1")
-    assert run_script(distill, "--table", tmp_path / "lines.jsonl") == printed
+    assert run_script(bench, "--table", tmp_path / "lines.jsonl") == printed
     (tmp_path / "bad.jsonl").write_text((tmp_path / "lines.jsonl").read_text() + "{}\n")
     with pytest.raises(UserError, match="line 2 is no result"):
-        run_script(distill, "--table", tmp_path / "bad.jsonl")
+        run_script(bench, "--table", tmp_path / "bad.jsonl")
     with pytest.raises(UserError, match="no report.json"):
-        run_script(distill, "--table", tmp_path / "nothing")
+        run_script(bench, "--table", tmp_path / "nothing")
     (tmp_path / "h3" / "report.json").write_text("{}")
     with pytest.raises(UserError, match="is no report"):
-        run_script(distill, "--table", tmp_path / "h3")
+        run_script(bench, "--table", tmp_path / "h3")
 
 
 def test_without_matplotlib_the_layer_map_is_text(tmp_path, monkeypatch):
@@ -2916,7 +2917,7 @@ def test_without_matplotlib_the_layer_map_is_text(tmp_path, monkeypatch):
     fake_report(tmp_path / "h1", [0], 10, 0.8, scores=loo)
     fake_report(tmp_path / "h2", [0, 2], 10, 0.8, before=tmp_path / "h1", scores=mmr)
     monkeypatch.setitem(sys.modules, "matplotlib", None)                     # import fails
-    printed = run_script(distill, "--figures", tmp_path, "--out", tmp_path / "results")
+    printed = run_script(bench, "--figures", tmp_path, "--out", tmp_path / "results")
     assert ["h1  Mttttt", "    024579", "h2  mtMttt", "     00009"] == [
         line.rstrip() for line in printed.splitlines()
         if line and line[0] in "h " and not line.startswith("    0    5")]
@@ -2928,13 +2929,13 @@ def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path
     monkeypatch.setattr(bench, "filled_state", lambda lm, batch, ctx, real=bench.filled_state: real(lm, 1, 20))
     monkeypatch.setattr(bench, "time_decode", lambda lm, state, batch, args, device, real=bench.time_decode: real(
         lm, state, 1, argparse.Namespace(seconds=0.0, graph=False), device))
-    printed = run_script(distill, "--figures", family, "--out", tmp_path)    # measured on the spot
+    printed = run_script(bench, "--figures", family, "--out", tmp_path)    # measured on the spot
     for name in ("layers.png", "family.png"):
         assert name in printed and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     row = lambda path, speed: json.dumps({"row": "model", "shape": str(path), "ctx": 9,
                                           "decode": [{"tokens_per_s": speed}]})
     (tmp_path / "bench.jsonl").write_text("\n".join([row(traces[0], 100.0), row(family / "h1", 150.0)]))
-    known = lambda *paths: distill.throughput(paths, tmp_path / "bench.jsonl", "cpu", torch.float32)
+    known = lambda *paths: bench.throughput(paths, tmp_path / "bench.jsonl", "cpu", torch.float32)
     assert known(traces[0], family / "h1") == [100.0, 150.0]
     with pytest.raises(UserError, match="no line for .*h2"):
         known(family / "h2")
@@ -2945,7 +2946,7 @@ def test_a_burst_of_another_program_spoils_no_speed(traces, family, monkeypatch)
     seconds = iter([1.0, 8.0, 9.0, 1.0, 2.0, 4.0])                           # a call per model and round
     monkeypatch.setattr(bench, "filled_state", lambda lm, batch, ctx: None)
     monkeypatch.setattr(bench, "time_decode", lambda *rest: (next(seconds), 0.0))
-    assert distill.throughput([traces[0], family / "h1"], None, torch.device("cpu"), torch.float32) == [2.0, 1.0]
+    assert bench.throughput([traces[0], family / "h1"], None, torch.device("cpu"), torch.float32) == [2.0, 1.0]
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():
