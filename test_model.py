@@ -7,6 +7,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"     # before anything imports Triton: without a GPU it interprets its kernels
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -87,6 +88,53 @@ def in_pieces(model, tokens, sizes, state=None, reset=None):
 def state_tensors(state):
     """All tensors of a State that mean something: caches up to the position, conv and SSM states."""
     return [m[:, :state.position] if isinstance(layer, KV) else m for layer in state.layers if layer for m in layer]
+
+
+def script(name, *args, stdin="", env=()):
+    """Run a script in a process of its own -> (exit code, stdout, stderr)."""
+    done = subprocess.run([sys.executable, os.path.join(HERE, name), *map(str, args)], input=stdin, capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env))
+    return done.returncode, done.stdout, done.stderr
+
+
+Printed = collections.namedtuple("Printed", "out err")
+
+
+def run(program, *args, stdin=None):
+    """main() of a script in this process, which is faster -> what it printed, as (out, err)."""
+    out = io.StringIO()
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program.__name__ + ".py", *map(str, args)])
+        if stdin is not None:
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                program.main()
+        except BaseException:
+            print(out.getvalue(), end="")                                    # for capsys, where a test wants it
+            print(err.getvalue(), end="", file=sys.stderr)
+            raise
+    return Printed(out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def interrupt_after(monkeypatch):
+    """-> a function: let the next training loop end with Ctrl-C after so many optimiser steps."""
+    monkeypatch.setattr(nano.signal, "signal", lambda *args: None)           # this process stays interruptible
+    real = train_sft.clipped_step
+
+    def after(steps, program=train_sft):
+        left = [steps]
+
+        def step(*args):
+            if not left[0]:
+                monkeypatch.setattr(program, "clipped_step", real)
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return real(*args)
+        monkeypatch.setattr(program, "clipped_step", step)
+    return after
 
 
 LAYOUTS = ["t t", "m2 m2", "m2 t", "t m2 t m2", "m2 i n t m2"]
@@ -2026,22 +2074,6 @@ def checkpoint(tmp_path_factory):
     return str(path)
 
 
-def script(name, *args, stdin="", env=()):
-    """Run a script in a process of its own -> (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, os.path.join(HERE, name), *map(str, args)], input=stdin, capture_output=True,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env))
-    return done.returncode, done.stdout, done.stderr
-
-
-def run_main(program, monkeypatch, capsys, *args, stdin=None):
-    """Run a script's main() in this process, which is faster -> (stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", [program.__name__ + ".py", *map(str, args)])
-    if stdin is not None:
-        monkeypatch.setattr(sys, "stdin", stdin)
-    program.main()
-    return capsys.readouterr()
-
-
 # Generation: one model call per token, whatever else is in the batch.
 
 @pytest.mark.parametrize("layout", STATE_LAYOUTS.values(), ids=STATE_LAYOUTS)
@@ -2058,11 +2090,11 @@ def test_sampled_text_does_not_depend_on_the_rest_of_the_batch(checkpoint, monke
     (tmp_path / "prompts").write_text("\n".join(lines) + "\n")
     common = ("--model", checkpoint, "--device", "cpu", "--temperature", "0.8", "--max-new-tokens", 8, "--seed", 5,
               "--json")
-    out, _ = run_main(sample, monkeypatch, capsys, *common, "--prompt-file", tmp_path / "prompts", "--num-samples", 2)
+    out, _ = run(sample, *common, "--prompt-file", tmp_path / "prompts", "--num-samples", 2)
     batch = [json.loads(line) for line in out.splitlines()]
     assert [row["prompt"] for row in batch] == [line for line in lines for _ in range(2)]
     for i, line in enumerate(lines):
-        out, _ = run_main(sample, monkeypatch, capsys, *common, "--prompt", line, "--num-samples", 2)
+        out, _ = run(sample, *common, "--prompt", line, "--num-samples", 2)
         assert [json.loads(row)["ids"] for row in out.splitlines()] == [row["ids"] for row in batch[2 * i:2 * i + 2]]
     assert batch[0]["ids"] != batch[1]["ids"]                                              # two samples, two texts
 
@@ -2178,20 +2210,20 @@ def test_samples_start_from_one_prefill(checkpoint, monkeypatch, capsys):
     fed, hidden = [], HybridLM.hidden
     monkeypatch.setattr(HybridLM, "hidden", lambda self, tokens, *a: fed.append(tuple(tokens.shape)) or
                         hidden(self, tokens, *a))
-    run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--prompt", "hello", "--raw",
+    run(sample, "--model", checkpoint, "--device", "cpu", "--prompt", "hello", "--raw",
              "--num-samples", 3, "--max-new-tokens", 2, "--temperature", 1)
     assert fed[0] == (1, 5) and set(fed[1:]) <= {(3, 1)}                               # read once, then three rows
 
 
 def test_same_seed_same_text_and_another_seed_another(checkpoint, monkeypatch, capsys):
-    run = lambda *more: run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--prompt",
+    go = lambda *more: run(sample, "--model", checkpoint, "--device", "cpu", "--prompt",
                                  "hi", "--temperature", 1, "--max-new-tokens", 20, *more)[0]
-    assert run("--seed", 1) == run("--seed", 1) != run("--seed", 2)
-    assert run("--seed", 1, "--prefill-chunk", 1) == run("--seed", 1)
+    assert go("--seed", 1) == go("--seed", 1) != go("--seed", 2)
+    assert go("--seed", 1, "--prefill-chunk", 1) == go("--seed", 1)
 
 
 def test_json_has_the_promised_keys_and_true_byte_counts(checkpoint, monkeypatch, capsys):
-    out, err = run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--prompt", "", "--raw",
+    out, err = run(sample, "--model", checkpoint, "--device", "cpu", "--prompt", "", "--raw",
                         "--max-new-tokens", 7, "--json")
     row, = map(json.loads, out.splitlines())
     assert {"prompt", "text", "tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "kv_bytes",
@@ -2203,15 +2235,15 @@ def test_json_has_the_promised_keys_and_true_byte_counts(checkpoint, monkeypatch
 
 
 def test_a_context_above_the_trained_length_warns(checkpoint, monkeypatch, capsys):
-    _, err = run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--prompt", "x" * 80,
+    _, err = run(sample, "--model", checkpoint, "--device", "cpu", "--prompt", "x" * 80,
                       "--max-new-tokens", 2)
     assert "trained on 64" in err
 
 
 def test_chat_keeps_its_state_between_turns(checkpoint, monkeypatch, capsys):
     """Two turns with the state kept = one prompt that holds the whole conversation."""
-    out, _ = run_main(sample, monkeypatch, capsys, "--model", checkpoint, "--device", "cpu", "--chat",
-                      "--max-new-tokens", 9, stdin=io.StringIO("hello\nand again\n"))
+    out, _ = run(sample, "--model", checkpoint, "--device", "cpu", "--chat",
+                      "--max-new-tokens", 9, stdin="hello\nand again\n")
     model, enc = load_pretrained(checkpoint), load_tokenizer(checkpoint)
     ids = enc.encode("<s>[INST] hello [/INST]", allowed_special="all")
     first = model.generate([ids], 9)[0]
@@ -2290,7 +2322,7 @@ def test_bench_measures_and_logs_every_row_it_plans(tmp_path):
 
 
 def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint, monkeypatch, capsys):
-    out, _ = run_main(bench, monkeypatch, capsys, "--device", "cpu", "--model", checkpoint, "--replace", "0,50",
+    out, _ = run(bench, "--device", "cpu", "--model", checkpoint, "--replace", "0,50",
                       "--ctx", 4096, "--memory", 0.001, "--seconds", 0, "--batch", "1", "--what", "decode")
     lines = {line.split()[0]: line for line in out.splitlines() if line.split()[:1]}
     assert "does not fit" in lines["H-0"] and "(1)" in lines["H-50"] and "does not fit" in lines["model"]
@@ -2307,14 +2339,14 @@ def test_a_row_that_fails_keeps_its_measured_cells(error, end, monkeypatch, caps
             raise error
         return time_decode(model, state, batch, *rest)
     monkeypatch.setattr(bench, "time_decode", fails)
-    run = lambda: run_main(bench, monkeypatch, capsys, "--device", "cpu", "--ctx", 16, "--replace", "0,40", "--batch",
+    go = lambda: run(bench, "--device", "cpu", "--ctx", 16, "--replace", "0,40", "--batch",
                            "1,2", "--seconds", 0, "--memory", 0.03, "--what", "decode", "--json", log)
     if end:
         with pytest.raises(end):
-            run()
+            go()
         out, rows = capsys.readouterr().out, []
     else:
-        out, rows = run().out, [json.loads(line)["row"] for line in log.read_text().splitlines()]
+        out, rows = go().out, [json.loads(line)["row"] for line in log.read_text().splitlines()]
     last = [line for line in out.splitlines() if line.split()[:1] == ["H-0"]][-1]
     assert rows == ([] if end else ["H-0", "H-40"])
     if end is not RuntimeError:
@@ -2511,7 +2543,7 @@ def test_learning_rate_rises_stays_and_falls():
 
 
 def test_training_resumed_is_training_uninterrupted(traces, tmp_path):
-    def run(out, stop=None):
+    def go(out, stop=None):
         args = argparse.Namespace(out=str(out), steps=4, batch=2, lr=1e-3, warmup=1, every=2, resume=True, seed=0,
                                   model=None, layers=4, wide=1, data=None, ctx=64, easy=0.0)
         lm, block = load_pretrained(traces[0]).train(), train_sft.trace_block(traces[1], 0)
@@ -2532,29 +2564,10 @@ def test_training_resumed_is_training_uninterrupted(traces, tmp_path):
                 train_sft.clipped_step = real
         return lm
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    whole = run(tmp_path / "a")
-    run(tmp_path / "b", stop=2)
-    again = run(tmp_path / "b")
+    whole = go(tmp_path / "a")
+    go(tmp_path / "b", stop=2)
+    again = go(tmp_path / "b")
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """-> a function: let the next run of this script end with Ctrl-C after so many steps."""
-    monkeypatch.setattr(nano.signal, "signal", lambda *a: None)         # this process stays interruptible
-    real = train_sft.clipped_step
-
-    def after(program, steps):
-        left = [steps]
-
-        def step(*args):
-            if not left[0]:
-                monkeypatch.setattr(program, "clipped_step", real)
-                raise KeyboardInterrupt
-            left[0] -= 1
-            return real(*args)
-        monkeypatch.setattr(program, "clipped_step", step)
-    return after
 
 
 def short_run(program, traces, out, *more):
@@ -2566,15 +2579,14 @@ def short_run(program, traces, out, *more):
 
 
 @pytest.mark.parametrize("train", ["all", "mixers"])
-def test_distillation_resumed_is_distillation_uninterrupted(traces, tmp_path, monkeypatch, capsys, interrupt, train):
-    run = lambda out, *more: run_main(distill, monkeypatch, capsys,
-                                      *short_run(distill, traces, tmp_path / out, "--train", train, *more))[0]
-    whole = run("a")
-    interrupt(distill, 2)
+def test_distillation_resumed_is_distillation_uninterrupted(traces, tmp_path, monkeypatch, capsys, interrupt_after, train):
+    go = lambda out, *more: run(distill, *short_run(distill, traces, tmp_path / out, "--train", train, *more))[0]
+    whole = go("a")
+    interrupt_after(2, distill)
     with pytest.raises(KeyboardInterrupt):
-        run("b")
+        go("b")
     assert not (tmp_path / "b" / "model.safetensors").exists()
-    again = run("b", "--resume")
+    again = go("b", "--resume")
     a, b = (json.loads(out.splitlines()[-1]) for out in (whole, again))
     assert a | {"seconds": 0} == b | {"seconds": 0} and a["steps"] == 4
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
@@ -2582,11 +2594,11 @@ def test_distillation_resumed_is_distillation_uninterrupted(traces, tmp_path, mo
 
 
 @pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
-def test_a_loss_that_is_nan_exits_and_leaves_what_was_saved(program, traces, tmp_path, monkeypatch, capsys, interrupt):
+def test_a_loss_that_is_nan_exits_and_leaves_what_was_saved(program, traces, tmp_path, monkeypatch, capsys, interrupt_after):
     """Exit code 2, one line, and progress from before the accident, from which a lower rate could continue."""
-    interrupt(program, 2)
+    interrupt_after(2, program)
     with pytest.raises(KeyboardInterrupt):
-        run_main(program, monkeypatch, capsys, *short_run(program, traces, tmp_path))
+        run(program, *short_run(program, traces, tmp_path))
     before, files = (tmp_path / "progress.safetensors").read_bytes(), sorted(os.listdir(tmp_path))
     name = "cross_entropy" if program is train_sft else "batch_loss"
     real = getattr(program, name)
@@ -2603,7 +2615,7 @@ def test_a_loss_that_is_nan_exits_and_leaves_what_was_saved(program, traces, tmp
 @pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
 def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, monkeypatch, capsys):
     """Products in bfloat16, weights kept in float32."""
-    out, _ = run_main(program, monkeypatch, capsys, *short_run(program, traces, tmp_path, "--dtype", "bfloat16"))
+    out, _ = run(program, *short_run(program, traces, tmp_path, "--dtype", "bfloat16"))
     report = json.loads(out.splitlines()[-1])
     assert all(math.isfinite(report[key]) for key in {"loss", "kl_first", "kl_last"} & set(report))
     weights = load_file(tmp_path / "model.safetensors")
@@ -2653,7 +2665,7 @@ def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_
     lines = [{"prompt": f"<s>[INST] {i} [/INST]", "response": f" {i + 1}</s>"} for i in range(55)]
     lines[7] = {"messages": [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]}
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out, _ = run_main(distill, monkeypatch, capsys, "--teacher", traces[0], "--data", tmp_path / "x.jsonl", "--replace",
+    out, _ = run(distill, "--teacher", traces[0], "--data", tmp_path / "x.jsonl", "--replace",
                       2, "--steps", 2, "--batch", 2, "--device", "cpu", "--out", tmp_path / "out")
     report = json.loads(out.splitlines()[-1])
     assert [report[key] for key in ("teacher_accuracy", "student_accuracy", "accuracy_by_family")] == [None] * 3
@@ -2680,8 +2692,8 @@ def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces)
 
 def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces, tmp_path, monkeypatch, capsys):
     before = open(os.path.join(traces[0], "model.safetensors"), "rb").read()
-    run = lambda *more: run_main(distill, monkeypatch, capsys, "--teacher", traces[0], *more)[0]
-    out = run("--stages", "1,2", "--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1,
+    go = lambda *more: run(distill, "--teacher", traces[0], *more)[0]
+    out = go("--stages", "1,2", "--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1,
               "--out", tmp_path)
     report = json.loads(out.strip().splitlines()[-1])
     assert set(report) == {"replaced", "layout", "teacher_accuracy", "student_accuracy", "accuracy_by_family",
@@ -2690,28 +2702,15 @@ def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces
     assert load_pretrained(tmp_path / "h2").config.layout == tuple(report["layout"])
     assert open(os.path.join(traces[0], "model.safetensors"), "rb").read() == before
     with pytest.raises(UserError, match="overwrite"):                        # a finished result is not lost unasked
-        run("--replace", 2, "--out", tmp_path / "h2")
+        go("--replace", 2, "--out", tmp_path / "h2")
     with pytest.raises(UserError, match="4 attention layers"):
-        run("--replace", 99, "--out", tmp_path / "new")
+        go("--replace", 99, "--out", tmp_path / "new")
     with pytest.raises(UserError, match="rank"):
-        run("--replace", 1, "--rank", "nonsense", "--out", tmp_path / "new")
+        go("--replace", 1, "--rank", "nonsense", "--out", tmp_path / "new")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The family: stages that can be killed, trials that find the harmless layer, generic text, merging, tables, pictures.
-
-def run_script(module, *args):
-    """main() of a script in this process, with these arguments. -> what it printed."""
-    import contextlib, io
-    out, argv = io.StringIO(), sys.argv
-    sys.argv = [module.__name__, *map(str, args)]
-    try:
-        with contextlib.redirect_stdout(out):
-            module.main()
-    finally:
-        sys.argv = argv
-    return out.getvalue()
-
 
 @pytest.fixture
 def no_answers(monkeypatch):
@@ -2728,7 +2727,7 @@ def family(traces, tmp_path_factory):
     path = tmp_path_factory.mktemp("family")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "solve", lambda lm, enc, problems, **kw: [""] * len(problems))
-        run_script(distill, "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", path)
+        run(distill, "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", path)
     return path
 
 
@@ -2748,11 +2747,11 @@ def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family,
         return real(*args)
     monkeypatch.setattr(distill, "clipped_step", step)
     with pytest.raises(KeyboardInterrupt):
-        run_script(distill, *command)
+        run(distill, *command)
     assert len(calls) == killed_after
     more = []
     monkeypatch.setattr(distill, "clipped_step", lambda *args: more.append(1) or real(*args))
-    run_script(distill, *command)
+    run(distill, *command)
     assert len(more) == 2 + 3 + 2 - killed_after                             # what was done is not done again
     for member in ("h1", "h2"):
         assert weights(tmp_path / member) == weights(family / member)
@@ -2762,16 +2761,16 @@ def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family,
 
 def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, family, tmp_path, monkeypatch, no_answers):
     command = ("--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", family)
-    assert run_script(distill, *command).count("finished already") == 2
+    assert run(distill, *command).out.count("finished already") == 2
     for change in (("--traces", "generic"), ("--warmup", 3), ("--ctx", 99), ("--rank", "last"), ("--probe-steps", 2)):
         with pytest.raises(UserError, match=change[0][2:].replace("-", "_")):
-            run_script(distill, *command, *change)
+            run(distill, *command, *change)
     monkeypatch.setattr(distill, "clipped_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     command = ("--teacher", traces[0], "--replace", 1, *SMALL, "--resume", "--rank", "first", "--out", tmp_path / "x")
     with pytest.raises(KeyboardInterrupt):
-        run_script(distill, *command)
+        run(distill, *command)
     with pytest.raises(UserError, match="traces = reasoning, now traces = generic"):
-        run_script(distill, *command, "--traces", "generic")
+        run(distill, *command, "--traces", "generic")
 
 
 def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
@@ -2779,12 +2778,12 @@ def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces,
     for i, block in enumerate(lm.layers):                                    # layer 2 writes nothing, the others a lot
         block.self_attn.o_proj.weight.data *= 0 if i == 2 else 5
     cpu, before = torch.device("cpu"), distill.weights_hash(lm)
-    run = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [], None, {})
-    run = run._replace(fixed=run.block(1, 4), calibration=distill.calibration_batch(run.block, cpu, count=8))
+    setup = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [], None, {})
+    setup = setup._replace(fixed=setup.block(1, 4), calibration=distill.calibration_batch(setup.block, cpu, count=8))
     args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", lr=1e-4,
                               init="calibrated", loss="reverse_kl")
     student = convert(copy.deepcopy(lm), lm, [0], "aligned")                 # as in a later stage
-    trials = distill.try_each_layer(args, run, student, [1, 2, 3], {})
+    trials = distill.try_each_layer(args, setup, student, [1, 2, 3], {})
     assert distill.least_important_first(trials)[0] == 2 and len({trial["loss"] for trial in trials}) == 3
     assert student.config.layout == ("m2", "t", "t", "t") and distill.weights_hash(lm) == before
 
@@ -2794,7 +2793,7 @@ def test_the_teacher_never_changes_during_a_stage(traces, tmp_path, monkeypatch,
     monkeypatch.setattr(distill, "evaluate", lambda a, run, student: hashes.append(distill.weights_hash(run.teacher))
                         or real(a, run, student))
     for train in ("all", "mixers"):                                          # mixers: the other weights are shared
-        run_script(distill, "--teacher", traces[0], "--replace", 2, *SMALL, "--train", train, "--out", tmp_path / train)
+        run(distill, "--teacher", traces[0], "--replace", 2, *SMALL, "--train", train, "--out", tmp_path / train)
     assert hashes == [distill.weights_hash(load_pretrained(traces[0]))] * 2
 
 
@@ -2813,15 +2812,15 @@ def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces
 def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_path, no_answers):
     reports = {}
     for kind in ("reasoning", "generic"):
-        printed = run_script(distill, "--teacher", traces[0], "--replace", 1, "--rank", "first", *SMALL,
-                             "--traces", kind, "--init", "aligned", "--out", tmp_path / kind)
+        printed = run(distill, "--teacher", traces[0], "--replace", 1, "--rank", "first", *SMALL,
+                             "--traces", kind, "--init", "aligned", "--out", tmp_path / kind).out
         reports[kind] = json.loads((tmp_path / kind / "report.json").read_text())
         assert (">>> " in printed and "[INST]" not in printed.split("problem ")[0]) == (kind == "generic")
     assert reports["generic"]["args"]["traces"] == "generic"
     assert reports["generic"]["kl_first"] == reports["reasoning"]["kl_first"]            # the same held-out batch
     assert reports["generic"]["log"][0]["kl"] != reports["reasoning"]["log"][0]["kl"]    # other training texts
     with pytest.raises(UserError, match="--traces"):
-        run_script(distill, "--teacher", traces[0], "--traces", "generic", "--data", "x.jsonl", "--out", tmp_path / "x")
+        run(distill, "--teacher", traces[0], "--traces", "generic", "--data", "x.jsonl", "--out", tmp_path / "x")
 
 
 def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path):
@@ -2832,7 +2831,7 @@ def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path)
     assert order(("t",) * 50)[:27] == nano.APRIEL15B[:25] + [3, 5]
     assert order(tuple("m2" if i in (47, 24) else "t" for i in range(50)))[:3] == [39, 36, 31]
     with pytest.raises(UserError, match="50 layers"):
-        run_script(distill, "--teacher", traces[0], "--replace", 1, "--rank", "apriel15b", "--out", tmp_path / "x")
+        run(distill, "--teacher", traces[0], "--replace", 1, "--rank", "apriel15b", "--out", tmp_path / "x")
 
 
 def test_a_stack_of_layers_becomes_deeper_or_shallower():
@@ -2858,7 +2857,7 @@ def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family
     for p in lm.parameters():
         p.data += torch.randn(p.shape) / 100
     save_pretrained(lm, other)
-    sft = lambda out, *more: run_script(train_sft, "--model", start, "--steps", 2, "--batch", 2, "--eval", 0,
+    sft = lambda out, *more: run(train_sft, "--model", start, "--steps", 2, "--batch", 2, "--eval", 0,
                                         "--threads", 1,
                                         "--out", tmp_path / out, *more)
     sft("alone"), sft("merged", "--merge", other, "--merge-weight", 0.25)
@@ -2891,24 +2890,24 @@ def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
     for seed, student in ((0, 0.5), (1, 0.7)):
         fake_report(tmp_path / "claims" / f"plain-s{seed}", [4, 5], 1_000_000, student, seed)
     lines = [[cell.strip() for cell in line.strip("|").split("|")]
-             for line in run_script(bench, "--table", tmp_path, tmp_path / "claims").splitlines()]
+             for line in run(bench, "--table", tmp_path, tmp_path / "claims").out.splitlines()]
     table = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
     assert list(table) == ["h1", "plain", "h3"]
     assert [table["h3"][key] for key in ("M tokens", "of teacher", "replaced")] == ["3.000", "0.500", "3"]
     assert table["plain"]["seeds"] == "0 1" and table["plain"]["student"] == "0.600 +-0.100"
     assert table["h1"]["KL first"] == "0.500" and table["h1"]["KL last"] == "0.250" and table["h1"]["seconds"] == "10"
     # Lines of --json give the same table, also where the earlier stages and the checkpoints are gone.
-    printed = run_script(bench, "--table", tmp_path / "h3", "--json", tmp_path / "lines.jsonl")
+    printed = run(bench, "--table", tmp_path / "h3", "--json", tmp_path / "lines.jsonl").out
     shutil.rmtree(tmp_path / "h1")
-    assert run_script(bench, "--table", tmp_path / "lines.jsonl") == printed
+    assert run(bench, "--table", tmp_path / "lines.jsonl").out == printed
     (tmp_path / "bad.jsonl").write_text((tmp_path / "lines.jsonl").read_text() + "{}\n")
     with pytest.raises(UserError, match="line 2 is no result"):
-        run_script(bench, "--table", tmp_path / "bad.jsonl")
+        run(bench, "--table", tmp_path / "bad.jsonl")
     with pytest.raises(UserError, match="no report.json"):
-        run_script(bench, "--table", tmp_path / "nothing")
+        run(bench, "--table", tmp_path / "nothing")
     (tmp_path / "h3" / "report.json").write_text("{}")
     with pytest.raises(UserError, match="is no report"):
-        run_script(bench, "--table", tmp_path / "h3")
+        run(bench, "--table", tmp_path / "h3")
 
 
 def test_without_matplotlib_the_layer_map_is_text(tmp_path, monkeypatch):
@@ -2917,7 +2916,7 @@ def test_without_matplotlib_the_layer_map_is_text(tmp_path, monkeypatch):
     fake_report(tmp_path / "h1", [0], 10, 0.8, scores=loo)
     fake_report(tmp_path / "h2", [0, 2], 10, 0.8, before=tmp_path / "h1", scores=mmr)
     monkeypatch.setitem(sys.modules, "matplotlib", None)                     # import fails
-    printed = run_script(bench, "--figures", tmp_path, "--out", tmp_path / "results")
+    printed = run(bench, "--figures", tmp_path, "--out", tmp_path / "results").out
     assert ["h1  Mttttt", "    024579", "h2  mtMttt", "     00009"] == [
         line.rstrip() for line in printed.splitlines()
         if line and line[0] in "h " and not line.startswith("    0    5")]
@@ -2929,7 +2928,7 @@ def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path
     monkeypatch.setattr(bench, "filled_state", lambda lm, batch, ctx, real=bench.filled_state: real(lm, 1, 20))
     monkeypatch.setattr(bench, "time_decode", lambda lm, state, batch, args, device, real=bench.time_decode: real(
         lm, state, 1, argparse.Namespace(seconds=0.0, graph=False), device))
-    printed = run_script(bench, "--figures", family, "--out", tmp_path)    # measured on the spot
+    printed = run(bench, "--figures", family, "--out", tmp_path).out    # measured on the spot
     for name in ("layers.png", "family.png"):
         assert name in printed and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     row = lambda path, speed: json.dumps({"row": "model", "shape": str(path), "ctx": 9,
@@ -3023,10 +3022,10 @@ def test_ctrl_c_waits_for_the_end_of_a_step(ignored):
 def test_what_would_train_nothing_is_refused(traces, tmp_path, script, flags, words):
     start = "--teacher" if script is distill else "--model"
     with pytest.raises(UserError, match=words):
-        run_script(script, start, traces[0], *flags, "--out", tmp_path)
+        run(script, start, traces[0], *flags, "--out", tmp_path)
 
 
 def test_a_progress_file_without_its_header_is_refused(traces, tmp_path):
     save_file({"weight|norm.weight": torch.ones(3)}, tmp_path / "progress.safetensors")
     with pytest.raises(UserError, match="does not continue this run"):
-        run_script(train_sft, "--model", traces[0], "--steps", 1, "--resume", "--out", tmp_path)
+        run(train_sft, "--model", traces[0], "--steps", 1, "--resume", "--out", tmp_path)
