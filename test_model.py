@@ -148,8 +148,8 @@ LAYOUTS = ["t t", "m2 m2", "m2 t", "t m2 t m2", "m2 i n t m2"]
 OVER_TIME = ("u", "dt", "B", "C", "z", "reset")                              # arguments of the scan with a time
 
 
-def scan_inputs(b=2, t=9, d=6, n=3, groups=2, c_groups=3, dtype=torch.float64, device="cpu", reset=0.2):
-    """Random arguments of selective_scan by name, all that there are; resets at this share of the steps (0: None)."""
+def scan_inputs(b=2, t=9, d=6, n=3, groups=2, c_groups=3, dtype=torch.float64, reset=True, device="cpu"):
+    """Random arguments of selective_scan by name, all that there are; resets, if any, at a fifth of the steps."""
     rng = torch.Generator(device).manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -161,7 +161,8 @@ def scan_inputs(b=2, t=9, d=6, n=3, groups=2, c_groups=3, dtype=torch.float64, d
     for name, shape in dict(A=(d, n), D=(d,), dt_bias=(d,), h=(b, d, n)).items():
         inputs[name] = draw(*shape)
     inputs["A"] = -inputs["A"].exp()
-    inputs["reset"] = torch.rand(b, t, generator=rng, device=device) < reset if reset else None
+    if reset:
+        inputs["reset"] = torch.rand(b, t, generator=rng, device=device) < 0.2
     return inputs
 
 
@@ -245,7 +246,7 @@ def test_optional_arguments_may_be_left_out(name, neutral):
 @pytest.mark.parametrize("impl", ["loop", "chunk"])
 def test_low_precision_inputs_are_summed_in_float32(impl, dtype, tolerance):
     """y comes back in the input's dtype, the cells in float32 and exact to float32 whatever the inputs are."""
-    inputs = scan_inputs(t=131, dtype=dtype, reset=0)
+    inputs = scan_inputs(t=131, dtype=dtype, reset=False)
     exact = run_scan(selective_scan, inputs, dtype=torch.float64, impl="loop")
     got = run_scan(selective_scan, inputs, impl=impl)
     assert got["y"].dtype == got["grad_u"].dtype == dtype
@@ -290,10 +291,10 @@ def test_scan_is_the_sum_over_the_past(impl):
 @pytest.mark.parametrize("t", [1, 2, 5, 8, 31, 70])
 def test_chunk_equals_a_blelloch_scan(t):
     """Another algorithm altogether, the tree of bench.py, with its own backward."""
-    inputs = scan_inputs(t=t, reset=0)
+    inputs = scan_inputs(t=t, reset=False)
     inputs["h"].zero_()
 
-    def blelloch(h, reset, **inputs):
+    def blelloch(h, **inputs):
         return bench.blelloch_scan(**inputs), h                              # it has no cells to give
     wanted = run_scan(blelloch, inputs)
     chunk = run_scan(lambda h, **rest: (selective_scan(**rest, impl="chunk")[0], h), inputs)
@@ -301,7 +302,7 @@ def test_chunk_equals_a_blelloch_scan(t):
 
 
 @pytest.mark.parametrize("impl, size", [("loop", 0), ("chunk", 1), ("chunk", 2), ("chunk", 3), ("chunk", 7)])
-@pytest.mark.parametrize("reset", [0, 0.2])
+@pytest.mark.parametrize("reset", [True, False])
 def test_scan_gradients_are_those_of_finite_differences(impl, size, reset, monkeypatch):
     """Also where they cross the borders of chunks of a few steps."""
     monkeypatch.setattr(nano, "chunk_size", lambda b, d, n: size)
@@ -309,7 +310,7 @@ def test_scan_gradients_are_those_of_finite_differences(impl, size, reset, monke
     names = [name for name in inputs if name != "reset"]
 
     def scan(*values):
-        return selective_scan(**dict(zip(names, values)), reset=inputs["reset"], impl=impl)
+        return selective_scan(**inputs | dict(zip(names, values)), impl=impl)
     assert torch.autograd.gradcheck(scan, [inputs[name].requires_grad_() for name in names])
 
 
@@ -339,7 +340,7 @@ def test_scan_does_not_change_its_inputs(impl):
 
 def saved_bytes(impl, t, n):
     """Bytes that autograd keeps between the forward and the backward of one scan of 64 channels."""
-    inputs = scan_inputs(b=1, t=t, d=64, n=n, groups=1, c_groups=1, reset=0)
+    inputs = scan_inputs(b=1, t=t, d=64, n=n, groups=1, c_groups=1, reset=False)
     kept = {}
 
     def keep(tensor):
