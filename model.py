@@ -963,29 +963,30 @@ def scan_backend_reason(device):
 class Joined(NamedTuple):
     weight: torch.Tensor                     # (rows of all, d_model)
     bias: torch.Tensor | None
-    addresses: list                          # [(linear, address of its rows)]
+    addresses: list                          # [(linear, "weight" or "bias", address of its rows)]
 
 
 @torch.no_grad()
 def join(*linears):
     """-> Joined, of linear layers that read the same input."""
-    weight = torch.cat([linear.weight for linear in linears])
+    sizes = [linear.out_features for linear in linears]
+    joined = {"weight": None, "bias": None}
     addresses = []
-    start = 0
-    for linear in linears:
-        end = start + len(linear.weight)
-        linear.weight.data = weight[start:end]
-        addresses.append((linear, linear.weight.data_ptr()))
-        start = end
-    biases = [linear.bias for linear in linears]
-    return Joined(weight, None if biases[0] is None else torch.cat(biases), addresses)
+    for name in joined:
+        if getattr(linears[0], name) is None:
+            continue
+        joined[name] = torch.cat([getattr(linear, name) for linear in linears])
+        for linear, rows in zip(linears, joined[name].split(sizes)):
+            getattr(linear, name).data = rows
+            addresses.append((linear, name, rows.data_ptr()))
+    return Joined(joined["weight"], joined["bias"], addresses)
 
 
 def usable(joined):
-    """Is it there, are no gradients wanted, and are the weights still its rows?"""
+    """Is it there, are no gradients wanted, and are the weights and biases still its rows?"""
     if joined is None or torch.is_grad_enabled():
         return False
-    return all(linear.weight.data_ptr() == address for linear, address in joined.addresses)
+    return all(getattr(linear, name).data_ptr() == address for linear, name, address in joined.addresses)
 
 
 def join_projections(model):
