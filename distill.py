@@ -18,8 +18,6 @@ import itertools
 import json
 import os
 import random
-import signal
-import sys
 import time
 from dataclasses import replace
 from typing import NamedTuple
@@ -29,11 +27,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model as nano
-from model import (UserError, autocast, choose_threads, claim_out, harm, provenance, run_main, start_script,
-                   uninterrupted)
-from train_sft import (accuracy, batches, clipped_step, collate, encode_problem, generic_block, learning_rate,
-                       list_block, load_progress, make_optimizers, problem_set, read_jsonl, save_progress,
-                       show_example, solve, trace_block)
+from model import UserError, autocast, choose_threads, claim_out, harm, provenance, run_main, start_script
+from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate, encode_problem, fit, generic_block,
+                       list_block, make_optimizers, problem_set, read_jsonl, show_example, solve, trace_block)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -398,44 +394,12 @@ def try_each_layer(args, run, student, attention, key):
 # While much attention is left the others fill in, and a start matters little. It matters more, the more layers go and
 # the fewer steps there are.
 
-def distill(args, run, student, meta):
-    """Train the student for args.steps steps. -> log entries, one per step. meta: a dict kept with the progress, saved
-    in args.out/progress.safetensors every 25 steps and on Ctrl-C, and read back with --resume.
-    An entry: step, kl in nats per trained token (of that batch: it is noisy), tokens seen with padding, seconds."""
-    optimizers, start, log, began = make_optimizers(student, args.lr), 0, [], time.time()
-    progress = os.path.join(args.out, "progress.safetensors")
-    if args.resume and os.path.exists(progress):
-        stored = load_progress(progress, student, optimizers, meta["run"])
-        meta.update(stored)
-        start, log = meta["step"], meta["log"]
-        began -= log[-1]["seconds"] if log else 0                            # the time of the earlier part counts, too
-    bar = tqdm(total=args.steps, initial=start, desc="distilling", unit="step")
-    stream, tokens_seen = batches(run.block, args.batch, start), log[-1]["tokens"] if log else 0
-    # The log has one entry per finished step, so its length says where to go on.
-    save = lambda: save_progress(progress, student, optimizers, meta | {"step": len(log), "log": log})
-    try:
-        for step in range(start, args.steps):
-            tokens, targets = collate(next(stream), run.device)
-            with autocast(run.device, run.dtype):
-                loss, count = batch_loss(student, run.teacher, tokens, targets, args.loss)
-            (loss / max(1, count)).backward()                                # the mean over this batch's tokens
-            with uninterrupted():
-                clipped_step(student, optimizers, learning_rate(step, args.steps, args.lr, args.warmup))
-                tokens_seen += tokens.numel()
-                log.append({"step": step + 1, "kl": round(loss.item() / max(1, count), 6), "tokens": tokens_seen,
-                            "seconds": round(time.time() - began, 1)})
-            bar.update()
-            bar.set_postfix(kl=f"{log[-1]['kl']:.4f}", tok_s=f"{tokens_seen / max(0.1, log[-1]['seconds']):.0f}")
-            if (step + 1) % 25 == 0:
-                save()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)                         # a second Ctrl-C must not spoil the save
-        save()
-        print(f"\nsaved step {len(log)}; run the same command with --resume to continue", file=sys.stderr)
-        raise
-    finally:
-        bar.close()
-    return log
+def distill(args, run, student, progress):
+    """Train the student for args.steps steps. -> log entries, one per step, see train_sft.fit."""
+    def loss_of(model, tokens, targets):
+        return batch_loss(model, run.teacher, tokens, targets, args.loss)
+    plan = Plan(args.steps, args.lr, args.warmup, every=25, log_every=1, name="kl")
+    return fit(student, loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
 
 
 def clone(model, train):
@@ -545,22 +509,23 @@ def stage(args, run):
     same = {flag: getattr(args, flag) for flag in FLAGS}
     # Always reverse KL on the same held-out batch, whatever --loss trains: results can be compared.
     kl = lambda: mean_loss(student, run.teacher, [run.fixed], "reverse_kl", run.device, run.dtype)
-    meta = {"run": same | {"replaced": done + new}, "kl_first": kl()}
+    file = os.path.join(args.out, "progress.safetensors")
+    progress = Progress(file, same | {"replaced": done + new}, args.resume, extra={"kl_first": kl()})
     here = time.time()
-    log = distill(args, run, student, meta)
+    log = distill(args, run, student, progress)
+    kl_first = progress.extra["kl_first"]                                    # of an interrupted run, too
     began -= log[-1]["seconds"] - (time.time() - here)                       # time before an interruption counts, too
     student.eval()
     kl_last = kl()
     result, table = evaluate(args, run, student)
     nano.save_pretrained(student, args.out, tokenizer_from=args.teacher)
-    table.insert(1, f"{'KL to the teacher':22}{0:10.4f}{kl_last:10.4f}   (before distillation {meta['kl_first']:.4f})")
-    report = {"replaced": done + new, "layout": list(student.config.layout), **result, "kl_first": meta["kl_first"],
+    table.insert(1, f"{'KL to the teacher':22}{0:10.4f}{kl_last:10.4f}   (before distillation {kl_first:.4f})")
+    report = {"replaced": done + new, "layout": list(student.config.layout), **result, "kl_first": kl_first,
               "kl_last": kl_last, "steps": args.steps, "tokens": log[-1]["tokens"],
               "seconds": round(time.time() - began + args.set_up, 1), "seed": args.seed}
     extra = {"args": vars(args), "scores": scores, "log": log, **provenance(run.device)}
     nano.write_json(os.path.join(args.out, "report.json"), report | extra)
-    if os.path.exists(os.path.join(args.out, "progress.safetensors")):
-        os.remove(os.path.join(args.out, "progress.safetensors"))
+    progress.remove()
     print("\n".join([*table, f"saved {args.out}", json.dumps(report)]), flush=True)
 
 

@@ -20,7 +20,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -120,21 +119,26 @@ def run(program, *args, stdin=None):
 
 @pytest.fixture
 def interrupt_after(monkeypatch):
-    """-> a function: let the next training loop end with Ctrl-C after so many optimiser steps."""
-    monkeypatch.setattr(nano.signal, "signal", lambda *args: None)           # this process stays interruptible
+    """-> a function: press Ctrl-C at the end of the optimiser step of that number, of all loops together. It gives the
+    list of steps that were taken since."""
     real = train_sft.clipped_step
+    # A shell without job control starts its background jobs with Ctrl-C ignored.
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def after(steps, program=train_sft):
-        left = [steps]
+    def after(steps):
+        taken = []
 
         def step(*args):
-            if not left[0]:
-                monkeypatch.setattr(program, "clipped_step", real)
-                raise KeyboardInterrupt
-            left[0] -= 1
-            return real(*args)
-        monkeypatch.setattr(program, "clipped_step", step)
-    return after
+            norm = real(*args)
+            taken.append(norm)
+            if len(taken) == steps:
+                signal.raise_signal(signal.SIGINT)
+            return norm
+        monkeypatch.setattr(train_sft, "clipped_step", step)
+        monkeypatch.setattr(distill, "clipped_step", step)
+        return taken
+    yield after
+    signal.signal(signal.SIGINT, usual)
 
 
 LAYOUTS = ["t t", "m2 m2", "m2 t", "t m2 t m2", "m2 i n t m2"]
@@ -2481,7 +2485,7 @@ def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(tr
     changed[:, 6:] = 9                                                       # after the last trained position
     loss = [distill.batch_loss(other, lm, t, targets, "reverse_kl")[0] for t in (tokens, changed)]
     assert torch.equal(*loss)
-    empty, count, _ = train_sft.cross_entropy(other, tokens, torch.full((2, 9), -1))
+    empty, count = train_sft.cross_entropy(other, tokens, torch.full((2, 9), -1))
     (empty / max(1, count)).backward()
     assert count == 0 and empty.item() == 0
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in other.parameters())
@@ -2513,7 +2517,7 @@ def test_a_step_moves_every_parameter(traces):
     lm = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
     optimizers, before = train_sft.make_optimizers(lm, 1e-3, weight_decay=0.0), copy.deepcopy(lm)
     batch = [train_sft.encode_problem(traces[1], p) for p in train_sft.problem_set("dev", 1)]
-    loss, count, _ = train_sft.cross_entropy(lm, *train_sft.collate(batch, "cpu"))
+    loss, count = train_sft.cross_entropy(lm, *train_sft.collate(batch, "cpu"))
     (loss / count).backward()
     train_sft.clipped_step(lm, optimizers, 1e-3)
     for (name, p), old in zip(lm.named_parameters(), before.parameters(), strict=True):
@@ -2542,34 +2546,6 @@ def test_learning_rate_rises_stays_and_falls():
     assert train_sft.learning_rate(0, 5, 1.0, 0) == 1.0                      # no warm-up
 
 
-def test_training_resumed_is_training_uninterrupted(traces, tmp_path):
-    def go(out, stop=None):
-        args = argparse.Namespace(out=str(out), steps=4, batch=2, lr=1e-3, warmup=1, every=2, resume=True, seed=0,
-                                  model=None, layers=4, wide=1, data=None, ctx=64, easy=0.0)
-        lm, block = load_pretrained(traces[0]).train(), train_sft.trace_block(traces[1], 0)
-        if stop is not None:
-            calls, real = [], train_sft.clipped_step
-            def interrupted(*a):
-                calls.append(1)
-                if len(calls) > stop:
-                    raise KeyboardInterrupt
-                return real(*a)
-            train_sft.clipped_step = interrupted
-        try:
-            train_sft.train(args, lm, block, torch.device("cpu"), torch.float32)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            if stop is not None:
-                train_sft.clipped_step = real
-        return lm
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    whole = go(tmp_path / "a")
-    go(tmp_path / "b", stop=2)
-    again = go(tmp_path / "b")
-    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
-
-
 def short_run(program, traces, out, *more):
     """Arguments of a run of 4 steps."""
     base = ("--device", "cpu", "--steps", 4, "--batch", 2, "--warmup", 1, "--out", out)
@@ -2578,25 +2554,32 @@ def short_run(program, traces, out, *more):
     return ("--teacher", traces[0], "--replace", 1, "--rank", "first", "--eval", 1, *base, *more)
 
 
-@pytest.mark.parametrize("train", ["all", "mixers"])
-def test_distillation_resumed_is_distillation_uninterrupted(traces, tmp_path, monkeypatch, capsys, interrupt_after, train):
-    go = lambda out, *more: run(distill, *short_run(distill, traces, tmp_path / out, "--train", train, *more))[0]
-    whole = go("a")
-    interrupt_after(2, distill)
+@pytest.mark.parametrize("program, more", [
+    (train_sft, ("--every", 3, "--easy", 0.5)), (train_sft, ("--every", 1)),
+    (distill, ("--train", "all")), (distill, ("--train", "mixers"))])
+def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, interrupt_after):
+    """Bit for bit the same weights, the same log but for the clock; what was saved on the way is gone at the end."""
+    arguments = lambda out: short_run(program, traces, tmp_path / out, *more)
+    run(program, *arguments("a"))
+    taken = interrupt_after(2)
     with pytest.raises(KeyboardInterrupt):
-        go("b")
+        run(program, *arguments("b"))
     assert not (tmp_path / "b" / "model.safetensors").exists()
-    again = go("b", "--resume")
-    a, b = (json.loads(out.splitlines()[-1]) for out in (whole, again))
-    assert a | {"seconds": 0} == b | {"seconds": 0} and a["steps"] == 4
-    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    run(program, *arguments("b"), "--resume")
+    assert len(taken) == 4
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    report = "training.json" if program is train_sft else "report.json"
+    logs = [json.loads((tmp_path / out / report).read_text())["log"] for out in "ab"]
+    for entry in logs[0] + logs[1]:
+        assert entry.pop("seconds") >= 0
+    assert logs[0] == logs[1] and logs[0][-1]["step"] == 4
     assert not (tmp_path / "b" / "progress.safetensors").exists()
 
 
 @pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
 def test_a_loss_that_is_nan_exits_and_leaves_what_was_saved(program, traces, tmp_path, monkeypatch, capsys, interrupt_after):
     """Exit code 2, one line, and progress from before the accident, from which a lower rate could continue."""
-    interrupt_after(2, program)
+    interrupt_after(2)
     with pytest.raises(KeyboardInterrupt):
         run(program, *short_run(program, traces, tmp_path))
     before, files = (tmp_path / "progress.safetensors").read_bytes(), sorted(os.listdir(tmp_path))
@@ -2686,7 +2669,7 @@ def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces)
     assert distill.least_important_first(scores)[0] == 2
     for layer in (0, 3):
         without = convert(copy.deepcopy(lm), lm, [layer], "identity")
-        loss, count, _ = train_sft.cross_entropy(without, *train_sft.collate(examples, "cpu"))
+        loss, count = train_sft.cross_entropy(without, *train_sft.collate(examples, "cpu"))
         assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
 
 
@@ -2736,36 +2719,30 @@ def weights(path):
 
 
 @pytest.mark.parametrize("killed_after", [1, 3, 6])                          # of 2 steps, 3 trials of 1 step, 2 steps
-def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family, tmp_path, monkeypatch, no_answers,
+def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family, tmp_path, no_answers, interrupt_after,
                                                                  killed_after):
     command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", tmp_path
-    calls, real = [], distill.clipped_step
-    def step(*args):
-        if len(calls) == killed_after:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return real(*args)
-    monkeypatch.setattr(distill, "clipped_step", step)
+    taken = interrupt_after(killed_after)
     with pytest.raises(KeyboardInterrupt):
         run(distill, *command)
-    assert len(calls) == killed_after
-    more = []
-    monkeypatch.setattr(distill, "clipped_step", lambda *args: more.append(1) or real(*args))
+    assert len(taken) == killed_after
     run(distill, *command)
-    assert len(more) == 2 + 3 + 2 - killed_after                             # what was done is not done again
+    # What was done is not done again, but for a trial that was not over.
+    assert len(taken) == 2 + 3 + 2 + (killed_after == 3)
     for member in ("h1", "h2"):
         assert weights(tmp_path / member) == weights(family / member)
         a, b = (json.loads((path / member / "report.json").read_text()) for path in (tmp_path, family))
         assert all(a[key] == b[key] for key in ("replaced", "scores", "kl_last", "tokens"))
 
 
-def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, family, tmp_path, monkeypatch, no_answers):
+def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, family, tmp_path, no_answers,
+                                                                   interrupt_after):
     command = ("--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", family)
     assert run(distill, *command).out.count("finished already") == 2
     for change in (("--traces", "generic"), ("--warmup", 3), ("--ctx", 99), ("--rank", "last"), ("--probe-steps", 2)):
         with pytest.raises(UserError, match=change[0][2:].replace("-", "_")):
             run(distill, *command, *change)
-    monkeypatch.setattr(distill, "clipped_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    interrupt_after(1)
     command = ("--teacher", traces[0], "--replace", 1, *SMALL, "--resume", "--rank", "first", "--out", tmp_path / "x")
     with pytest.raises(KeyboardInterrupt):
         run(distill, *command)
@@ -2998,21 +2975,23 @@ def test_the_shipped_teacher_is_checked_in_seconds(tmp_path):
     assert used() - began < 30
 
 
-@pytest.mark.parametrize("ignored", (False, True))
-def test_ctrl_c_waits_for_the_end_of_a_step(ignored):
-    """A step taken in half would be saved, and taken again after --resume. Under nohup it stays ignored."""
-    done, usual = [], signal.SIG_IGN if ignored else signal.default_int_handler
-    before = signal.signal(signal.SIGINT, usual)
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_waits_for_the_end_of_a_step_however_often_it_comes(number, capfd):
+    """A step taken in half would be saved, and taken again after --resume. What is ignored (nohup) stays ignored."""
+    before = signal.signal(number, signal.default_int_handler)
     try:
-        with contextlib.suppress(() if ignored else KeyboardInterrupt):
-            with nano.uninterrupted():
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.05)
-                done.append("whole")
-            done.append("on")
-        assert done == (["whole", "on"] if ignored else ["whole"]) and signal.getsignal(signal.SIGINT) is usual
+        with train_sft.signals_noted() as noted:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+        assert noted == [number, number]
+        assert capfd.readouterr().err.count("stopping after this step") == 1
+        assert signal.getsignal(number) is signal.default_int_handler
+        signal.signal(number, signal.SIG_IGN)
+        with train_sft.signals_noted() as noted:
+            signal.raise_signal(number)
+        assert noted == []
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("script, flags, words", [

@@ -9,6 +9,7 @@ Make reasoning traces, and train a model on them: the teacher from scratch, or s
 The first half of this file is also the library of distill.py: problems, batches, loss and evaluation.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -19,15 +20,15 @@ import signal
 import sys
 import time
 import zlib
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as nano
-from model import (UserError, autocast, claim_out, format_prompt, provenance, run_main, start_script,
-                   uninterrupted)
+from model import UserError, autocast, claim_out, format_prompt, provenance, run_main, start_script
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,14 +363,12 @@ def show_example(enc, example):
 # A problem counts as solved if the answer is right to the letter; its trace may take any way.
 
 def cross_entropy(model, tokens, targets):
-    """-> summed loss in nats (float32) over the trained tokens, their number, and the rows right throughout."""
+    """tokens, targets (b, t), see collate -> summed loss in nats (float32), and the number of trained tokens."""
     x, _ = model.hidden(tokens)                                              # (b, t, d_model)
     trained = targets >= 0                                                   # (b, t) bool
     logits = model.lm_head(x[trained]).float()                               # (trained tokens, vocab_size) only
     loss = F.cross_entropy(logits, targets[trained], reduction="sum")
-    wrong = torch.zeros_like(targets, dtype=torch.bool)
-    wrong[trained] = logits.argmax(-1) != targets[trained]                   # untrained places are never wrong
-    return loss, int(trained.sum()), int((~wrong.any(dim=1)).sum())
+    return loss, int(trained.sum())
 
 
 def answer_of(text):
@@ -481,47 +480,172 @@ def clipped_step(model, optimizers, lr, clip=1.0):
     return norm.item()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The training loop, for train_sft.py and distill.py alike. They differ in the loss, and in how much they log.
+#
 # A run in progress is one safetensors file: weights and optimiser states as tensors, the rest as JSON in its header.
 # One file, renamed into place, is all or nothing: weights of one step can never meet the optimiser state of another.
 # There is no random state in it, because batches depend on seed and step alone, and no pickle, which could run code.
+#
+# Ctrl-C is only noted, and obeyed between two steps: a step that was taken in half must never be saved.
 
-def save_progress(path, model, optimizers, meta):
-    """model: the module being trained; meta: what else is needed, as JSON.
-    Tensors are named kind|parameter: parameter names hold dots, but no bar. All is float32, as trained."""
-    from safetensors.torch import save_file
-    tensors = {f"weight|{name}": p.detach().contiguous() for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for name, p in model.named_parameters():
-            for key, value in optimizer.state.get(p, {}).items():
-                tensors[f"{key}|{name}"] = value.detach().contiguous()
-    nano.write_atomic(path, lambda to: save_file(tensors, to, metadata={"meta": json.dumps(meta)}))
+class Plan(NamedTuple):
+    """What a loop does, besides its loss and its data."""
+    steps: int
+    lr: float                                            # the highest, see learning_rate
+    warmup: int                                          # steps
+    every: int                                           # steps between saves
+    log_every: int                                       # steps between log entries
+    name: str                                            # of the loss, in log entries and on the bar
 
 
-def load_progress(path, model, optimizers, run):
-    """The reverse, into a model of the same shape. -> meta. meta["run"], what the run depends on, must equal run.
-    Raises UserError, naming the flag, if it does not, and for a file that is broken or of another model."""
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, framework="pt") as f, torch.no_grad():
-            meta = json.loads(f.metadata()["meta"])
-            for key in sorted(run):
-                if meta["run"].get(key) != run[key]:
-                    raise UserError(f"{path} was made with {key} = {meta['run'].get(key)}, now {key} = {run[key]}")
-            states = {name: {} for name, _ in model.named_parameters()}
-            for key in f.keys():
-                kind, name = key.split("|")
-                states[name][kind] = f.get_tensor(key)
+@dataclass
+class Progress:
+    """How far a run has come. Everything from `step` on is saved, together with weights and optimiser states."""
+    path: str                                            # of the file
+    run: dict                                            # what the run depends on: JSON values
+    resume: bool = False                                 # continue from the file, if there is one
+    step: int = 0                                        # steps done
+    log: list = field(default_factory=list)              # entries: step, the loss by its name, tokens, seconds
+    tokens: int = 0                                      # seen so far, padding included
+    seconds: float = 0.0                                 # of work so far, over all parts of an interrupted run
+    loss: float = 0.0                                    # summed since the last log entry ...
+    count: int = 0                                       # ... over so many trained tokens
+    extra: dict = field(default_factory=dict)            # what a caller wants to find again
+
+    def save(self, model, optimizers):
+        """Write the file. Its tensors are named kind|parameter: parameter names hold dots, but no bar."""
+        from safetensors.torch import save_file
+        meta = {key: getattr(self, key) for key in ("run", *SAVED)}
+        tensors = {f"weight|{name}": p.detach().contiguous() for name, p in model.named_parameters()}
+        for optimizer in optimizers:
             for name, p in model.named_parameters():
-                p.copy_(states[name].pop("weight"))
-                for optimizer in optimizers:
-                    if states[name] and any(p is q for group in optimizer.param_groups for q in group["params"]):
-                        # AdamW's step count lives on the CPU, whatever the device of its parameter.
-                        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in states[name].items()}
-            return meta
-    except UserError:
-        raise
-    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f"{path} does not continue this run: {e}") from None
+                for key, value in optimizer.state.get(p, {}).items():
+                    tensors[f"{key}|{name}"] = value.detach().contiguous()
+        header = {"meta": json.dumps(meta)}
+        nano.write_atomic(self.path, lambda to: save_file(tensors, to, metadata=header))
+
+    def load(self, model, optimizers):
+        """With resume: read the file, if there is one, into self, a model of the same shape and its optimisers.
+        Raises UserError if the run depends on something else now, naming it, and for a file that is broken."""
+        from safetensors import SafetensorError, safe_open
+        if not (self.resume and os.path.exists(self.path)):
+            return
+        try:
+            with safe_open(self.path, framework="pt") as f, torch.no_grad():
+                meta = json.loads(f.metadata()["meta"])
+                self.check_run(meta["run"])
+                load_tensors(f, model, optimizers)
+                for key in SAVED:
+                    setattr(self, key, meta[key])
+        except UserError:
+            raise
+        except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise UserError(f"{self.path} does not continue this run: {e}") from None
+
+    def check_run(self, run):
+        """Raises UserError if the file's run was another one."""
+        for key, now in sorted(self.run.items()):
+            if run.get(key) != now:
+                raise UserError(f"{self.path} was made with {key} = {run.get(key)}, now {key} = {now}")
+
+    def remove(self):
+        """The run is finished and its result saved."""
+        if os.path.exists(self.path):
+            os.remove(self.path)
+
+
+SAVED = ("step", "log", "tokens", "seconds", "loss", "count", "extra")
+
+
+def load_tensors(f, model, optimizers):
+    """The open file f of Progress.save -> weights of model and states of optimizers, in place."""
+    states = {name: {} for name, _ in model.named_parameters()}
+    for key in f.keys():
+        kind, name = key.split("|")
+        states[name][kind] = f.get_tensor(key)
+    for name, p in model.named_parameters():
+        p.copy_(states[name].pop("weight"))
+        for optimizer in optimizers:
+            owned = any(p is q for group in optimizer.param_groups for q in group["params"])
+            if owned and states[name]:
+                # AdamW's step count lives on the CPU, whatever the device of its parameter.
+                optimizer.state[p] = {key: value if key == "step" else value.to(p.device)
+                                      for key, value in states[name].items()}
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Ctrl-C and SIGTERM do nothing inside but fill the list that this gives: look into it where stopping is safe."""
+    noted = []
+
+    def note(number, frame):
+        if not noted:
+            # Not print: a signal may come in the middle of a print, which cannot be entered twice.
+            os.write(2, b"\nstopping after this step ...\n")
+        noted.append(number)
+
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # nohup ignores Ctrl-C, and so do we then. None is a handler that Python did not set and could not restore.
+    caught = [number for number, handler in usual.items() if handler not in (signal.SIG_IGN, None)]
+    for number in caught:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number in caught:
+            signal.signal(number, usual[number])
+
+
+def fit(model, loss_of, block, batch, plan, progress, device, dtype):
+    """Train model for plan.steps steps of `batch` examples, see batches. -> the log.
+    loss_of(model, tokens, targets) -> summed loss, number of trained tokens. Saves every plan.every steps, and on
+    Ctrl-C or SIGTERM after the step at hand, then raises KeyboardInterrupt. With progress.resume it goes on from what
+    was saved, to the same bits as if nothing had happened. A log entry: step, mean loss in nats per trained token since
+    the last entry, tokens so far (padding included), seconds."""
+    optimizers = make_optimizers(model, plan.lr)
+    progress.load(model, optimizers)
+    stream = batches(block, batch, progress.step)
+    began = time.time() - progress.seconds
+    bar = tqdm(total=plan.steps, initial=progress.step, desc="training", unit="step")
+    with bar, signals_noted() as noted:
+        for step in range(progress.step, plan.steps):
+            tokens, targets = collate(next(stream), device)                  # (b, t) each
+            with autocast(device, dtype):
+                loss, count = loss_of(model, tokens, targets)
+            # The mean over this batch's tokens.
+            (loss / max(1, count)).backward()
+            clipped_step(model, optimizers, learning_rate(step, plan.steps, plan.lr, plan.warmup))
+            progress.step = step + 1
+            progress.tokens += tokens.numel()
+            progress.seconds = time.time() - began
+            progress.loss += loss.item()
+            progress.count += count
+            bar.update()
+            last = step + 1 == plan.steps
+            if last or (step + 1) % plan.log_every == 0:
+                entry = write_entry(progress, plan.name)
+                speed = progress.tokens / max(0.1, progress.seconds)
+                bar.set_postfix({plan.name: f"{entry[plan.name]:.4f}", "tok_s": f"{speed:.0f}"})
+            if noted or (step + 1) % plan.every == 0:
+                progress.save(model, optimizers)
+            if noted:
+                break
+    if noted:
+        print(f"saved step {progress.step}; run the same command with --resume to continue", file=sys.stderr)
+        raise KeyboardInterrupt
+    return progress.log
+
+
+def write_entry(progress, name):
+    """Add what was summed up since the last log entry as a new one, and begin a new sum. -> the entry."""
+    mean = progress.loss / max(1, progress.count)
+    entry = {"step": progress.step, name: round(mean, 6), "tokens": progress.tokens,
+             "seconds": round(progress.seconds, 1)}
+    progress.log.append(entry)
+    progress.loss = 0.0
+    progress.count = 0
+    return entry
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -646,50 +770,11 @@ def start_model(args):
     return (resize(model, args.layers) if args.layers else model), enc
 
 
-def train(args, model, block, device, dtype):
-    """The loop. -> list of log entries. Saves args.out/progress.safetensors every args.every steps and on Ctrl-C.
-    An entry per 10 steps: step, mean loss in nats per trained token, tokens seen (padding included), seconds."""
-    optimizers, start, log, began = make_optimizers(model, args.lr), 0, [], time.time()
-    progress = os.path.join(args.out, "progress.safetensors")
+def start_progress(args):
+    """-> the Progress of this run."""
     keys = ("model", "layers", "data", "steps", "batch", "ctx", "lr", "warmup", "easy", "seed")
     run = {key: getattr(args, key) for key in keys}
-    if args.resume and os.path.exists(progress):
-        meta = load_progress(progress, model, optimizers, run)
-        start, log = meta["step"], meta["log"]
-        began -= log[-1]["seconds"] if log else 0                            # the time of the earlier part counts, too
-    # What is not in the log yet: tokens so far, and loss and trained tokens since its last entry.
-    tokens_seen, *meter = meta["since"] if start else (0, 0.0, 0)
-    save = lambda: save_progress(progress, model, optimizers,
-                                 {"run": run, "step": start, "log": log, "since": [tokens_seen, *meter]})
-    bar = tqdm(total=args.steps, initial=start, desc="training", unit="step")
-    stream = batches(block, args.batch, start)
-    try:
-        for step in range(start, args.steps):
-            tokens, targets = collate(next(stream), device)                  # (b, t) each
-            with autocast(device, dtype):
-                loss, count, _ = cross_entropy(model, tokens, targets)
-            (loss / max(1, count)).backward()                                # the mean over this batch's tokens
-            with uninterrupted():
-                clipped_step(model, optimizers, learning_rate(step, args.steps, args.lr, args.warmup))
-                start, tokens_seen = step + 1, tokens_seen + tokens.numel()
-                meter = [meter[0] + loss.item(), meter[1] + count]
-            bar.update()
-            if (step + 1) % 10 == 0 or step + 1 == args.steps:
-                log.append({"step": step + 1, "loss": round(meter[0] / max(1, meter[1]), 5), "tokens": tokens_seen,
-                            "seconds": round(time.time() - began, 1)})
-                speed = tokens_seen / max(0.1, log[-1]["seconds"])
-                bar.set_postfix(loss=f"{log[-1]['loss']:.4f}", tok_s=f"{speed:.0f}")
-                meter = [0.0, 0]
-            if (step + 1) % args.every == 0:
-                save()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)                         # a second Ctrl-C must not spoil the save
-        save()
-        print(f"\nsaved step {start}; run the same command with --resume to continue", file=sys.stderr)
-        raise
-    finally:
-        bar.close()
-    return log
+    return Progress(os.path.join(args.out, "progress.safetensors"), run, args.resume)
 
 
 def main():
@@ -714,7 +799,9 @@ def main():
     print(f"{size / 1e6:.2f} M parameters, layout {' '.join(model.config.layout)}\n"
           f"an example, trained part marked: {show_example(enc, block(0, 1)[0])}")
     model = model.to(device).train()
-    log = train(args, model, block, device, dtype)
+    progress = start_progress(args)
+    plan = Plan(args.steps, args.lr, args.warmup, args.every, log_every=10, name="loss")
+    log = fit(model, cross_entropy, block, args.batch, plan, progress, device, dtype)
     if other:
         merge(model, other, args.merge_weight)
     model.eval().to(getattr(torch, args.save_dtype))                         # in place
@@ -727,8 +814,7 @@ def main():
         report |= {"accuracy": pooled, "accuracy_by_family": by_family, "problems_per_family": args.eval}
         print("\n".join(f"{name:12} {share:.3f}" for name, share in (by_family | {"all": pooled}).items()))
     nano.write_json(os.path.join(args.out, "training.json"), report)
-    if os.path.exists(os.path.join(args.out, "progress.safetensors")):
-        os.remove(os.path.join(args.out, "progress.safetensors"))
+    progress.remove()
     print(json.dumps({"loss": log[-1]["loss"], **{k: v for k, v in report.items() if k not in ("log", "args")}}))
 
 
