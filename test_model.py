@@ -1227,36 +1227,55 @@ def test_float16_is_refused(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Conversion: every copied row lies where the table in model.py says, fresh parts start in their ranges, nothing else
+# Conversion: every copied row lies where the table in distill.py says, fresh parts start in their ranges, nothing else
 # changes, and a converted layer with its fresh parts neutral is linear attention.
 
-def rows_of(linear, first=0, columns=False):
-    """Make every row (or column) of a Linear's weight recognisable: row i holds the value first + i."""
-    weight = linear.weight.data
-    weight.copy_((first + torch.arange(weight.shape[columns])).view((1, -1) if columns else (-1, 1)))
+def converted(init, layers=(0,), layout="t", seed=5, batch=None, dtype=torch.float64, **shape):
+    """-> a teacher, and a student (other weights, same shape) whose layers were converted under this seed."""
+    teacher = tiny(layout, dtype, **shape)
+    student = tiny(layout, dtype, seed=1, **shape)
+    torch.manual_seed(seed)
+    return teacher, convert(student, teacher, layers, init, batch)
 
 
-@pytest.mark.parametrize("init", ["aligned", "plain"])
+def number_rows(linear, first=0):
+    """Make every row of a Linear's weight recognisable: row i holds the value first + i."""
+    rows, _ = linear.weight.shape
+    linear.weight.data.copy_((first + torch.arange(rows))[:, None])
+
+
+def all_real(*shape):
+    """A calibration batch without padding."""
+    return some_tokens(*shape), torch.ones(*shape, dtype=torch.bool)
+
+
+# 4 query heads, 2 key/value heads of width 8, d_state 4: 2 chunks per head, 2 query heads share a key/value head.
+# plain keeps the order of heads (kv head, member, chunk), aligned lays out (kv head, chunk, member).
+CHUNK_ORDER = {"plain": [0, 1, 2, 3, 4, 5, 6, 7], "aligned": [0, 2, 1, 3, 4, 6, 5, 7]}
+
+
+def lanes(chunks, width=4):
+    """The lanes of these chunks, in order."""
+    return [width * chunk + lane for chunk in chunks for lane in range(width)]
+
+
+@pytest.mark.parametrize("init", CHUNK_ORDER)
 def test_conversion_puts_every_row_where_the_table_says(init):
-    """4 query heads, 2 key/value heads of width 8, d_state 4: 2 chunks per head, 2 query heads share a key/value head.
-    aligned lays out (kv head, chunk, member) where plain keeps the order of heads (kv head, member, chunk)."""
     teacher = tiny("t t")
     attention = teacher.layers[1].self_attn
-    rows_of(attention.q_proj)
-    rows_of(attention.k_proj, 100)
-    rows_of(attention.v_proj, 200)
-    rows_of(attention.o_proj, columns=True)
+    number_rows(attention.q_proj)
+    number_rows(attention.k_proj, 100)
+    number_rows(attention.v_proj, 200)
+    attention.o_proj.weight.data.copy_(torch.arange(32).expand(24, 32))      # columns, numbered
     mixer = convert(tiny("t t", seed=1), teacher, [1], init).layers[1].mixer
-    weight = mixer.in_proj.weight
-    assert weight.shape == (32 + 16 + 16 + 32, 24)
-    assert weight[:32].abs().max() <= 24 ** -0.5                             # z is fresh, U(+-1/sqrt(hidden))
-    assert weight[32:48, 0].tolist() == list(range(200, 216))                # x from v
-    assert weight[48:64, 0].tolist() == list(range(100, 116))                # B from k
-    chunks = {"plain": [0, 1, 2, 3, 4, 5, 6, 7], "aligned": [0, 2, 1, 3, 4, 6, 5, 7]}[init]
-    order = [4 * chunk + lane for chunk in chunks for lane in range(4)]
-    assert weight[64:, 0].tolist() == order                                  # C from q
-    assert mixer.out_proj.weight[0].tolist() == order                        # out from o, by columns
-    assert (weight[32:] == weight[32:, :1]).all() and (mixer.out_proj.weight == mixer.out_proj.weight[:1]).all()
+    z, x, B, C = mixer.in_proj.weight.split([32, 16, 16, 32])
+    order = lanes(CHUNK_ORDER[init])
+    assert z.abs().max() <= 24 ** -0.5                                       # fresh, U(+-1/sqrt(hidden))
+    assert x.unique(dim=1)[:, 0].tolist() == list(range(200, 216))           # from v; all columns alike
+    assert B.unique(dim=1)[:, 0].tolist() == list(range(100, 116))           # from k
+    assert C.unique(dim=1)[:, 0].tolist() == order                           # from q
+    assert mixer.out_proj.weight.unique(dim=0)[0].tolist() == order          # from o, by columns
+    assert len(mixer.out_proj.weight.unique(dim=0)) == 1 == x.unique(dim=1).shape[1]
 
 
 @pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [
@@ -1264,35 +1283,40 @@ def test_conversion_puts_every_row_where_the_table_says(init):
 def test_aligned_conversion_pairs_each_query_chunk_with_its_own_key_chunk(n_head, n_kv_head, head_dim, d_state):
     """Read off the recurrence: channel chunk j uses chunk j of C and chunk j // r of B. For plain this fails."""
     shape = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
-    teacher, r, per_head = tiny("t", **shape), n_head // n_kv_head, head_dim // d_state
-    rows_of(teacher.layers[0].self_attn.q_proj)
+    r = n_head // n_kv_head
+    per_head = head_dim // d_state
     matched = {}
-    for init in ("aligned", "plain"):
-        C = convert(tiny("t", **shape), teacher, [0], init).layers[0].mixer.in_proj.weight[-n_head * head_dim:, 0]
-        pairs = [(int(C[j * d_state]) // d_state, j // r) for j in range(n_head * per_head)]
-        matched[init] = [(q // per_head // r, q % per_head) == (k // per_head, k % per_head) for q, k in pairs]
-        assert all(q // per_head // r == k // per_head for q, k in pairs)    # the kv head is right in either order
-    assert all(matched["aligned"]) and sum(matched["plain"]) == n_head       # plain: one chunk per head
+    for init in CHUNK_ORDER:
+        teacher = tiny("t", **shape)
+        number_rows(teacher.layers[0].self_attn.q_proj)
+        mixer = convert(tiny("t", **shape), teacher, [0], init).layers[0].mixer
+        C = mixer.in_proj.weight[-n_head * head_dim:, 0]
+        matched[init] = 0
+        for j in range(n_head * per_head):
+            head, chunk = divmod(int(C[j * d_state]) // d_state, per_head)
+            kv_head, kv_chunk = divmod(j // r, per_head)
+            assert head // r == kv_head                                      # the kv head is right in either order
+            matched[init] += chunk == kv_chunk
+    assert matched == {"aligned": n_head * per_head, "plain": n_head}        # plain: one chunk per head
 
 
-def test_aligned_and_plain_differ_in_nothing_but_that_order():
-    models = {}
-    for init in ("aligned", "plain"):
-        student, teacher = tiny("t t", seed=1), tiny("t t")
-        torch.manual_seed(5)
-        models[init] = dict(convert(student, teacher, [0], init).named_parameters())
-    order = torch.tensor([4 * chunk + lane for chunk in (0, 2, 1, 3, 4, 6, 5, 7) for lane in range(4)])
-    for name, p in models["plain"].items():
+@pytest.mark.parametrize("d_state, order", [(4, lanes(CHUNK_ORDER["aligned"])), (8, list(range(32)))])
+def test_aligned_and_plain_differ_in_nothing_but_that_order(d_state, order):
+    """And in nothing at all where a chunk is a whole head."""
+    _, aligned = converted("aligned", layout="t t", d_state=d_state)
+    _, plain = converted("plain", layout="t t", d_state=d_state)
+    for (name, p), other in zip(plain.named_parameters(), aligned.parameters(), strict=True):
         wanted = p.clone()
         if name.endswith("mixer.in_proj.weight"):
             wanted[-32:] = p[-32:][order]
         if name.endswith("mixer.out_proj.weight"):
             wanted = p[:, order]
-        assert torch.equal(models["aligned"][name], wanted), name
+        assert torch.equal(other, wanted), name
 
 
 def test_a_ridge_fit_finds_a_linear_map():
-    a, w = torch.randn(200, 6), torch.randn(3, 6)
+    a = torch.randn(200, 6)
+    w = torch.randn(3, 6)
     assert (distill.ridge_fit(a, a @ w.T, strength=1e-9) - w).abs().max() < 1e-6
     assert distill.ridge_fit(a, a @ w.T, strength=10.0).norm() < w.norm() / 2   # the penalty pulls towards zero
 
@@ -1300,117 +1324,117 @@ def test_a_ridge_fit_finds_a_linear_map():
 def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does():
     """For the same input: aligned starts as far from the attention's output as writing nothing. Padding does not count:
     other ids there change nothing."""
-    teacher, tokens = tiny("t t t", torch.float32), torch.randint(0, 61, (8, 40))
+    teacher = tiny("t t t", torch.float32)
+    tokens = some_tokens(8, 40)
     real = torch.arange(40) < torch.randint(20, 41, (8, 1))
-    error = {}
-    for init in ("calibrated", "aligned"):
-        for pad in (0, 7):
-            torch.manual_seed(5)
-            student = convert(copy.deepcopy(teacher), teacher, [1], init, (tokens.where(real, torch.tensor(pad)), real))
-            x = teacher.embed_tokens(tokens)
-            place, _ = nano.make_place(teacher.config, tokens, 0, None, None, torch.float32)
-            x = teacher.layers[1].input_layernorm(teacher.layers[0](x, None, place)[0])
-            wanted = teacher.layers[1].self_attn(x, None, place)[0][real]
-            written = student.layers[1].mixer(x, None, place)[0][real]
-            error[init, pad] = ((written - wanted).norm() / wanted.norm()).item()
-    assert error["calibrated", 0] == error["calibrated", 7] < 0.9 < error["aligned", 0], error
+    place = teacher_place(teacher, tokens)
+    before, _ = teacher.layers[0](teacher.embed_tokens(tokens), None, place)
+    x = teacher.layers[1].input_layernorm(before)
+    wanted = teacher.layers[1].self_attn(x, None, place)[0][real]
+
+    def error(init, pad):
+        torch.manual_seed(5)
+        batch = tokens.where(real, torch.tensor(pad)), real
+        student = convert(copy.deepcopy(teacher), teacher, [1], init, batch)
+        written = student.layers[1].mixer(x, None, place)[0][real]
+        return ((written - wanted).norm() / wanted.norm()).item()
+
+    assert error("calibrated", 0) == error("calibrated", 7) < 0.9 < error("aligned", 0)
 
 
 def test_calibrating_changes_gate_and_output_of_the_new_layers_alone():
-    teacher, batch = tiny("t t t"), (torch.randint(0, 61, (4, 30)), torch.ones(4, 30, dtype=torch.bool))
-    models = []
-    for init in ("aligned", "calibrated"):
-        torch.manual_seed(5)
-        models.append(dict(convert(copy.deepcopy(teacher), teacher, [1], init, batch).named_parameters()))
-    changed = {name for name, p in models[0].items() if not torch.equal(p, models[1][name])}
-    assert changed == {"layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"}
-    inner = teacher.config.n_head * teacher.config.head_dim                  # rows of z come first; only they differ
-    assert torch.equal(*(m["layers.1.mixer.in_proj.weight"][inner:] for m in models))
+    batch = all_real(4, 30)
+    _, aligned = converted("aligned", [1], "t t t")
+    _, calibrated = converted("calibrated", [1], "t t t", batch=batch)
+    changed = [name for (name, p), q in zip(aligned.named_parameters(), calibrated.parameters())
+               if not torch.equal(p, q)]
+    assert changed == ["layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"]
+    rest = [lm.layers[1].mixer.in_proj.weight[32:] for lm in (aligned, calibrated)]      # z comes first
+    assert torch.equal(*rest)
     with pytest.raises(UserError, match="batch"):
-        convert(copy.deepcopy(teacher), teacher, [1], "calibrated")
-
-
-def test_plain_is_aligned_where_a_chunk_is_a_whole_head():
-    models = []
-    for init in ("aligned", "plain"):
-        student, teacher = tiny("t", seed=1, d_state=8), tiny("t", d_state=8)
-        torch.manual_seed(5)
-        models.append(convert(student, teacher, [0], init))
-    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+        converted("calibrated", [1], "t t t")
 
 
 @pytest.mark.parametrize("init", ["aligned", "plain", "random"])
 def test_fresh_parts_start_in_their_ranges(init):
     """The step size counts its bias twice, so softplus(2 * bias) must span [0.001, 0.1], log-uniformly."""
     wide = dict(n_head=32, n_kv_head=8, head_dim=16, d_model=64, d_state=8, dt_rank=9, dt_scale=0.5)
-    mixer = convert(tiny("t", torch.float32, **wide), tiny("t", torch.float32, **wide), [0], init).layers[0].mixer
+    _, student = converted(init, dtype=torch.float32, **wide)
+    mixer = student.layers[0].mixer
     step = torch.nn.functional.softplus(2 * mixer.dt_proj.bias)
     assert 0.00099 < step.min() < 0.0015 and 0.07 < step.max() < 0.101
     assert abs(step.log().mean() - math.log(0.01)) < 0.3                     # the middle of the range, on a log scale
     assert torch.equal(mixer.A_log, torch.arange(1, 9).float().log().expand(512, 8))
     assert torch.equal(mixer.D, torch.ones(512))
-    for part, bound in ((mixer.conv1d.weight, 0.5), (mixer.conv1d.bias, 0.5), (mixer.dt_in_proj.weight, 1 / 8),
-                        (mixer.dt_proj.weight, 0.5 / 3), (mixer.in_proj.weight[:512], 1 / 8)):
+    uniform = [(mixer.conv1d.weight, 1 / 2), (mixer.conv1d.bias, 1 / 2), (mixer.dt_in_proj.weight, 1 / 8),
+               (mixer.dt_proj.weight, 0.5 / 3), (mixer.in_proj.weight[:512], 1 / 8)]
+    for part, bound in uniform:
         assert 0.9 * bound < part.abs().max() <= bound
-        assert abs(part.mean()) < 0.1 * bound and part.abs().mean() > 0.4 * bound            # uniform, both signs
+        assert abs(part.mean()) < 0.1 * bound                                # both signs ...
+        assert part.abs().mean() > 0.4 * bound                               # ... and all sizes
 
 
 def test_fresh_parts_follow_the_seed_and_differ_between_layers():
-    def mixers(seed):
-        student, teacher = tiny("t t t", seed=1), tiny("t t t")
-        torch.manual_seed(seed)
-        return [block.mixer for block in convert(student, teacher, [0, 1], "aligned").layers[:2]]
-    (a, b), (same, _), (other, _) = mixers(0), mixers(0), mixers(1)
+    _, one = converted("aligned", [0, 1], "t t t", seed=0)
+    _, same = converted("aligned", [0, 1], "t t t", seed=0)
+    _, other = converted("aligned", [0, 1], "t t t", seed=1)
     for name in ("dt_proj.bias", "conv1d.weight", "dt_in_proj.weight"):
-        one, two, three, four = (mixer.get_parameter(name) for mixer in (a, same, b, other))
-        assert torch.equal(one, two) and not torch.equal(one, three) and not torch.equal(one, four)
+        part = one.layers[0].mixer.get_parameter(name)
+        assert torch.equal(part, same.layers[0].mixer.get_parameter(name))
+        assert not torch.equal(part, one.layers[1].mixer.get_parameter(name))
+        assert not torch.equal(part, other.layers[0].mixer.get_parameter(name))
 
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_conversion_changes_nothing_else(init, dtype):
-    """The other parameters of the student are the very same objects' values, the teacher is untouched, the layout and
-    the parameter names are those of the new layers, and the result runs, saves and goes on converting."""
-    teacher, student = tiny("t t t", dtype), tiny("t t t", dtype, seed=1)
-    before, kept = ({k: v.clone() for k, v in m.state_dict().items()} for m in (teacher, student))
-    batch = some_tokens(2, 20), torch.ones(2, 20, dtype=torch.bool)
+    """The other parameters of the student keep their values, the teacher is untouched, the layout and the parameter
+    names are those of the new layers, and the result runs and goes on converting."""
+    teacher = tiny("t t t", dtype)
+    student = tiny("t t t", dtype, seed=1)
+    untouched = copy.deepcopy(teacher.state_dict())
+    before = copy.deepcopy(student.state_dict())
+    batch = all_real(2, 20)
     assert convert(student, teacher, [2, 0], init, batch) is student
     new = "n" if init == "identity" else "m2"
     assert student.config.layout == (new, "t", new) == tuple(block.kind for block in student.layers)
     assert teacher.config.layout == ("t", "t", "t")
-    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert all(torch.equal(p, untouched[name]) for name, p in teacher.state_dict().items())
+
     after = student.state_dict()
-    for name, value in kept.items():
-        gone = name.startswith(("layers.0.", "layers.2.")) and (
-            "self_attn" in name or (init == "identity" and "input_layernorm" in name))
-        assert (name not in after) if gone else torch.equal(after[name], value), name
-    rest = {name for name in after if name not in kept}
-    assert all(".mixer." in name for name in rest) and (len(rest) == 0) == (init == "identity")
-    for name in rest:
-        assert after[name].dtype == (torch.float32 if name.endswith(("A_log", ".D")) and dtype == torch.bfloat16
-                                     else dtype if dtype == torch.bfloat16 else torch.float64), name
-    twin = HybridLM(student.config)
-    assert set(twin.state_dict()) == set(after)
+    lost = {name for name in before if name not in after}
+    made = {name for name in after if name not in before}
+    assert all(torch.equal(after[name], before[name]) for name in before if name not in lost)
+    assert {name.split(".")[1] for name in lost | made} == {"0", "2"}
+    assert all("self_attn" in name or (init == "identity" and "input_layernorm" in name) for name in lost)
+    assert all(".mixer." in name for name in made) and bool(made) == (init != "identity")
+    for name in made:
+        kept = name.endswith(("A_log", ".D")) and dtype == torch.bfloat16
+        assert after[name].dtype == (torch.float32 if kept else dtype), name
+    assert set(HybridLM(student.config).state_dict()) == set(after)          # as a file of this config must hold them
     logits, _ = student(some_tokens(2, 5))
-    assert torch.isfinite(logits).all() and convert(student, teacher, [1], init, batch).config.layout == (new,) * 3
+    assert torch.isfinite(logits).all()
+    assert convert(student, teacher, [1], init, batch).config.layout == (new,) * 3
 
 
 def test_identity_removes_the_mixer():
-    student = convert(tiny("t t"), tiny("t t"), [0], "identity")
-    block, x = student.layers[0], torch.randn(2, 3, 24, dtype=torch.float64)
-    assert torch.equal(block(x, None, None)[0], x + block.mlp(block.post_attention_layernorm(x)))
+    _, student = converted("identity", layout="t t")
+    block = student.layers[0]
+    x = torch.randn(2, 3, 24, dtype=torch.float64)
+    y, _ = block(x, None, None)
+    assert torch.equal(y, x + block.mlp(block.post_attention_layernorm(x)))
     assert not hasattr(block, "self_attn") and not hasattr(block, "input_layernorm")
 
 
 def test_random_copies_nothing():
     teacher = tiny("t")
-    for linear in (teacher.layers[0].self_attn.q_proj, teacher.layers[0].self_attn.v_proj):
-        linear.weight.data.fill_(7.0)
+    for p in teacher.layers[0].self_attn.parameters():
+        p.data.fill_(7.0)
     mixer = convert(tiny("t"), teacher, [0], "random").layers[0].mixer
     assert mixer.in_proj.weight.abs().max() < 1 and mixer.out_proj.weight.abs().max() < 1
 
 
-IMPOSSIBLE = {
+IMPOSSIBLE = {                               # layers, init, student, teacher (changes of shape), what the error names
     "no such layer": ([5], "aligned", {}, {}, "layer 5"),
     "negative layer": ([-1], "aligned", {}, {}, "layer -1"),
     "layer named twice": ([1, 1], "aligned", {}, {}, "layer 1"),
@@ -1419,7 +1443,7 @@ IMPOSSIBLE = {
     "teacher with fewer layers": ([0], "aligned", {}, {"layout": "t t"}, "n_layer"),
     "teacher with other heads": ([0], "random", {}, {"n_kv_head": 4}, "n_kv_head"),
     "unknown init": ([0], "magic", {}, {}, "magic"),
-    "d_state that does not divide a head": ([0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "d_state 16"),
+    "d_state that does not divide a head": ([0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "head_dim 8 .* d_state 16"),
     "d_state that divides nothing": ([0], "random", {"d_state": 5}, {}, "16 % 5"),
     "widths unlike the heads": ([0], "plain", {"d_inner": 64}, {}, "d_inner 64"),
     "projection biases": ([0], "aligned", {"proj_bias": True}, {}, "bias True"),
@@ -1428,53 +1452,56 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_impossible_conversion_is_refused_and_changes_nothing(case):
-    layers, init, student, teacher, named = IMPOSSIBLE[case]
-    student, teacher = tiny(**{"layout": "t t t"} | student), tiny(**{"layout": "t t t"} | teacher)
-    config, names = student.config, list(student.state_dict())
+    layers, init, of_student, of_teacher, named = IMPOSSIBLE[case]
+    student = tiny(**{"layout": "t t t"} | of_student)
+    teacher = tiny(**{"layout": "t t t"} | of_teacher)
+    config = student.config
+    names = list(student.state_dict())
     with pytest.raises(UserError, match=named):
         convert(student, teacher, layers, init)
     assert student.config == config and list(student.state_dict()) == names
+    assert config.layout == tuple(block.kind for block in student.layers)
 
 
-def linear_attention_mixer(attention, config, init):
-    """Convert, then set the fresh parts so that nothing but the copied weights acts: decay 1, step 1, no D, a conv that
-    lets only the newest input through. The two SiLUs cannot be switched off, but are straight lines far from 0 (30 + x
-    to 1e-12), so the conv's bias is 30, and z reads 30 from a feature that is always 1. Both show up in the result."""
-    student = convert(tiny("t", **config), attention, [0], init)
-    mixer = student.layers[0].mixer
-    with torch.no_grad():
-        mixer.dt_in_proj.weight.zero_()
-        mixer.dt_proj.bias.fill_(math.log(math.e - 1) / 2)                   # softplus(2 * bias) = 1
-        mixer.A_log.fill_(-math.inf)                                         # A = -exp(-inf) = 0, exp(dt A) = 1
-        mixer.D.zero_()
-        mixer.conv1d.weight.zero_()
-        mixer.conv1d.weight[:, 0, -1] = 1
-        mixer.conv1d.bias.fill_(30)
-        mixer.in_proj.weight[:config["n_head"] * config["head_dim"]] = 0
-        mixer.in_proj.weight[:config["n_head"] * config["head_dim"], 0] = 30
-    return student
+@torch.no_grad()
+def make_neutral(mixer):
+    """Set the fresh parts so that nothing but the copied weights acts: decay 1, step 1, no D, a conv that lets only the
+    newest input through. The two SiLUs cannot be switched off, but are straight lines far from 0 (30 + x to 1e-12), so
+    the conv's bias is 30, and z reads 30 from a feature that is always 1. Both show up in the result."""
+    z = mixer.in_proj.weight[:mixer.config.d_inner]
+    for weight in (mixer.dt_in_proj.weight, mixer.D, mixer.conv1d.weight, z):
+        weight.zero_()
+    mixer.dt_proj.bias.fill_(math.log(math.e - 1) / 2)                       # softplus(2 * bias) = 1
+    mixer.A_log.fill_(-math.inf)                                             # A = -exp(-inf) = 0, exp(dt A) = 1
+    mixer.conv1d.weight[:, 0, -1] = 1
+    mixer.conv1d.bias.fill_(30)
+    z[:, 0] = 30
 
 
 @pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [
     (4, 2, 8, 8), (4, 2, 8, 4), (6, 2, 12, 2), (2, 2, 8, 4)])
-@pytest.mark.parametrize("init", ["aligned", "plain"])
+@pytest.mark.parametrize("init", CHUNK_ORDER)
 def test_converted_layer_is_linear_attention_chunk_by_chunk(init, n_head, n_kv_head, head_dim, d_state):
     """With d_state = head_dim the mixer is causal linear attention, grouped, through o_proj. With smaller d_state,
     aligned weighs each chunk of a value by its own chunk of q . k; plain only if there is one chunk, or no grouping."""
-    config = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
-    teacher = tiny("t", **config)
-    mixer, attention = linear_attention_mixer(teacher, config, init).layers[0].mixer, teacher.layers[0].self_attn
+    shape = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
+    teacher, student = converted(init, **shape)
+    mixer = student.layers[0].mixer
+    make_neutral(mixer)
     x = torch.randn(1, 6, 24, dtype=torch.float64) * 0.3
     x[..., 0] = 1
-    q, k, v = ((linear(x)[0].detach().view(6, heads, head_dim // d_state, d_state)) for linear, heads in (
-        (attention.q_proj, n_head), (attention.k_proj, n_kv_head), (attention.v_proj, n_kv_head)))
-    y = torch.zeros_like(q)
-    for head, now, then in ((h, i, j) for h in range(n_head) for i in range(6) for j in range(i + 1)):
-        kv = head // (n_head // n_kv_head)
-        for chunk in range(head_dim // d_state):
-            y[now, head, chunk] += 30 * (q[now, head, chunk] @ k[then, kv, chunk]) * (v[then, kv, chunk] + 30)
-    wanted = attention.o_proj(y.view(1, 6, -1))
-    got = mixer(x, None, teacher_place(teacher, x))[0]
+    attention = teacher.layers[0].self_attn
+    chunks = (-1, head_dim // d_state, d_state)
+    q = attention.q_proj(x)[0].unflatten(-1, chunks)                         # (t, heads, chunks, lanes)
+    k = attention.k_proj(x)[0].unflatten(-1, chunks)
+    v = attention.v_proj(x)[0].unflatten(-1, chunks)
+    group = n_head // n_kv_head
+    k = k.repeat_interleave(group, dim=1)
+    v = v.repeat_interleave(group, dim=1)
+    weight = torch.einsum("thcl,shcl->hcts", q, k).tril()                    # s <= t
+    y = 30 * torch.einsum("hcts,shcl->thcl", weight, v + 30)                 # gate 30, conv bias 30
+    wanted = attention.o_proj(y.reshape(1, 6, -1))
+    got, _ = mixer(x, None, teacher_place(teacher, x))
     if init == "aligned" or d_state == head_dim or n_head == n_kv_head:
         assert off(got, wanted) < 1e-8
     else:
@@ -1482,8 +1509,10 @@ def test_converted_layer_is_linear_attention_chunk_by_chunk(init, n_head, n_kv_h
 
 
 def teacher_place(model, x):
-    """The Place of a plain sequence, for calling a mixer by itself."""
-    return nano.make_place(model.config, torch.zeros(x.shape[:2], dtype=torch.long), 0, None, None, x.dtype)[0]
+    """The Place of plain sequences, tokens or inputs (b, t, ...), for calling a layer by itself."""
+    tokens = torch.zeros(x.shape[:2], dtype=torch.long)
+    place, _ = nano.make_place(model.config, tokens, 0, None, None, model.norm.weight.dtype)
+    return place
 
 
 # ----------------------------------------------------------------------------------------------------------------------
