@@ -15,6 +15,7 @@ import functools
 import io
 import json
 import math
+import pathlib
 import random
 import shutil
 import signal
@@ -2402,6 +2403,40 @@ def traces(tmp_path_factory):
     return str(path), load_tokenizer(path)
 
 
+CPU = torch.device("cpu")
+
+
+def encoded(traces, split, per_family):
+    """Problems of a split as training examples."""
+    return [train_sft.encode_problem(traces[1], p) for p in train_sft.problem_set(split, per_family)]
+
+
+def distill_setup(traces, teacher):
+    """-> a distill.Run for calling parts of distill.py by themselves: few texts, on the CPU."""
+    enc = traces[1]
+    block = train_sft.trace_block(enc, 0)
+    return distill.Run(teacher, enc, CPU, torch.float32, block, probe=[encoded(traces, "probe", 1)], fixed=block(1, 4),
+                       calibration=distill.calibration_batch(block, CPU, count=8), solved={})
+
+
+def last_report(printed):
+    """The last line that a script printed, which is for machines."""
+    return json.loads(printed.out.splitlines()[-1])
+
+
+def count_calls(monkeypatch, module, name):
+    """-> a list that grows by one with each call of module.name, which goes on working."""
+    calls = []
+    real = getattr(module, name)
+
+    def counted(*args, **named):
+        calls.append(name)
+        return real(*args, **named)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
 def test_splits_share_no_problem_and_repeat():
     sets = {split: {p[1] for p in train_sft.problem_set(split, 40)} for split in ("test", "probe", "dev")}
     sets["train"] = {p[1] for _, p in zip(range(300), train_sft.problems("train", 1))}
@@ -2466,14 +2501,17 @@ def test_batches_depend_on_seed_and_number_alone():
 
 def test_kl_is_zero_for_equal_logits_exact_and_finite():
     torch.manual_seed(0)
-    a, b = torch.randn(6, 11, dtype=torch.float64).float(), torch.randn(6, 11)
+    a = torch.randn(6, 11)
+    b = torch.randn(6, 11)
     assert distill.kl_divergence(a, a).abs().max() < 1e-6
     a.requires_grad_()
-    q, p = a.softmax(-1), b.softmax(-1)
+    q = a.softmax(-1)
+    p = b.softmax(-1)
     kl = distill.kl_divergence(a, b)
     torch.testing.assert_close(kl, (q * (q / p).log()).sum(-1), rtol=1e-5, atol=1e-6)
     kl.sum().backward()
-    torch.testing.assert_close(a.grad, (q * ((q / p).log() - kl[:, None])).detach(), rtol=1e-4, atol=1e-6)
+    gradient = q * ((q / p).log() - kl[:, None])
+    torch.testing.assert_close(a.grad, gradient.detach(), rtol=1e-4, atol=1e-6)
     forward = distill.kl_divergence(a, b, "forward_kl")
     torch.testing.assert_close(forward, (p * (p / q).log()).sum(-1), rtol=1e-5, atol=1e-6)
     far = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
@@ -2483,41 +2521,49 @@ def test_kl_is_zero_for_equal_logits_exact_and_finite():
 
 def test_kl_is_a_mean_over_tokens_whatever_the_batch_and_its_length(traces):
     """The same texts in one batch, one by one, twice, or beside an untrained one give one and the same loss."""
-    lm, enc = load_pretrained(traces[0]), traces[1]
-    student = convert(load_pretrained(traces[0]), lm, [1], "aligned")
-    texts = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("dev", 1)]
-    mean = lambda *fixed: distill.mean_loss(student, lm, fixed, "reverse_kl", torch.device("cpu"), torch.float32)
-    silent = texts[0][0], [False] * len(texts[0][0])
-    for fixed in ([[t] for t in texts], [texts, texts], [texts + [silent]]):
+    teacher = load_pretrained(traces[0])
+    student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
+    texts = encoded(traces, "dev", 1)
+
+    def mean(*fixed):
+        return distill.mean_loss(student, teacher, fixed, "reverse_kl", CPU, torch.float32)
+
+    ids, _ = texts[0]
+    silent = ids, [False] * len(ids)
+    for fixed in ([[text] for text in texts], [texts, texts], [texts + [silent]]):
         assert abs(mean(*fixed) / mean(texts) - 1) < 1e-5
     assert mean([silent]) == 0
 
 
 def test_kl_in_pieces_is_the_same_in_value_and_gradients():
     torch.manual_seed(0)
-    heads = [torch.nn.Linear(8, 50, bias=False) for _ in range(2)]
-    x, y, results = torch.randn(23, 8, requires_grad=True), torch.randn(23, 8), []
+    head = torch.nn.Linear(8, 50, bias=False)
+    teacher_head = torch.nn.Linear(8, 50, bias=False)
+    x = torch.randn(23, 8, requires_grad=True)
+    teacher_x = torch.randn(23, 8)
+    results = []
     for chunk in (None, 5):
-        loss = distill.distillation_loss(x, y, *heads, chunk=chunk)
-        results.append((loss, *torch.autograd.grad(loss, (x, heads[0].weight))))
+        loss = distill.distillation_loss(x, teacher_x, head, teacher_head, chunk=chunk)
+        results.append((loss, *torch.autograd.grad(loss, (x, head.weight))))
     for whole, pieces in zip(*results):
         torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(traces):
-    lm, other = load_pretrained(traces[0]), load_pretrained(traces[0])
-    convert(other, lm, [1], "aligned")
+    teacher = load_pretrained(traces[0])
+    student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
     tokens = torch.randint(7, 200, (2, 9))
     targets = torch.full((2, 9), -1)
     targets[:, 2:5] = tokens[:, 3:6]
     changed = tokens.clone()
     changed[:, 6:] = 9                                                       # after the last trained position
-    loss = [distill.batch_loss(other, lm, t, targets, "reverse_kl")[0] for t in (tokens, changed)]
-    assert torch.equal(*loss)
-    empty, count = train_sft.cross_entropy(other, tokens, torch.full((2, 9), -1))
+    loss, _ = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
+    again, _ = distill.batch_loss(student, teacher, changed, targets, "reverse_kl")
+    assert torch.equal(loss, again)
+    empty, count = train_sft.cross_entropy(student, tokens, torch.full((2, 9), -1))
     (empty / max(1, count)).backward()
     assert count == 0 and empty.item() == 0
-    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in other.parameters())
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
 
 
 def test_decay_only_for_matrices_inside_the_layers(traces):
@@ -2638,16 +2684,17 @@ def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, monk
 
 
 def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypatch):
-    lm, enc = load_pretrained(traces[0]), traces[1]
-    probe = [[train_sft.encode_problem(enc, p) for p in train_sft.problem_set("probe", 1)]]
-    args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, ctx=99, probe=1, seed=0, dtype="float32")
-    calls, real = [], distill.leave_one_out
-    monkeypatch.setattr(distill, "leave_one_out", lambda *a, **k: calls.append(1) or real(*a, **k))
-    rank = lambda: distill.rank_layers(
-        args, distill.Run(lm, enc, torch.device("cpu"), torch.float32, None, probe, probe[0], None, {}), lm)
+    teacher = load_pretrained(traces[0])
+    setup = distill_setup(traces, teacher)
+    args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, ctx=99, probe=1, dtype="float32")
+    calls = count_calls(monkeypatch, distill, "leave_one_out")
+
+    def rank():
+        return distill.rank_layers(args, setup, teacher)
+
     first = rank()
     assert rank() == first and len(calls) == 1
-    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3                       # one weight of another layer
+    teacher.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3                  # one weight of another layer
     assert rank() != first and len(calls) == 2
     args.probe = 2                                                           # other problems, other scores
     rank()
@@ -2655,64 +2702,67 @@ def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypat
 
 
 def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces):
-    teacher, enc = load_pretrained(traces[0]), traces[1]
-    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    teacher = load_pretrained(traces[0])
+    before = copy.deepcopy(dict(teacher.named_parameters()))
     student = convert(distill.clone(teacher, "mixers"), teacher, [1, 2], "aligned")
     distill.set_trained(student, "mixers").train()
-    start = {name: p.clone() for name, p in student.named_parameters()}
-    batch = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("dev", 1)]
-    loss, count = distill.batch_loss(student, teacher, *train_sft.collate(batch, "cpu"), "reverse_kl")
+    start = copy.deepcopy(dict(student.named_parameters()))
+    tokens, targets = train_sft.collate(encoded(traces, "dev", 1), CPU)
+    loss, count = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
     (loss / count).backward()
     train_sft.clipped_step(student, train_sft.make_optimizers(student, 1e-2), 1e-2)
-    own = dict(teacher.named_parameters())
+    original = dict(teacher.named_parameters())
     for name, p in student.named_parameters():
         if ".mixer." in name:
             assert p.requires_grad and not torch.equal(p, start[name]), name
         else:
-            assert p.data_ptr() == own[name].data_ptr() and p.grad is None, name
-    assert all(torch.equal(p, before[name]) for name, p in own.items())
+            assert p.data_ptr() == original[name].data_ptr() and p.grad is None, name
+    assert all(torch.equal(p, before[name]) for name, p in original.items())
 
 
-def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_path, monkeypatch, capsys):
+def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_path):
     lines = [{"prompt": f"<s>[INST] {i} [/INST]", "response": f" {i + 1}</s>"} for i in range(55)]
-    lines[7] = {"messages": [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]}
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out, _ = run(distill, "--teacher", traces[0], "--data", tmp_path / "x.jsonl", "--replace",
-                      2, "--steps", 2, "--batch", 2, "--device", "cpu", "--out", tmp_path / "out")
-    report = json.loads(out.splitlines()[-1])
-    assert [report[key] for key in ("teacher_accuracy", "student_accuracy", "accuracy_by_family")] == [None] * 3
+    turns = [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]
+    lines[7] = {"messages": turns}
+    data = tmp_path / "x.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = last_report(run(distill, "--teacher", traces[0], "--data", data, "--replace", 2, "--steps", 2, "--batch",
+                             2, "--device", "cpu", "--out", tmp_path / "out"))
+    assert report["teacher_accuracy"] is report["student_accuracy"] is report["accuracy_by_family"] is None
     assert report["kl_first"] > 0 and math.isfinite(report["kl_last"])
     stored = json.loads((tmp_path / "out" / "loo.json").read_text())
-    assert all(s["accuracy"] is None and s["kl"] >= 0 and s["loss"] > 0 for s in stored["scores"])
-    kl = {s["layer"]: s["kl"] for s in stored["scores"]}
+    kl = {}
+    for score in stored["scores"]:
+        assert score["accuracy"] is None and score["kl"] >= 0 and score["loss"] > 0
+        kl[score["layer"]] = score["kl"]
     assert stored["order"] == sorted(kl, key=kl.get) and report["replaced"] == stored["order"][:2]
-    _, held = train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 538)
-    assert len(held) == 2                                                    # examples 0 and 50
 
 
 def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces):
-    lm, enc = load_pretrained(traces[0]), traces[1]
-    torch.nn.init.zeros_(lm.layers[2].self_attn.o_proj.weight)
-    examples = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("probe", 2)]
-    scores = distill.leave_one_out(lm, [examples], torch.device("cpu"), torch.float32, use_accuracy=False)
+    teacher = load_pretrained(traces[0])
+    torch.nn.init.zeros_(teacher.layers[2].self_attn.o_proj.weight)
+    examples = encoded(traces, "probe", 2)
+    scores = distill.leave_one_out(teacher, [examples], CPU, torch.float32, use_accuracy=False)
     assert distill.least_important_first(scores)[0] == 2
+    tokens, targets = train_sft.collate(examples, CPU)
     for layer in (0, 3):
-        without = convert(copy.deepcopy(lm), lm, [layer], "identity")
-        loss, count = train_sft.cross_entropy(without, *train_sft.collate(examples, "cpu"))
+        without = convert(copy.deepcopy(teacher), teacher, [layer], "identity")
+        loss, count = train_sft.cross_entropy(without, tokens, targets)
         assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
 
 
-def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces, tmp_path, monkeypatch, capsys):
-    before = open(os.path.join(traces[0], "model.safetensors"), "rb").read()
-    go = lambda *more: run(distill, "--teacher", traces[0], *more)[0]
-    out = go("--stages", "1,2", "--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1,
-              "--out", tmp_path)
-    report = json.loads(out.strip().splitlines()[-1])
+def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces, tmp_path):
+    before = weights(traces[0])
+
+    def go(*more):
+        return run(distill, "--teacher", traces[0], *SMALL, *more)
+
+    report = last_report(go("--stages", "1,2", "--out", tmp_path))
     assert set(report) == {"replaced", "layout", "teacher_accuracy", "student_accuracy", "accuracy_by_family",
                            "kl_first", "kl_last", "steps", "tokens", "seconds", "seed"}
     assert report["layout"].count("m2") == 2 == len(report["replaced"])
     assert load_pretrained(tmp_path / "h2").config.layout == tuple(report["layout"])
-    assert open(os.path.join(traces[0], "model.safetensors"), "rb").read() == before
+    assert weights(traces[0]) == before
     with pytest.raises(UserError, match="overwrite"):                        # a finished result is not lost unasked
         go("--replace", 2, "--out", tmp_path / "h2")
     with pytest.raises(UserError, match="4 attention layers"):
@@ -2744,12 +2794,13 @@ def family(traces, tmp_path_factory):
 
 
 def weights(path):
-    return (path / "model.safetensors").read_bytes()
+    """The file of a checkpoint's weights, as bytes."""
+    return (pathlib.Path(path) / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("killed_after", [1, 3, 6])                          # of 2 steps, 3 trials of 1 step, 2 steps
-def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family, tmp_path, no_answers, interrupt_after,
-                                                                 killed_after):
+def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(
+        traces, family, tmp_path, no_answers, interrupt_after, killed_after):
     command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", tmp_path
     taken = interrupt_after(killed_after)
     with pytest.raises(KeyboardInterrupt):
@@ -2760,19 +2811,22 @@ def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family,
     assert len(taken) == 2 + 3 + 2 + (killed_after == 3)
     for member in ("h1", "h2"):
         assert weights(tmp_path / member) == weights(family / member)
-        a, b = (json.loads((path / member / "report.json").read_text()) for path in (tmp_path, family))
-        assert all(a[key] == b[key] for key in ("replaced", "scores", "kl_last", "tokens"))
+        continued = json.loads((tmp_path / member / "report.json").read_text())
+        undisturbed = json.loads((family / member / "report.json").read_text())
+        for key in ("replaced", "scores", "kl_first", "kl_last", "tokens"):
+            assert continued[key] == undisturbed[key]
 
 
-def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, family, tmp_path, no_answers,
-                                                                   interrupt_after):
-    command = ("--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", family)
+def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(
+        traces, family, tmp_path, no_answers, interrupt_after):
+    command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", family
     assert run(distill, *command).out.count("finished already") == 2
-    for change in (("--traces", "generic"), ("--warmup", 3), ("--ctx", 99), ("--rank", "last"), ("--probe-steps", 2)):
-        with pytest.raises(UserError, match=change[0][2:].replace("-", "_")):
-            run(distill, *command, *change)
+    changes = {"traces": "generic", "warmup": 3, "ctx": 99, "rank": "last", "probe_steps": 2}
+    for flag, value in changes.items():
+        with pytest.raises(UserError, match=flag):
+            run(distill, *command, "--" + flag.replace("_", "-"), value)
     interrupt_after(1)
-    command = ("--teacher", traces[0], "--replace", 1, *SMALL, "--resume", "--rank", "first", "--out", tmp_path / "x")
+    command = "--teacher", traces[0], "--replace", 1, *SMALL, "--resume", "--rank", "first", "--out", tmp_path / "x"
     with pytest.raises(KeyboardInterrupt):
         run(distill, *command)
     with pytest.raises(UserError, match="traces = reasoning, now traces = generic"):
@@ -2780,24 +2834,30 @@ def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, famil
 
 
 def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
-    lm, enc = load_pretrained(traces[0]), traces[1]
-    for i, block in enumerate(lm.layers):                                    # layer 2 writes nothing, the others a lot
+    teacher = load_pretrained(traces[0])
+    for i, block in enumerate(teacher.layers):                               # layer 2 writes nothing, the others a lot
         block.self_attn.o_proj.weight.data *= 0 if i == 2 else 5
-    cpu, before = torch.device("cpu"), distill.weights_hash(lm)
-    setup = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [], None, {})
-    setup = setup._replace(fixed=setup.block(1, 4), calibration=distill.calibration_batch(setup.block, cpu, count=8))
+    before = distill.weights_hash(teacher)
+    setup = distill_setup(traces, teacher)
     args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", lr=1e-4,
                               init="calibrated", loss="reverse_kl")
-    student = convert(copy.deepcopy(lm), lm, [0], "aligned")                 # as in a later stage
-    trials = distill.try_each_layer(args, setup, student, [1, 2, 3], {})
-    assert distill.least_important_first(trials)[0] == 2 and len({trial["loss"] for trial in trials}) == 3
-    assert student.config.layout == ("m2", "t", "t", "t") and distill.weights_hash(lm) == before
+    student = convert(copy.deepcopy(teacher), teacher, [0], "aligned")       # as in a later stage
+    trials = distill.try_each_layer(args, setup, student, {})
+    assert distill.least_important_first(trials)[0] == 2
+    assert len({trial["loss"] for trial in trials}) == 3                     # layers 1, 2 and 3, each a loss of its own
+    assert student.config.layout == ("m2", "t", "t", "t")
+    assert distill.weights_hash(teacher) == before
 
 
 def test_the_teacher_never_changes_during_a_stage(traces, tmp_path, monkeypatch, no_answers):
-    hashes, real = [], distill.evaluate
-    monkeypatch.setattr(distill, "evaluate", lambda a, run, student: hashes.append(distill.weights_hash(run.teacher))
-                        or real(a, run, student))
+    hashes = []
+    real = distill.evaluate
+
+    def evaluate(args, setup, student):
+        hashes.append(distill.weights_hash(setup.teacher))
+        return real(args, setup, student)
+
+    monkeypatch.setattr(distill, "evaluate", evaluate)
     for train in ("all", "mixers"):                                          # mixers: the other weights are shared
         run(distill, "--teacher", traces[0], "--replace", 2, *SMALL, "--train", train, "--out", tmp_path / train)
     assert hashes == [distill.weights_hash(load_pretrained(traces[0]))] * 2
@@ -2816,10 +2876,10 @@ def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces
 
 
 def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_path, no_answers):
+    command = "--teacher", traces[0], "--replace", 1, "--rank", "first", *SMALL, "--init", "aligned"
     reports = {}
     for kind in ("reasoning", "generic"):
-        printed = run(distill, "--teacher", traces[0], "--replace", 1, "--rank", "first", *SMALL,
-                             "--traces", kind, "--init", "aligned", "--out", tmp_path / kind).out
+        printed = run(distill, *command, "--traces", kind, "--out", tmp_path / kind).out
         reports[kind] = json.loads((tmp_path / kind / "report.json").read_text())
         assert (">>> " in printed and "[INST]" not in printed.split("problem ")[0]) == (kind == "generic")
     assert reports["generic"]["args"]["traces"] == "generic"
@@ -2830,12 +2890,19 @@ def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_pa
 
 
 def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path):
-    assert sorted(nano.APRIEL15B) == [i for i in range(50) if i != 2] and bench.ORDER[:49] == nano.APRIEL15B
+    assert sorted(nano.APRIEL15B) == [i for i in range(50) if i != 2]
+    assert bench.ORDER[:49] == nano.APRIEL15B
     args = argparse.Namespace(rank="apriel15b", teacher="x")
-    order = lambda layout: distill.rank_layers(args, None, HybridLM(dataclasses.replace(
-        train_sft.TEACHER, n_layer=len(layout), layout=layout)))[0]
-    assert order(("t",) * 50)[:27] == nano.APRIEL15B[:25] + [3, 5]
-    assert order(tuple("m2" if i in (47, 24) else "t" for i in range(50)))[:3] == [39, 36, 31]
+
+    def order(replaced):
+        layout = ["m2" if i in replaced else "t" for i in range(50)]
+        config = dataclasses.replace(train_sft.TEACHER, n_layer=50, layout=layout)
+        layers, scores = distill.rank_layers(args, None, HybridLM(config))
+        assert scores is None
+        return layers
+
+    assert order([])[:27] == nano.APRIEL15B[:25] + [3, 5]
+    assert order([47, 24])[:3] == [39, 36, 31]
     with pytest.raises(UserError, match="50 layers"):
         run(distill, "--teacher", traces[0], "--replace", 1, "--rank", "apriel15b", "--out", tmp_path / "x")
 
@@ -2987,19 +3054,23 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_work(case, traces, tmp
     teacher = tmp_path / "teacher"
     shutil.copytree(traces[0], teacher)
     damage(teacher)
-    arguments = [str(teacher / a) if a.endswith(".jsonl") else a for a in arguments]
+    arguments = [teacher / a if a.endswith(".jsonl") else a for a in arguments]
     code, out, err = script("distill.py", "--teacher", teacher, "--replace", 1, "--out", tmp_path / "o", *arguments)
-    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and named in err, err
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and named in err
     assert not (tmp_path / "o").exists()
 
 
 def test_the_shipped_teacher_is_checked_in_seconds(tmp_path):
     """All 50 layers are loaded and the request refused within 30 seconds of one core's time."""
     resource = pytest.importorskip("resource")
-    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+    def used():
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
     began = used()
-    code, out, err = script("distill.py", "--replace", 99, "--out", tmp_path / "o", "--teacher",
-                            os.path.join(HERE, "teacher"))
+    teacher = os.path.join(HERE, "teacher")
+    code, out, err = script("distill.py", "--replace", 99, "--out", tmp_path / "o", "--teacher", teacher)
     assert (code, out, err.count("\n")) == (2, "", 1) and "50 attention layers" in err
     assert used() - began < 30
 
