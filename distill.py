@@ -13,9 +13,9 @@ held-out problems; save --out in the Hugging Face layout. The file is in that or
 """
 import argparse
 import copy
-import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import time
@@ -27,9 +27,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model as nano
-from model import UserError, autocast, choose_threads, claim_out, harm, provenance, run_main, start_script
-from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate, encode_problem, fit, generic_block,
-                       list_block, make_optimizers, problem_set, read_jsonl, show_example, solve, trace_block)
+from model import (UserError, autocast, choose_threads, claim_out, harm, provenance, run_main,
+                   start_script)
+from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate, encode_problem,
+                       file_hash, fit, generic_block, list_block, load_codec, make_optimizers,
+                       mamba_names, problem_set, read_jsonl, show_example, solve, trace_block,
+                       weights_hash)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,6 +53,10 @@ from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate,
 #       in_proj rows C         q_proj               |       D                                1
 #       out_proj columns       o_proj               |       norms, MLP                       kept
 #
+# Where the projections have biases (Qwen2), they go the same way, into the bias of in_proj; the other biases that the
+# format then asks for are zeros. Where queries and keys are normed (Qwen3), the norm's weight, one number per lane of
+# every head, is multiplied into the rows; its division by the root mean square cannot be, for it depends on the token.
+#
 # One thing does not fit. H has head_dim columns, a channel has d_state cells, 16 for a head of 128. The format cuts x,
 # B and C into chunks of d_state lanes: channel chunk j reads chunk j of C, and chunk j // r of x and B, where r is the
 # number of query heads that share a kv head. It knows no heads. Here are two query heads a and b that share one kv head
@@ -57,8 +64,8 @@ from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate,
 #
 #       channel chunk j             0     1     2     3     4     5     6     7
 #       writes v under the key      k0    k0    k1    k1    k2    k2    k3    k3        chunk j // 2: the format says so
-#       reads, published order      a0    a1    a2    a3    b0    b1    b2    b3        meets its own key in 0 and 7 alone
-#       reads, "aligned"            a0    b0    a1    b1    a2    b2    a3    b3        meets its own key everywhere
+#       reads, published order      a0    a1    a2    a3    b0    b1    b2    b3        its own key in 0 and 7 alone
+#       reads, "aligned"            a0    b0    a1    b1    a2    b2    a3    b3        its own key everywhere
 #
 # The published code keeps the rows of q_proj as they are, and at the 15B shape 7 chunks of q in 8 are multiplied with a
 # chunk of k that they were never trained for. "aligned" lays them out chunk by chunk, heads inside. Nothing else
@@ -96,23 +103,63 @@ def mil_mixer(attention, config, init="aligned"):
     """attention: the Attention to replace -> a new Mamba, on the CPU in float32. init: a key of INITS but
     identity; calibrated gives what aligned does, see calibrate."""
     mixer = nano.Mamba(config)
+    init_dt(mixer)
     if init == "random":
         return mixer
     order = query_order(config, init)
-    # The parts of in_proj are views: copying into them fills it.
-    widths = [config.d_inner, config.d_xb, config.d_xb, config.d_inner]
-    _, x, B, C = mixer.in_proj.weight.split(widths)
-    fill(x, attention.v_proj.weight)
-    fill(B, attention.k_proj.weight)
-    fill(C, attention.q_proj.weight[order])
+    qk_norm = attention.config.qk_norm
+    v = rows_of(attention.v_proj)
+    k = rows_of(attention.k_proj, attention.k_norm if qk_norm else None)
+    q = rows_of(attention.q_proj, attention.q_norm if qk_norm else None)
+    rows = torch.cat([v, k, q[order]])                                       # x, B and C, in this order
+    # Slices are views: filling them fills in_proj. Its first d_inner rows are z.
+    fill(mixer.in_proj.weight[config.d_inner:], rows[:, :-1])
     fill(mixer.out_proj.weight, attention.o_proj.weight[:, order])
+    if config.proj_bias:
+        for linear in (mixer.in_proj, mixer.dt_in_proj, mixer.out_proj):
+            linear.bias.zero_()
+        fill(mixer.in_proj.bias[config.d_inner:], rows[:, -1])
     return mixer
+
+
+def rows_of(linear, norm=None):
+    """A projection, and the norm per head that follows it -> (rows, d_model + 1): its weight, its bias as the last
+    column (zeros without one), and both times the norm's weight."""
+    bias = linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+    rows = torch.cat([linear.weight, bias[:, None]], dim=1)
+    if norm is None:
+        return rows
+    heads = rows.unflatten(0, (-1, len(norm.weight)))                        # (heads, head_dim, d_model + 1)
+    return (heads * norm.weight[:, None]).flatten(0, 1)
+
+
+@torch.no_grad()
+def init_dt(mixer):
+    """Step sizes log-uniform in [dt_min, dt_max], as in Mamba; half the bias is stored, since it counts twice."""
+    c = mixer.config
+    bound = c.dt_scale * c.dt_rank ** -0.5
+    torch.nn.init.uniform_(mixer.dt_proj.weight, -bound, bound)
+    if mixer.dt_proj.bias is not None:
+        dt = torch.empty(c.d_inner).uniform_(math.log(c.dt_min), math.log(c.dt_max)).exp()
+        dt = dt.clamp(min=c.dt_init_floor)
+        bias = dt + torch.log(-torch.expm1(-dt))                             # the inverse of softplus
+        mixer.dt_proj.bias.copy_(bias / 2)
 
 
 def fill(target, source):
     """copy_ alone would spread a smaller source over the target, silently."""
     assert target.shape == source.shape, (target.shape, source.shape)
     target.copy_(source)
+
+
+def not_carried(config):
+    """What attention of this shape does and its Mamba layer cannot start with, for the user to know. -> a text."""
+    lost = ["the softmax", "the rotation of q and k by position"]
+    if config.qk_norm:
+        lost.append("the division of q and k by their root mean square")
+    if config.sliding_window:
+        lost.append("the sliding window")
+    return ", ".join(lost)
 
 
 # A fresh mixer has a weakness: with dt near 0.01 and a random gate it writes next to nothing, and the student starts
@@ -147,7 +194,7 @@ def calibrate(student, teacher, layers, tokens, real):
     for i, block in enumerate(student.layers):
         if i in layers:
             normed = block.input_layernorm(x)                                # (b, t, d_model)
-            wanted, _ = teacher.layers[i].self_attn(normed, None, place)
+            wanted, _ = teacher.layers[i].mixer(normed, None, place)
             open_gate(block.mixer, normed[real])
             written = before_out_proj(block.mixer, normed, place)            # (b, t, d_inner)
             block.mixer.out_proj.weight.copy_(ridge_fit(written[real], wanted[real]))
@@ -173,7 +220,7 @@ def before_out_proj(mixer, x, place):
 
 def converted_config(student, teacher, layers, init):
     """Configs of student and teacher -> that of the student after these layers are converted.
-    Raises UserError, naming what is in the way, if they cannot be: before any weight was touched or layer ranked."""
+    Raises UserError, naming what is in the way, if they cannot be: before any weight is touched or layer ranked."""
     if init not in INITS:
         raise UserError(f"unknown init {init!r}; known: {', '.join(INITS)}")
     for field in ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim"):
@@ -184,22 +231,45 @@ def converted_config(student, teacher, layers, init):
     layout = list(student.layout)
     for i in layers:
         if not 0 <= i < len(layout) or layout[i] != "t" or teacher.layout[i] != "t":
-            raise UserError(f"layer {i} is not an attention layer (layout: {' '.join(student.layout)})")
+            shown = " ".join(student.layout)
+            raise UserError(f"layer {i} is not an attention layer (layout: {shown})")
         layout[i] = "n" if init == "identity" else "m2"
-    config = replace(student, layout=tuple(layout))
-    if layers and init not in ("random", "identity"):
-        check_widths(config)
+    # One switch for all Mamba layers of a model: on from the first conversion on, if the attention has biases.
+    proj_bias = student.proj_bias or teacher.qkv_bias
+    if proj_bias and not student.proj_bias and "m2" in student.layout:
+        raise UserError("the attention has biases and the student's Mamba layers have none: "
+                        "its file format knows one switch for all of them")
+    config = replace(student, layout=tuple(layout), proj_bias=proj_bias)
+    if layers and init != "identity":
+        check_widths(config, copied=init != "random")
     return config
 
 
-def check_widths(config):
-    """Raise UserError unless a Mamba layer of this shape has a place for every row of its attention."""
+def check_widths(config, copied):
+    """Raise UserError unless Mamba layers of this shape can be made, with a place for all rows of their attention if
+    they are copied."""
     c = config
-    heads = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    if (c.d_inner, c.d_xb) != heads or c.head_dim % c.d_state or c.proj_bias:
-        raise UserError(
-            f"attention with {c.n_head} / {c.n_kv_head} heads of head_dim {c.head_dim} cannot become a Mamba layer of "
-            f"d_inner {c.d_inner}, d_xb {c.d_xb}, d_state {c.d_state}, projection bias {c.proj_bias}")
+    heads = (c.n_head * c.head_dim, c.n_kv_head * c.head_dim)
+    if c.d_xb % c.d_state or (copied and c.head_dim % c.d_state):
+        raise UserError(f"head_dim {c.head_dim} is not a multiple of d_state {c.d_state}: "
+                        "a head must be cut into whole chunks")
+    if copied and (c.d_inner, c.d_xb) != heads:
+        raise UserError(f"{c.n_head} / {c.n_kv_head} heads of head_dim {c.head_dim} do not fit into "
+                        f"Mamba layers of d_inner {c.d_inner}, d_xb {c.d_xb}")
+
+
+def choose_d_state(config, wanted):
+    """-> cells per channel of the Mamba layers to come. wanted: --d-state, or None: 16, or the largest divisor of
+    head_dim below it. A hybrid has its own already. Raises UserError."""
+    if set(config.layout) != {"t"}:
+        if wanted not in (None, config.d_state):
+            raise UserError(f"--d-state {wanted}: the layers that are converted have {config.d_state}")
+        return config.d_state
+    if wanted is None:
+        return max(n for n in range(1, 17) if config.head_dim % n == 0)
+    if config.head_dim % wanted:
+        raise UserError(f"--d-state {wanted} does not divide head_dim {config.head_dim}")
+    return wanted
 
 
 def convert(student, teacher, layers, init="aligned", batch=None):
@@ -214,11 +284,11 @@ def convert(student, teacher, layers, init="aligned", batch=None):
         block.kind = config.layout[i]
         if init == "identity":
             del block.input_layernorm
+            block.mixer = None
         else:
             weight = block.mlp.down_proj.weight
-            mixer = mil_mixer(teacher.layers[i].self_attn, config, init)
+            mixer = mil_mixer(teacher.layers[i].mixer, config, init)
             block.mixer = nano.cast(mixer, weight.device, weight.dtype)
-        del block.self_attn
     student.config = config
     if init == "calibrated" and layers:
         calibrate(student, teacher, layers, *batch)
@@ -374,22 +444,6 @@ def least_important_first(scores):
     return [s["layer"] for s in sorted(scores, key=harm)]
 
 
-def weights_hash(model):
-    """A fingerprint of all weights, so that stored scores are used for no other model."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        # The names count, too: two equal layers may have changed places. As bytes, because numpy has no bfloat16.
-        digest.update(name.encode())
-        digest.update(p.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def file_hash(path):
-    """The same for a data file: edited data makes new scores."""
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()[:16]
-
-
 def stored_scores(path, key, make):
     """Scores are expensive: keep them in the file `path` together with what they were made from, reuse them if that is
     still the same, and otherwise make() them anew. -> the dict in the file.
@@ -408,8 +462,12 @@ def rank_layers(args, run, student):
     Layers that are replaced already stay in a stored order and are left out here. Raises UserError for a bad file."""
     attention = attention_layers(student.config)
     scores = None
-    if args.rank in ("loo", "mmr"):
-        stored = (loo_scores if args.rank == "loo" else mmr_scores)(args, run, student)
+    if args.rank == "loo":
+        stored = loo_scores(args, run)
+        order = stored["order"]
+        scores = stored["scores"]
+    elif args.rank == "mmr":
+        stored = mmr_scores(args, run, student)
         order = stored["order"]
         scores = stored["scores"]
     elif args.rank == "first":
@@ -420,7 +478,8 @@ def rank_layers(args, run, student):
         order = random.Random(args.seed).sample(attention, len(attention))
     elif args.rank == "apriel15b":                                           # the order that the paper published
         if len(student.layers) != 50:
-            raise UserError(f"--rank apriel15b is an order of 50 layers; {args.teacher} has {len(student.layers)}")
+            raise UserError(f"--rank apriel15b is an order of 50 layers; {args.teacher} has "
+                            f"{len(student.layers)}")
         order = nano.APRIEL15B
     else:
         order = read_order(args.rank, len(student.layers))
@@ -432,21 +491,22 @@ def read_order(path, n_layer):
     order = nano.read_json(path)
     if isinstance(order, dict):
         order = order.get("order", order.get("replaced"))
-    layers = set(range(n_layer))
-    if not isinstance(order, list) or set(order) - layers or len(set(order)) < len(order):
-        raise UserError(f"{path}: not a list of different layers from 0 to {n_layer - 1}")
-    return order
+    if isinstance(order, list):
+        layers = [i for i in order if type(i) is int and 0 <= i < n_layer]
+        if len(set(layers)) == len(order):
+            return layers
+    raise UserError(f"{path}: not a list of different layers from 0 to {n_layer - 1}")
 
 
 # Scores are stored in --out under a key: a second run with other --steps or --lr need not rank again.
 
-def loo_scores(args, run, student):
+def loo_scores(args, run):
     """The stored dict of LOO scores, always of the teacher itself."""
     def make():
-        return leave_one_out(run.teacher, run.probe, run.device, run.dtype, use_accuracy=not args.data)
+        exact_match = not args.data
+        return leave_one_out(run.teacher, run.probe, run.device, run.dtype, exact_match)
 
-    key = {"teacher": weights_hash(run.teacher), "data": args.data and file_hash(args.data), "ctx": args.ctx,
-           "probe": args.probe, "dtype": args.dtype}
+    key = run.content | {"ctx": args.ctx, "probe": args.probe, "dtype": args.dtype}
     return stored_scores(os.path.join(args.out, "loo.json"), key, make)
 
 
@@ -455,14 +515,11 @@ def mmr_scores(args, run, student):
     def make():
         return try_each_layer(args, run, student, key)
 
-    key = {"teacher": weights_hash(run.teacher), "student": weights_hash(student),
-           "content": args.data and file_hash(args.data)}
-    for flag in MMR_FLAGS:
-        key[flag] = getattr(args, flag)
+    key = depends_on(args, run, student)
+    # The order of the trials' losses is all that is used: how the stage goes on afterwards does not matter to it.
+    for flag in ("replace", "rank", "steps", "warmup", "probe"):
+        del key[flag]
     return stored_scores(os.path.join(args.out, "mmr.json"), key, make)
-
-
-MMR_FLAGS = ("data", "traces", "ctx", "init", "train", "probe_steps", "batch", "lr", "loss", "seed", "dtype")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -523,12 +580,14 @@ def trial_loss(args, run, student, layer, training, held_out):
     trial = clone(student, args.train)
     convert(trial, run.teacher, [layer], args.init, run.calibration)
     set_trained(trial, args.train)
-    optimizers = make_optimizers(trial, args.lr)                             # states of its own
+    # States of its own.
+    optimizers = make_optimizers(trial, args.lr, args.optimizer, args.lr_rest)
 
     def loss_of(batch):
         with autocast(run.device, run.dtype):
             x = trial.hidden(batch.tokens)[0][batch.targets >= 0]
-            loss = distillation_loss(x, batch.teacher_x, trial.lm_head, run.teacher.lm_head, args.loss)
+            heads = trial.lm_head, run.teacher.lm_head
+            loss = distillation_loss(x, batch.teacher_x, *heads, args.loss)
         return loss / len(x)
 
     for step, batch in enumerate(training):
@@ -559,7 +618,8 @@ def distill(args, run, student, progress):
     def loss_of(model, tokens, targets):
         return batch_loss(model, run.teacher, tokens, targets, args.loss)
 
-    plan = Plan(args.steps, args.lr, args.warmup, every=25, log_every=1, name="kl")
+    plan = Plan(steps=args.steps, lr=args.lr, warmup=args.warmup, every=25, log_every=1, name="kl",
+                optimizer=args.optimizer, lr_rest=args.lr_rest)
     return fit(student, loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
 
 
@@ -573,38 +633,50 @@ def clone(model, train):
 def set_trained(student, train):
     """Say which weights get gradients: all, or those of the Mamba mixers. Trained weights are float32 (autocast makes
     the products cheap); a model of more than a billion weights recomputes each layer in the backward pass."""
+    mixers = mamba_names(student)
     for name, p in student.named_parameters():
-        p.requires_grad_(train == "all" or ".mixer." in name)
+        p.requires_grad_(train == "all" or name in mixers)
         if p.requires_grad:
             p.data = p.data.float()
     if not any(p.requires_grad for p in student.parameters()):
-        raise UserError("--train mixers: there is no Mamba mixer to train (--init identity needs --train all)")
+        raise UserError("--train mixers: there is no Mamba mixer to train "
+                        "(--init identity needs --train all)")
     student.recompute = sum(p.numel() for p in student.parameters()) > 1e9
     return student
 
 
-# The sizes of a Mamba layer, which the student's config may have of its own: an all-attention teacher has none.
-MAMBA_FIELDS = [field for field, _ in nano.SSM_KEYS.values() if field]
-
-
 def first_student(args, teacher):
     """-> the model that this stage starts from, and the layers that are replaced in it already, in order.
-    Raises UserError if args.student cannot be a student of this teacher: only Mamba's own sizes may differ."""
-    if not args.student:
-        return clone(teacher, args.train), []
-    weight = teacher.embed_tokens.weight
-    student = nano.load_pretrained(args.student, weight.device, weight.dtype)
-    for field in fields(nano.Config):
-        same = getattr(student.config, field.name) == getattr(teacher.config, field.name)
-        if not same and field.name not in ("layout", *MAMBA_FIELDS):
-            raise UserError(f"{args.student} is not a student of {args.teacher}: its {field.name} is "
-                            f"{getattr(student.config, field.name)}, not {getattr(teacher.config, field.name)}")
+    Raises UserError if args.student cannot be a student of this teacher, or --d-state does not fit."""
+    if args.student:
+        weight = teacher.embed_tokens.weight
+        student = nano.load_pretrained(args.student, weight.device, weight.dtype)
+        check_student(args, student.config, teacher.config)
+    else:
+        student = clone(teacher, args.train)
+    d_state = choose_d_state(student.config, args.d_state)
+    student.config = replace(student.config, d_state=d_state)
     pairs = zip(student.config.layout, teacher.config.layout)
     done = [i for i, (kind, original) in enumerate(pairs) if kind != original]
     # The layout knows which layers went, the report also in which order: it is trusted only if both agree.
-    report = os.path.join(args.student, "report.json")
-    known = nano.read_json(report, dict).get("replaced") if os.path.exists(report) else None
-    return student, known if known and sorted(known) == done else done
+    report = os.path.join(args.student or "", "report.json")
+    if args.student and os.path.exists(report):
+        known = nano.read_json(report, dict).get("replaced")
+        if isinstance(known, list) and set(known) == set(done) and len(known) == len(done):
+            return student, known
+    return student, done
+
+
+def check_student(args, student, teacher):
+    """Raise UserError unless these configs differ in nothing but the layout and Mamba's own sizes: a transformer has
+    none."""
+    free = {"layout", *nano.Mamba.format_keys.values()}
+    for field in fields(nano.Config):
+        ours = getattr(student, field.name)
+        theirs = getattr(teacher, field.name)
+        if field.name not in free and ours != theirs:
+            raise UserError(f"{args.student} is not a student of {args.teacher}: {field.name} is {ours}, "
+                            f"not {theirs}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -615,22 +687,31 @@ def first_student(args, teacher):
 # A few layers at a time keep the student close to the teacher, so that its scores mean something for the next choice.
 # A member costs the tokens of all stages before it, too: 137 billion for the paper's H-40, 26 billion for its H-25.
 
-# The flags that a result depends on. A run is continued, and a finished stage kept, only under the same ones. Not among
-# them: where it is written, on which device it runs, and --eval, which only looks.
-FLAGS = ("teacher", "student", "replace", "rank", "data", "traces", "init", "loss", "train", "steps", "probe_steps",
-         "batch", "ctx", "lr", "warmup", "probe", "seed", "dtype")
-
-
 class Run(NamedTuple):                                   # what all stages of a run have in common
     teacher: nano.HybridLM
-    enc: object                                          # the tokenizer
+    codec: object                                        # tokenizer and template, see train_sft.Codec
     device: torch.device
     dtype: torch.dtype                                   # of matrix products
     block: object                                        # (number, count) -> training examples, see train_sft.batches
     probe: list                                          # lists of examples for LOO
     fixed: list                                          # one held-out batch, for the KL before and after
     calibration: tuple                                   # (tokens, real), see calibrate
+    content: dict                                        # fingerprints of teacher and data
     solved: dict                                         # the teacher's answers, once it has been asked
+
+
+# The flags that a result depends on. Not among them: where it is written, on which device it runs, and --eval, which
+# only looks. Nor the paths of teacher, student and data: what counts is what is in them.
+FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "steps", "probe_steps", "batch",
+         "ctx", "optimizer", "lr", "lr_rest", "warmup", "probe", "seed", "dtype")
+
+
+def depends_on(args, run, student):
+    """-> everything that the result of a stage depends on, as JSON values, under names for the user.
+    A run is continued, a finished stage kept, and a ranking reused only if it is still the same."""
+    flags = {flag: getattr(args, flag) for flag in FLAGS}
+    start = weights_hash(student) if args.student else None
+    return flags | run.content | {"content of --student": start}
 
 
 def stage(args, run):
@@ -639,15 +720,20 @@ def stage(args, run):
     began = time.time()
     torch.manual_seed(args.seed)
     student, done = first_student(args, run.teacher)
+    depends = depends_on(args, run, student)
+    if args.resume and is_finished(args, depends):
+        return
+    # What cannot be converted is found out before the ranking.
+    attention = attention_layers(student.config)
+    converted_config(student.config, run.teacher.config, attention[:1], args.init)
     new, scores = choose_layers(args, run, student, done)
     torch.manual_seed(args.seed)                                             # fresh parts do not depend on the ranking
     convert(student, run.teacher, new, args.init, run.calibration)
     set_trained(student, args.train).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
 
-    same = {flag: getattr(args, flag) for flag in FLAGS}
-    same["replaced"] = done + new
     file = os.path.join(args.out, "progress.safetensors")
+    same = depends | {"replaced": done + new}
     progress = Progress(file, same, args.resume, extra={"kl_first": held_out_kl(run, student)})
     prepared = time.time()
     log = distill(args, run, student, progress)
@@ -664,12 +750,31 @@ def stage(args, run):
         "replaced": done + new, "layout": list(student.config.layout), **result,
         "kl_first": kl_first, "kl_last": kl_last, "steps": args.steps, "tokens": progress.tokens,
         "seconds": round(seconds, 1), "seed": args.seed}
-    extra = {"args": vars(args), "scores": scores, "log": log, **provenance(run.device)}
-    nano.write_json(os.path.join(args.out, "report.json"), report | extra)
+    extra = {"args": vars(args), "run": depends, "scores": scores, "log": log}
+    path = os.path.join(args.out, "report.json")
+    nano.write_json(path, report | extra | provenance(run.device))
     progress.remove()
-    kl_line = f"{'KL to the teacher':22}{0:10.4f}{kl_last:10.4f}   (before distillation {kl_first:.4f})"
-    print(f"{'':22}{'teacher':>10}{'student':>10}", kl_line, *table, f"saved {args.out}", sep="\n")
+    kl_line = f"{'KL to the teacher':22}{0:10.4f}{kl_last:10.4f}"
+    print(f"{'':22}{'teacher':>10}{'student':>10}")
+    print(f"{kl_line}   (before distillation {kl_first:.4f})", *table, sep="\n")
+    print(f"saved {args.out}; talk to it: python sample.py --model {args.out} --chat")
     print(json.dumps(report), flush=True)
+
+
+def is_finished(args, depends):
+    """Is this stage done already? UserError if it was made from something else: its successors would build on it."""
+    file = os.path.join(args.out, "report.json")
+    if args.overwrite or not os.path.exists(file):
+        return False
+    report = nano.read_json(file, dict)
+    made = report.get("run") or report.get("args") or {}
+    for name, now in depends.items():
+        before = made.get(name, now)                                         # a flag may be newer than the report
+        if before != now:
+            raise UserError(f"{args.out} was made with {name} = {before}, now {name} = {now}; pass the same "
+                            "flags, or --overwrite, or continue from it with --student")
+    print(f"{args.out} is finished already, kept")
+    return True
 
 
 def choose_layers(args, run, student, done):
@@ -680,8 +785,8 @@ def choose_layers(args, run, student, done):
         return [], None
     order, scores = rank_layers(args, run, student)
     if not 0 <= missing <= len(order):
-        raise UserError(f"--replace {args.replace}: {len(done)} layers are replaced already and {args.rank} names "
-                        f"{len(order)} more")
+        raise UserError(f"--replace {args.replace}: {len(done)} layers are replaced already and "
+                        f"{args.rank} names {len(order)} more")
     return order[:missing], scores
 
 
@@ -694,35 +799,36 @@ def evaluate(args, run, student):
     """Let both solve the held-out problems. -> report entries, and the lines of a table.
     Problems of the test split, which neither training nor ranking ever sees; with --data no answer can be checked."""
     result = {"teacher_accuracy": None, "student_accuracy": None, "accuracy_by_family": None}
-    teacher_sizes = run.teacher.new_state(1, 1).nbytes()                     # a state for one token
-    student_sizes = student.new_state(1, 1).nbytes()
-    lines = []
-    for name, ours, theirs in zip(("cache bytes per token", "state bytes per text"), teacher_sizes, student_sizes):
-        lines.append(f"{name:22}{ours:10}{theirs:10}")
+    cache, state = run.teacher.new_state(1, 1).nbytes()                      # a state for one token
+    student_cache, student_state = student.new_state(1, 1).nbytes()
+    lines = [f"{'cache bytes per token':22}{cache:10}{student_cache:10}",
+             f"{'state bytes per text':22}{state:10}{student_state:10}"]
     if args.data:
         return result, lines
 
     problems = problem_set("test", args.eval)
     if args.eval not in run.solved:                                          # every stage asks the same problems
-        run.solved[args.eval] = solve(run.teacher, run.enc, problems, note="teacher solves")
+        run.solved[args.eval] = solve(run.teacher, run.codec, problems, note="teacher solves")
     teacher_texts = run.solved[args.eval]
-    student_texts = solve(student, run.enc, problems, note="student solves")
+    student_texts = solve(student, run.codec, problems, note="student solves")
     by_teacher, teacher_all = accuracy(problems, teacher_texts)              # shares, 0 to 1
     by_student, student_all = accuracy(problems, student_texts)
     by_family = {family: [by_teacher[family], by_student[family]] for family in by_teacher}
     for name, shares in (by_family | {"all problems": [teacher_all, student_all]}).items():
         lines.append(f"{name:22}{shares[0]:10.3f}{shares[1]:10.3f}")
-    result = {"teacher_accuracy": teacher_all, "student_accuracy": student_all, "accuracy_by_family": by_family}
+    result["teacher_accuracy"] = teacher_all
+    result["student_accuracy"] = student_all
+    result["accuracy_by_family"] = by_family
     return result, lines + one_problem(problems, teacher_texts, student_texts)
 
 
 def one_problem(problems, teacher_texts, student_texts):
     """-> lines: a long problem with both answers in full. Numbers alone hide what kind of mistake is made."""
-    some = range(min(30, len(problems)))
-    i = max(some, key=lambda i: len(problems[i][2]))                         # the longest trace of these
-    _, question, _, answer = problems[i]
-    return ["", f"problem   {question}", f"expected  {answer}", f"teacher   {teacher_texts[i][:600]}",
-            f"student   {student_texts[i][:600]}"]
+    first = problems[:30]
+    longest = max(first, key=lambda problem: len(problem.steps))
+    i = first.index(longest)
+    return ["", f"problem   {longest.question}", f"expected  {longest.answer}",
+            f"teacher   {teacher_texts[i][:600]}", f"student   {student_texts[i][:600]}"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -735,39 +841,53 @@ RANKS = ("auto", "loo", "mmr", "first", "last", "random", "apriel15b")
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     # What becomes what.
     add("--replace", type=int, default=25, help="attention layers to replace, in all (default 25)")
-    add("--stages", help="several values of --replace, as 25,27,30: one checkpoint each, from the last")
-    add("--teacher", default="teacher", help="checkpoint directory of the original (default: teacher)")
+    add("--stages", help="several values of --replace, as 25,27,30: one checkpoint each, from the "
+        "last")
+    add("--teacher", default="teacher", help="directory of the original (default: teacher)")
     add("--student", help="start from this hybrid, an earlier stage (default: the teacher itself)")
-    add("--out", help="directory for the result; with --stages, the one above (default: out/hN; an --init other than "
-        "the default adds its name)")
-    add("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of layers (loo.json, "
-        "mmr.json, a report); auto: loo, and mmr with --student (default auto)")
-    add("--init", default="calibrated", choices=tuple(INITS), help="of a mixer (default calibrated)")
+    add("--out", help="directory for the result; with --stages, the one above (default: out/hN; an "
+        "--init other than the default adds its name)")
+    add("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of "
+        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student (default auto)")
+    add("--init", default="calibrated", choices=tuple(INITS),
+        help="of a mixer (default calibrated)")
+    add("--d-state", type=int, help="memory cells per channel of the new mixers, a divisor of the "
+        "teacher's head_dim (default 16, or the largest one below)")
     # What it learns from.
-    add("--data", help="JSONL file of prompt/response or messages (default: the built-in traces)")
-    add("--traces", default="reasoning", choices=("reasoning", "generic"),
-        help="built-in texts to distil on; generic: facts without question or reasoning (default reasoning)")
+    add("--data", help="JSONL file, plain or .gz: prompt/response, messages or conversations "
+        "(default: the built-in traces)")
+    add("--traces", default="reasoning", choices=("reasoning", "generic"), help="built-in texts to "
+        "distil on; generic: facts without question or reasoning (default reasoning)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
-    add("--probe", type=int, default=48, help="problems per family for LOO, or --data examples (default 48)")
-    add("--eval", type=int, default=200, help="held-out problems per family at the end (default 200)")
+    add("--probe", type=int, default=48, help="problems per family for LOO, or --data examples "
+        "(default 48)")
+    add("--eval", type=int, default=200, help="held-out problems per family at the end "
+        "(default 200)")
     # How it learns.
-    add("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"), help="default reverse_kl")
+    add("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"),
+        help="default reverse_kl")
     add("--train", default="auto", choices=("auto", "all", "mixers"),
         help="which weights train; auto: all if that fits into memory (default auto)")
     add("--steps", type=int, default=100, help="optimiser steps of a stage (default 100)")
     add("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
     add("--batch", type=int, default=24, help="texts per step (default 24)")
+    add("--optimizer", default="muon", choices=("muon", "adamw"),
+        help="muon: for the matrices of the layers, adamw for the rest (default muon)")
     add("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
+    add("--lr-rest", type=float, help="that of everything but Mamba mixers (default: --lr)")
     add("--warmup", type=int, default=10, help="steps of linear warm-up (default 10)")
     # How it is computed.
     add("--seed", type=int, default=0, help="random seed (default 0)")
+    add("--threads", type=int, help="CPU threads (default: 1 for a small model, else all cores)")
     add("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
-    add("--dtype", default="auto", help="of matrix products: auto, float32 or bfloat16 (default auto)")
-    add("--resume", action="store_true", help="continue an interrupted run in --out, with the same flags")
+    add("--dtype", default="auto", help="of products: auto, float32 or bfloat16 (default auto)")
+    add("--resume", action="store_true", help="continue an interrupted run in --out, with the same "
+        "flags")
     add("--overwrite", action="store_true", help="replace a finished result in --out")
     return p.parse_args()
 
@@ -775,9 +895,10 @@ def parse_args():
 def plan_stages(args):
     """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file.
     Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
-    for name in ("replace", "steps", "probe_steps", "batch", "ctx", "probe", "eval"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("replace", "steps", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.rank not in RANKS and not os.path.exists(args.rank):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
     if args.data and args.traces != "reasoning":
@@ -820,22 +941,6 @@ def stage_counts(text):
     return counts
 
 
-def is_finished(args):
-    """Is this stage done already? UserError if it was done under other flags: its successors would build on it."""
-    file = os.path.join(args.out, "report.json")
-    if args.overwrite or not os.path.exists(file):
-        return False
-    made = nano.read_json(file, dict).get("args", {})
-    for flag in FLAGS:
-        now = getattr(args, flag)
-        before = made.get(flag, now)                                         # a flag may be newer than the report
-        if before != now:
-            raise UserError(f"{args.out} was made with {flag} = {before}, now {flag} = {now}; pass the same flags, or "
-                            f"--overwrite, or continue from it with --student")
-    print(f"{args.out} is finished already, kept")
-    return True
-
-
 def main():
     """Check, load, then stage after stage. One teacher in memory serves them all."""
     began = time.time()
@@ -843,44 +948,65 @@ def main():
     device, dtype = start_script(args)
     stages = plan_stages(args)
     teacher = nano.load_pretrained(args.teacher, device, dtype)
-    enc = nano.load_tokenizer(args.teacher)
-    attention = len(attention_layers(teacher.config))
-    if stages[-1].replace > attention:
-        raise UserError(f"--replace {stages[-1].replace}: {args.teacher} has {attention} attention layers")
-    block, probe, fixed = load_texts(args, teacher, enc)
-    for s in stages:
-        claim_out(s.out, args.overwrite, s.resume, done="report.json")
-    choose_threads(teacher, device)
+    check_teacher(args, teacher.config, stages[-1].replace)
+    codec = load_codec(args.teacher)
+    block, probe, fixed = load_texts(args, codec, teacher.config.vocab_size)
     size = sum(p.numel() for p in teacher.parameters())
     for s in stages:
         s.train = what_trains(args.train, size, device)
-    print(f"{args.teacher}: {size / 1e6:.2f} M parameters, {attention} attention layers; on {device}, products in "
-          f"{dtype}; {nano.scan_backend_reason(device)}; training {stages[0].train}\n"
-          f"an example, trained part marked: {show_example(enc, block(0, 1)[0])}")
-    run = Run(teacher, enc, device, dtype, block, probe, fixed, calibration_batch(block, device), {})
+        s.out = claim_out(s.out, [s.teacher, s.student], args.overwrite, s.resume)
+    choose_threads(teacher, device, args.threads)
+    print_start(args, stages[0].train, teacher, size, device, dtype)
+    print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
+    content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
+    calibration = calibration_batch(block, device)
+    run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, {})
     for s in stages:
-        if args.stages and is_finished(s):
-            continue
         s.set_up = time.time() - began                                       # the first stage pays for loading
         stage(s, run)
         began = time.time()
 
 
-def load_texts(args, teacher, enc):
+def check_teacher(args, config, most):
+    """Raise UserError if a teacher of this config cannot become what the flags ask for; most: layers to replace."""
+    attention = attention_layers(config)
+    if most > len(attention):
+        raise UserError(f"--replace {most}: {args.teacher} has {len(attention)} attention layers")
+    if not args.student:
+        start = replace(config, d_state=choose_d_state(config, args.d_state))
+        converted_config(start, config, attention[:1], args.init)
+
+
+def print_start(args, train, teacher, size, device, dtype):
+    """What is about to happen, on what, and what it cannot keep."""
+    layout = teacher.config.layout
+    attention = layout.count("t")
+    print(f"{args.teacher}: {size / 1e6:.2f} M parameters, {attention} attention layers; on {device}, "
+          f"products in {dtype}; {nano.scan_backend_reason(device)}; training {train}")
+    if attention < len(layout):
+        print(f"note: {args.teacher} is no plain transformer: {len(layout) - attention} of its {len(layout)} "
+              "layers have no attention. They stay as they are and do not count towards --replace")
+    if args.init not in ("random", "identity"):
+        print(f"Mamba layers start from attention; not carried over: {not_carried(teacher.config)}")
+
+
+def load_texts(args, codec, n_vocab):
     """-> block: (number, count) -> training examples; probe: batches of examples for LOO; fixed: one held-out batch.
     Neither of the last two is ever trained on."""
     if args.data:
-        training, held_out = read_jsonl(args.data, enc, args.ctx, teacher.config.vocab_size)
+        training, held_out = read_jsonl(args.data, codec, args.ctx, n_vocab)
         block = list_block(training, args.seed)
         probe = held_out[:args.probe]
         fixed = held_out[:args.batch]
     else:
         make = generic_block if args.traces == "generic" else trace_block
-        block = make(enc, args.seed)
-        probe = [encode_problem(enc, p) for p in problem_set("probe", args.probe)]
-        fixed = [encode_problem(enc, p) for p in problem_set("dev", 16)]
-    probe = sorted(probe, key=lambda e: len(e[0]))                           # batches of similar length
-    return block, [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)], fixed
+        block = make(codec, args.seed)
+        probe = [encode_problem(codec, p) for p in problem_set("probe", args.probe)]
+        fixed = [encode_problem(codec, p) for p in problem_set("dev", 16)]
+    # Batches of similar length.
+    probe = sorted(probe, key=lambda example: len(example[0]))
+    probe = [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)]
+    return block, probe, fixed
 
 
 def calibration_batch(block, device, count=48, most=16384):
@@ -892,7 +1018,8 @@ def calibration_batch(block, device, count=48, most=16384):
     examples = examples[:max(1, most // longest)]                            # long texts: fewer of them
     lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
     tokens, _ = collate(examples, device)
-    return tokens, torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+    real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+    return tokens, real
 
 
 def what_trains(flag, size, device):
