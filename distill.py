@@ -13,7 +13,6 @@ held-out problems; save --out in the Hugging Face layout.
 """
 import argparse
 import copy
-import hashlib
 import itertools
 import json
 import os
@@ -28,8 +27,9 @@ from tqdm import tqdm
 
 import model as nano
 from model import UserError, autocast, choose_threads, claim_out, harm, provenance, run_main, start_script
-from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate, encode_problem, fit, generic_block,
-                       list_block, make_optimizers, problem_set, read_jsonl, show_example, solve, trace_block)
+from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate, encode_problem, file_hash, fit,
+                       generic_block, list_block, load_codec, make_optimizers, problem_set, read_jsonl, show_example,
+                       solve, trace_block, weights_hash)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,21 +273,6 @@ def least_important_first(scores):
     return [s["layer"] for s in sorted(scores, key=harm)]
 
 
-def weights_hash(model):
-    """A fingerprint of all weights, so that stored scores are used for no other model."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        # As bytes, because numpy has no bfloat16. The names count, too: two equal layers may have changed places.
-        digest.update(name.encode() + p.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def file_hash(path):
-    """The same for a data file: edited data makes new scores."""
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()[:16]
-
-
 def stored_scores(path, key, make):
     """Scores are expensive: keep them in the file `path` together with what they were made from, reuse them if that is
     still the same, and otherwise make() them anew. -> the dict in the file.
@@ -318,7 +303,7 @@ def rank_layers(args, run, student):
         if not isinstance(order, list) or set(order) - set(range(len(student.layers))) or len(set(order)) < len(order):
             raise UserError(f"{args.rank}: not a list of different layers from 0 to {len(student.layers) - 1}")
         return [i for i in order if i in attention], None
-    key = {"teacher": weights_hash(run.teacher), "data": args.data and file_hash(args.data), "ctx": args.ctx,
+    key = {"teacher": weights_hash(run.teacher), "data": file_hash(args.data), "ctx": args.ctx,
            "probe": args.probe, "dtype": args.dtype}
     # Scores are stored in --out under a key: a second run with other --steps or --lr need not rank again.
     if args.rank == "loo":                                                   # always of the teacher itself
@@ -622,7 +607,7 @@ def main():
     began, args = time.time(), parse_args()
     device, dtype = start_script(args)
     stages = plan(args)
-    teacher, enc = nano.load_pretrained(args.teacher, device, dtype), nano.load_tokenizer(args.teacher)
+    teacher, enc = nano.load_pretrained(args.teacher, device, dtype), load_codec(args.teacher)
     attention = teacher.config.layout.count("t")
     if stages[-1].replace > attention:
         raise UserError(f"--replace {stages[-1].replace}: {args.teacher} has {attention} attention layers")
