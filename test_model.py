@@ -12,7 +12,9 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gzip
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -2393,14 +2395,14 @@ def test_a_row_that_fails_keeps_its_measured_cells(error, end, monkeypatch, caps
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
-    """A directory with an untrained 4-layer teacher and the tokenizer of the traces. -> its path, the tokenizer."""
+    """A directory with an untrained 4-layer teacher and the tokenizer of the traces. -> its path, its Codec."""
     path = tmp_path_factory.mktemp("teacher")
     train_sft.make_tokenizer(path, n_vocab=300, n_problems=20)
     torch.manual_seed(0)
     lm = HybridLM(dataclasses.replace(train_sft.TEACHER, n_layer=4, layout=()))
     train_sft.init_weights(lm)
     save_pretrained(lm, path)
-    return str(path), load_tokenizer(path)
+    return str(path), train_sft.load_codec(path)
 
 
 CPU = torch.device("cpu")
@@ -2438,61 +2440,230 @@ def count_calls(monkeypatch, module, name):
 
 
 def test_splits_share_no_problem_and_repeat():
-    sets = {split: {p[1] for p in train_sft.problem_set(split, 40)} for split in ("test", "probe", "dev")}
-    sets["train"] = {p[1] for _, p in zip(range(300), train_sft.problems("train", 1))}
-    names = list(sets)
-    assert all(not sets[a] & sets[b] for i, a in enumerate(names) for b in names[:i])
+    sets = [{problem.question for problem in train_sft.problem_set(split, 40)} for split in ("test", "probe", "dev")]
+    sets.append({problem.question for problem in itertools.islice(train_sft.problems("train", 1), 300)})
+    assert sum(map(len, sets)) == len(set.union(*sets))
     assert train_sft.problem_set("test", 5) == train_sft.problem_set("test", 5)
 
 
+def solve_swaps(question):
+    has = dict(regex.findall(r"(\w+) has the (\w+)\.", question))
+    for a, b in regex.findall(r"\d+: (\w+) and (\w+) swap\.", question):
+        has[a], has[b] = has[b], has[a]
+    return has[regex.search(r"What does (\w+) have\?", question)[1]]
+
+
+def solve_retrieval(question):
+    code = dict(regex.findall(r"The (\w+) has code ([\d ]+)\.", question))
+    owns = dict(regex.findall(r"(\w+) owns the (\w+)\.", question))
+    thing = regex.search(r"of the (\w+)\?$", question)
+    return code[thing[1] if thing else owns[regex.search(r"of (\w+)\?$", question)[1]]]
+
+
+def solve_story(question):
+    facts = dict(regex.findall(r"(\w+) has ([^.?]+)\.", question))
+
+    def value(name):
+        words = facts[name].split()
+        if words[0] == "twice":
+            return 2 * value(words[-1])
+        sign = {"more": 1, "fewer": -1}.get(words[1])
+        return value(words[-1]) + sign * int(words[0]) if sign else int(words[0])
+    return str(value(regex.search(r"does (\w+) have\?", question)[1]))
+
+
 def test_every_answer_can_be_worked_out_from_the_question():
-    for family, question, steps, answer in train_sft.problem_set("test", 60):
-        if family == "swaps":
-            has = dict(regex.findall(r"(\w+) has the (\w+)\.", question))
-            for a, b in regex.findall(r"\d+: (\w+) and (\w+) swap\.", question):
-                has[a], has[b] = has[b], has[a]
-            assert has[regex.search(r"What does (\w+) have\?", question)[1]] == answer
-        elif family == "retrieval":
-            code = dict(regex.findall(r"The (\w+) has code ([\d ]+)\.", question))
-            owns = dict(regex.findall(r"(\w+) owns the (\w+)\.", question))
-            thing = regex.search(r"of the (\w+)\?$", question)
-            assert code[thing[1] if thing else owns[regex.search(r"of (\w+)\?$", question)[1]]] == answer
-        else:
-            facts = {name: fact for name, fact in regex.findall(r"(\w+) has ([^.?]+)\.", question)}
-            def value(name):
-                words = facts[name].split()
-                if words[0] == "twice":
-                    return 2 * value(words[-1])
-                signs = {"more": 1, "fewer": -1}
-                return value(words[-1]) + signs[words[1]] * int(words[0]) if words[1] in signs else int(words[0])
-            assert str(value(regex.search(r"does (\w+) have\?", question)[1])) == answer
-        assert answer in steps
+    solvers = {"swaps": solve_swaps, "retrieval": solve_retrieval, "story": solve_story}
+    for problem in train_sft.problem_set("test", 60):
+        assert solvers[problem.family](problem.question) == problem.answer
+        assert problem.answer in problem.steps
 
 
 def test_only_the_response_is_trained_and_labels_are_shifted_once(traces):
-    _, enc = traces
+    codec = traces[1]
     problem = train_sft.problem_set("test", 1)[0]
-    ids, trained = train_sft.encode_problem(enc, problem)
-    assert enc.decode([i for i, flag in zip(ids, trained) if flag]) == train_sft.format_response(*problem[2:])
-    parts = train_sft.parts_of({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
-    assert parts == [("<s>", False), ("[INST] a [/INST]", False), ("b</s>", True)]
+    ids, trained = train_sft.encode_problem(codec, problem)
+    text = f"<s>[INST] {problem.question} [/INST]", f"<think> {problem.steps}</think> {problem.answer}</s>"
+    assert codec.enc.decode(ids) == "".join(text)
+    assert train_sft.show_example(codec, (ids, trained)) == "{}>>>{}<<<".format(*text)
     examples = [([5, 6, 0, 8, 9], [False, False, True, True, True]), ([1, 2], [False, True])]
     tokens, targets = train_sft.collate(examples, "cpu")
-    assert targets.tolist() == [[-1, 0, 8, 9, -1], [2, -1, -1, -1, -1]]      # an id equal to the padding still counts
-    assert ">>>" in train_sft.show_example(enc, (ids, trained))
+    # An id equal to the padding still counts.
+    assert targets.tolist() == [[-1, 0, 8, 9, -1], [2, -1, -1, -1, -1]]
+    assert tokens.tolist() == [[5, 6, 0, 8, 9], [1, 2, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("line,why", [("{oops", "line 3"), ('{"prompt": "a"}', "line 3"),
-                                      ('{"prompt": "a", "response": ""}', "line 3")])
-def test_a_broken_line_is_named(traces, tmp_path, line, why):
-    good = json.dumps({"prompt": "a", "response": "b</s>"})
-    (tmp_path / "x.jsonl").write_text("\n".join([good, good, line]))
-    with pytest.raises(UserError, match=why):
+# Texts of your own. What a record means is written as the text of its examples, the trained parts in >>> <<<.
+
+class Marks:
+    """A template of nothing but marks around each text."""
+    end = "[E]"
+    opening = "[A]"
+
+    def prompt(self, messages):
+        marks = {"system": "[S]{}[E]", "user": "[U]{}[E]", "assistant": "[A]{}[E]"}
+        return "".join(marks[m["role"]].format(m["content"]) for m in messages) + self.opening
+
+
+class Forgetful(Marks):
+    """... which drops the thoughts of earlier answers."""
+    def prompt(self, messages):
+        return super().prompt([m | {"content": m["content"].rpartition("</think>")[2]} for m in messages])
+
+
+class Opening(Marks):
+    """... which opens the thoughts of the next answer."""
+    opening = "[A]<think>\n"
+
+
+def shown(record, codec, chat=Marks()):
+    """The texts of a record's examples, the trained parts in >>> <<<."""
+    texts = []
+    for parts in train_sft.parts_of(record, codec._replace(chat=chat)):
+        assert len(train_sft.encode_parts(codec, parts)[0]) > 1
+        texts.append("".join(f">>>{text}<<<" if trained else text for text, trained in parts))
+    return texts
+
+
+def said(*texts, roles=("user", "assistant"), keys=("role", "content")):
+    """Messages with these texts, the roles in turn."""
+    return [{keys[0]: role, keys[1]: text} for role, text in zip(itertools.cycle(roles), texts)]
+
+
+ASKED = said("q")
+THOUGHT = "[U]q[E][A]>>><think>\nt\n</think>\n\na[E]<<<"
+RECORDS = [
+    ({"prompt": "q ", "response": " a"}, "q >>> a[E]<<<"),
+    ({"prompt": "q", "completion": "a[E]", "response": None, "id": 7, "tools": []}, "q>>>a[E]<<<"),
+    ({"messages": said("q", "a\n")}, "[U]q[E][A]>>>a\n[E]<<<"),
+    ({"messages": said("s", roles=("system",)) + said("q", "a")}, "[S]s[E][U]q[E][A]>>>a[E]<<<"),
+    ({"messages": said("q", "a", "r", "b")}, "[U]q[E][A]>>>a[E]<<<[U]r[E][A]>>>b[E]<<<"),
+    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0}] + said("r", "b")},
+     "[U]q[E][A]a[E][U]r[E][A]>>>b[E]<<<"),
+    ({"messages": said([{"type": "text", "text": "q"}, {"type": "text", "text": "r"}], "a")}, "[U]qr[E][A]>>>a[E]<<<"),
+    ({"messages": ASKED + [{"role": "assistant", "content": "a", "reasoning_content": "t", "tool_calls": None}]}, THOUGHT),
+    ({"messages": ASKED + [{"role": "assistant", "content": "a", "thinking": "t", "weight": 1}]}, THOUGHT),
+    ({"messages": said("q", "<think>\nt\n</think>\n\na")}, THOUGHT),
+    ({"messages": ASKED + [{"role": "assistant", "content": "<think>\nt\n</think>\n\na", "reasoning": "t"}]}, THOUGHT),
+    ({"prompt": ASKED, "completion": said("a", roles=("assistant",))}, "[U]q[E][A]>>>a[E]<<<"),
+    ({"prompt": said("q", "a", "r"), "completion": said("b", roles=("assistant",))},
+     "[U]q[E][A]a[E][U]r[E][A]>>>b[E]<<<"),
+    ({"conversations": said("q", "a", roles=("human", "gpt"), keys=("from", "value")), "system": "s"},
+     "[S]s[E][U]q[E][A]>>>a[E]<<<"),
+]
+
+
+@pytest.mark.parametrize("record, text", RECORDS)
+def test_a_record_trains_what_the_assistant_wrote_and_its_end(traces, record, text):
+    assert shown(record, traces[1]) == [text]
+
+
+def test_a_turn_is_an_example_of_its_own_where_the_template_rewrites_what_was_said(traces):
+    record = {"messages": said("q", "<think>t</think>a", "r", "<think>u</think>b")}
+    assert shown(record, traces[1], Forgetful()) == ["[U]q[E][A]>>><think>t</think>a[E]<<<",
+                                                     "[U]q[E][A]a[E][U]r[E][A]>>><think>u</think>b[E]<<<"]
+    record["messages"][1]["weight"] = 0
+    assert shown(record, traces[1], Forgetful()) == ["[U]q[E][A]a[E][U]r[E][A]>>><think>u</think>b[E]<<<"]
+
+
+@pytest.mark.parametrize("answer, text", [("<think>\nt</think>a", "t</think>a"), ("t</think>a", "t</think>a"),
+                                          ("a", "\n</think>\n\na")])
+def test_thoughts_that_the_template_opens_are_opened_once(traces, answer, text):
+    assert shown({"messages": said("q", answer)}, traces[1], Opening()) == [f"[U]q[E][A]<think>\n>>>{text}[E]<<<"]
+
+
+def test_a_pair_begins_as_the_tokenizer_begins_a_text_and_the_built_in_form_is_the_teachers(traces):
+    codec = traces[1]._replace(begin=[1])
+    for prompt in ("q", "<s>q"):
+        parts = train_sft.parts_of({"prompt": prompt, "response": "a"}, codec)
+        assert train_sft.show_example(codec, train_sft.encode_parts(codec, parts[0])) == "<s>q>>>a</s><<<"
+    parts = train_sft.parts_of({"messages": said("q", "a")}, traces[1])
+    assert parts == [[("<s>[INST] q [/INST]", False), ("a</s>", True)]]
+
+
+GOOD = json.dumps({"prompt": "q", "response": "a</s>"})
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+REFUSED = [
+    ("{oops", "not JSON"), ("[" * 100_000, "JSON array"), (json.dumps([{"prompt": "q", "response": "a"}]), "JSON array"),
+    ("3", "3 is no record"), ({}, "neither prompt"), ({"text": "a"}, '"text"'),
+    ({"instruction": "q", "input": "", "output": "a"}, "Alpaca"), ({"prompt": "q"}, "without a response"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference pair"),
+    ({"prompt": "q", "response": ""}, "empty response"),
+    ({"prompt": "q", "completion": said("a", roles=("assistant",))}, "same kind"),
+    ({"prompt": "q", "response": "a", "thinking": "t"}, "thoughts"),
+    ({"messages": "q"}, "not a list"), ({"messages": []}, "last message"), ({"messages": ["q"]}, 'message that is "q"'),
+    ({"messages": said("q", None)}, "content null"), ({"messages": said("q", 3)}, "content 3"),
+    ({"messages": said("q", " ")}, "empty response"), ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
+    ({"messages": said(["q"], "a")}, 'type "q"'),
+    ({"messages": ASKED + [CALLS]}, "tool calls"), ({"messages": said("q", "a"), "tools": [{}]}, "tool calls"),
+    ({"messages": said("q", "a", roles=("tool", "assistant"))}, 'role "tool"'),
+    ({"messages": said("q", "a", roles=([], "assistant"))}, "role"),
+    ({"messages": said("q", "q", "a", roles=("user", "user", "assistant"))}, "out of order"),
+    ({"messages": said("a", roles=("assistant",))}, "out of order"), ({"messages": said("q", "a", "r")}, "last message"),
+    ({"messages": said("s", "s", "q", "a", roles=("system", "system", "user", "assistant"))}, "second system"),
+    ({"messages": said("q", "a") + said("s", roles=("system",))}, "second system message, or one that is not the first"),
+    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0}]}, "no response to train on"),
+    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5"),
+    ({"messages": ASKED + [{"role": "assistant", "content": "a", "thinking": 3}]}, "no text"),
+    ({"messages": ASKED + [{"role": "assistant", "content": "<think>u</think>a", "thinking": "t"}]}, "others in <think>"),
+    ({"conversations": said("q", "a", roles=("human", "observation"), keys=("from", "value"))}, "observation"),
+]
+
+
+@pytest.mark.parametrize("line, words", REFUSED)
+def test_a_record_that_is_not_read_is_refused_by_line_and_by_what_it_is(traces, tmp_path, line, words):
+    text = line if isinstance(line, str) else json.dumps(line)
+    (tmp_path / "x.jsonl").write_text(f"{GOOD}\n\n{text}\n")
+    with pytest.raises(UserError, match=f"x.jsonl, line 3: .*{words}"):
         train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 538)
 
 
+def test_a_line_that_the_tokenizer_or_the_model_cannot_take_is_named(traces, tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text(f"{GOOD}\n{GOOD}\n")
+    with pytest.raises(UserError, match="line 1: token id 120, the model knows 2"):
+        train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 2)
+
+    def encode(*args, **kw):
+        raise UserError("a million spaces")
+    enc = argparse.Namespace(encode=encode, decode=traces[1].enc.decode)
+    with pytest.raises(UserError, match="line 1: a million spaces"):
+        train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1]._replace(enc=enc), 64, 538)
+
+
+def test_plain_and_packed_files_are_read_alike(traces, tmp_path):
+    lines = [json.dumps({"prompt": f"{i} \u2028", "response": "\u00e4"}, ensure_ascii=False) for i in range(3)]
+    text = "\n".join(lines)
+    files = {"plain": text.encode(), "bom": text.encode("utf-8-sig"), "crlf": text.replace("\n", "\r\n\r\n").encode(),
+             "packed": gzip.compress(text.encode("utf-8-sig"))}
+    found = []
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        found.append(train_sft.read_jsonl(tmp_path / name, traces[1], 64, 538))
+    assert len(found[0][0]) == 2 and all(other == found[0] for other in found)
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"PAR1\x15\x04PAR1", "parquet"), (b'{"prompt": "\xff"}', "UTF-8"), (GOOD.encode("utf-16"), "UTF-8"),
+    (gzip.compress(GOOD.encode() * 99)[:-20], "cannot read"), (b"\x1f\x8bno", "cannot read"), (b"", "0 usable records")])
+def test_a_file_that_is_no_text_is_refused_by_what_it_is(traces, tmp_path, data, words):
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        train_sft.read_jsonl(tmp_path / "x", traces[1], 64, 538)
+
+
+def test_every_fiftieth_record_is_held_out_with_all_its_examples_and_long_ones_are_left_out(traces, tmp_path, capsys):
+    talk = json.dumps({"messages": said("q", "<think>t</think>a", "r", "b")})
+    long = json.dumps({"prompt": "q" * 99, "response": "a"})
+    (tmp_path / "x.jsonl").write_text("\n".join([talk, long] + [GOOD] * 50))
+    codec = traces[1]._replace(chat=Forgetful())
+    train, held = train_sft.read_jsonl(tmp_path / "x.jsonl", codec, 64, 538)
+    assert (len(train), len(held)) == (49, 3)
+    assert "1 of 53 examples exceed --ctx 64" in capsys.readouterr().err
+
+
 def test_batches_depend_on_seed_and_number_alone():
-    block = train_sft.list_block([([i] * (i % 7 + 2), [True] * (i % 7 + 2)) for i in range(50)], seed=3)
+    examples = [([i] * (i % 7 + 2), [True] * (i % 7 + 2)) for i in range(50)]
+    block = train_sft.list_block(examples, seed=3)
     stream = train_sft.batches(block, 4)
     first = [next(stream) for _ in range(40)]
     for start in (1, 15, 16, 33):
@@ -2864,14 +3035,15 @@ def test_the_teacher_never_changes_during_a_stage(traces, tmp_path, monkeypatch,
 
 
 def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces):
-    enc = traces[1]
-    generic, like = (make(enc, 5)(3, 40) for make in (train_sft.generic_block, train_sft.trace_block))
-    assert generic == train_sft.generic_block(enc, 5)(3, 40) != train_sft.generic_block(enc, 6)(3, 40)
-    for (ids, trained), (other, _) in zip(generic, like):
-        text = enc.decode(ids)
+    codec = traces[1]
+    generic = train_sft.generic_block(codec, 5)(3, 40)
+    assert generic == train_sft.generic_block(codec, 5)(3, 40) != train_sft.generic_block(codec, 6)(3, 40)
+    for (ids, trained), (other, _) in zip(generic, train_sft.trace_block(codec, 5)(3, 40)):
+        text = codec.enc.decode(ids)
         assert trained == [False] + [True] * (len(ids) - 1) and text.startswith("<s> ") and text.endswith(".</s>")
         assert not any(word in text for word in ("?", "INST", "think", "How", "What", "=", ";"))
-        assert len(other) <= len(ids) < len(other) + 60                      # at most one sentence longer
+        # At most one sentence longer.
+        assert len(other) <= len(ids) < len(other) + 60
         assert train_sft.split_of(text[4:-4]) == "train"
 
 
