@@ -670,7 +670,7 @@ def first_student(args, teacher):
 def check_student(args, student, teacher):
     """Raise UserError unless these configs differ in nothing but the layout and Mamba's own sizes: a transformer has
     none."""
-    free = {"layout", *nano.Mamba.format_keys.values()}
+    free = {"layout", *(key for key, _ in nano.SSM_KEYS.values())}
     for field in fields(nano.Config):
         ours = getattr(student, field.name)
         theirs = getattr(teacher, field.name)

@@ -1265,7 +1265,7 @@ def lanes(chunks, width=4):
 @pytest.mark.parametrize("init", CHUNK_ORDER)
 def test_conversion_puts_every_row_where_the_table_says(init):
     teacher = tiny("t t")
-    attention = teacher.layers[1].self_attn
+    attention = teacher.layers[1].mixer
     number_rows(attention.q_proj)
     number_rows(attention.k_proj, 100)
     number_rows(attention.v_proj, 200)
@@ -1281,6 +1281,47 @@ def test_conversion_puts_every_row_where_the_table_says(init):
     assert len(mixer.out_proj.weight.unique(dim=0)) == 1 == x.unique(dim=1).shape[1]
 
 
+BEYOND = {"biases": {"qkv_bias": True}, "norms": {"qk_norm": True}, "both": {"qkv_bias": True, "qk_norm": True}}
+
+
+@pytest.mark.parametrize("init", CHUNK_ORDER)
+@pytest.mark.parametrize("shape", BEYOND.values(), ids=BEYOND)
+def test_biases_and_norm_weights_of_attention_lie_where_its_rows_lie(shape, init):
+    teacher, student = converted(init, **shape)
+    attention = teacher.layers[0].mixer
+    mixer = student.layers[0].mixer
+    order = lanes(CHUNK_ORDER[init])
+    q_scale = attention.q_norm.weight.repeat(4) if "qk_norm" in shape else torch.ones(32)
+    k_scale = attention.k_norm.weight.repeat(2) if "qk_norm" in shape else torch.ones(16)
+    z, x, B, C = mixer.in_proj.weight.split([32, 16, 16, 32])
+    assert torch.equal(x, attention.v_proj.weight)
+    assert off(B, attention.k_proj.weight * k_scale[:, None]) < 1e-6
+    assert off(C, (attention.q_proj.weight * q_scale[:, None])[order]) < 1e-6
+    assert student.config.proj_bias == ("qkv_bias" in shape)
+    if "qkv_bias" in shape:
+        z, x, B, C = mixer.in_proj.bias.split([32, 16, 16, 32])
+        assert torch.equal(x, attention.v_proj.bias)
+        assert off(B, attention.k_proj.bias * k_scale) < 1e-6
+        assert off(C, (attention.q_proj.bias * q_scale)[order]) < 1e-6
+        for rest in (z, mixer.dt_in_proj.bias, mixer.out_proj.bias):
+            assert not rest.any()
+
+
+def test_the_smallest_d_state_that_fits_is_chosen_and_another_must_divide_a_head():
+    wanted = {128: 16, 64: 16, 100: 10, 120: 15, 80: 16, 96: 16, 8: 8, 26: 13}
+    for head_dim, d_state in wanted.items():
+        config = tiny("t", head_dim=head_dim).config
+        assert distill.choose_d_state(config, None) == d_state
+    config = tiny("t", head_dim=100).config
+    assert distill.choose_d_state(config, 20) == 20
+    with pytest.raises(UserError, match="--d-state 16 does not divide head_dim 100"):
+        distill.choose_d_state(config, 16)
+    hybrid = tiny("m2 t").config                                             # d_state 4
+    assert distill.choose_d_state(hybrid, None) == 4
+    with pytest.raises(UserError, match="have 4"):
+        distill.choose_d_state(hybrid, 8)
+
+
 @pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [
     (4, 2, 8, 4), (8, 2, 16, 4), (6, 1, 8, 2), (32, 8, 32, 4)])
 def test_aligned_conversion_pairs_each_query_chunk_with_its_own_key_chunk(n_head, n_kv_head, head_dim, d_state):
@@ -1291,7 +1332,7 @@ def test_aligned_conversion_pairs_each_query_chunk_with_its_own_key_chunk(n_head
     matched = {}
     for init in CHUNK_ORDER:
         teacher = tiny("t", **shape)
-        number_rows(teacher.layers[0].self_attn.q_proj)
+        number_rows(teacher.layers[0].mixer.q_proj)
         mixer = convert(tiny("t", **shape), teacher, [0], init).layers[0].mixer
         C = mixer.in_proj.weight[-n_head * head_dim:, 0]
         matched[init] = 0
@@ -1333,7 +1374,7 @@ def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does():
     place = teacher_place(teacher, tokens)
     before, _ = teacher.layers[0](teacher.embed_tokens(tokens), None, place)
     x = teacher.layers[1].input_layernorm(before)
-    wanted = teacher.layers[1].self_attn(x, None, place)[0][real]
+    wanted = teacher.layers[1].mixer(x, None, place)[0][real]
 
     def error(init, pad):
         torch.manual_seed(5)
@@ -1409,7 +1450,7 @@ def test_conversion_changes_nothing_else(init, dtype):
     made = {name for name in after if name not in before}
     assert all(torch.equal(after[name], before[name]) for name in before if name not in lost)
     assert {name.split(".")[1] for name in lost | made} == {"0", "2"}
-    assert all("self_attn" in name or (init == "identity" and "input_layernorm" in name) for name in lost)
+    assert all(".mixer." in name or (init == "identity" and "input_layernorm" in name) for name in lost)
     assert all(".mixer." in name for name in made) and bool(made) == (init != "identity")
     for name in made:
         kept = name.endswith(("A_log", ".D")) and dtype == torch.bfloat16
@@ -1426,12 +1467,12 @@ def test_identity_removes_the_mixer():
     x = torch.randn(2, 3, 24, dtype=torch.float64)
     y, _ = block(x, None, None)
     assert torch.equal(y, x + block.mlp(block.post_attention_layernorm(x)))
-    assert not hasattr(block, "self_attn") and not hasattr(block, "input_layernorm")
+    assert block.mixer is None and not hasattr(block, "input_layernorm")
 
 
 def test_random_copies_nothing():
     teacher = tiny("t")
-    for p in teacher.layers[0].self_attn.parameters():
+    for p in teacher.layers[0].mixer.parameters():
         p.data.fill_(7.0)
     mixer = convert(tiny("t"), teacher, [0], "random").layers[0].mixer
     assert mixer.in_proj.weight.abs().max() < 1 and mixer.out_proj.weight.abs().max() < 1
@@ -1447,9 +1488,10 @@ IMPOSSIBLE = {                               # layers, init, student, teacher (c
     "teacher with other heads": ([0], "random", {}, {"n_kv_head": 4}, "n_kv_head"),
     "unknown init": ([0], "magic", {}, {}, "magic"),
     "d_state that does not divide a head": ([0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "head_dim 8 .* d_state 16"),
-    "d_state that divides nothing": ([0], "random", {"d_state": 5}, {}, "16 % 5"),
+    "d_state that divides nothing": ([0], "random", {"d_state": 5}, {}, "head_dim 8 .* d_state 5"),
     "widths unlike the heads": ([0], "plain", {"d_inner": 64}, {}, "d_inner 64"),
-    "projection biases": ([0], "aligned", {"proj_bias": True}, {}, "bias True"),
+    "Mamba layers without a place for biases": (
+        [0], "aligned", {"layout": "t t m2", "qkv_bias": True}, {"qkv_bias": True}, "biases"),
 }
 
 
@@ -1493,7 +1535,7 @@ def test_converted_layer_is_linear_attention_chunk_by_chunk(init, n_head, n_kv_h
     make_neutral(mixer)
     x = torch.randn(1, 6, 24, dtype=torch.float64) * 0.3
     x[..., 0] = 1
-    attention = teacher.layers[0].self_attn
+    attention = teacher.layers[0].mixer
     chunks = (-1, head_dim // d_state, d_state)
     q = attention.q_proj(x)[0].unflatten(-1, chunks)                         # (t, heads, chunks, lanes)
     k = attention.k_proj(x)[0].unflatten(-1, chunks)
@@ -2911,7 +2953,7 @@ def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_
 
 def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces):
     teacher = load_pretrained(traces[0])
-    torch.nn.init.zeros_(teacher.layers[2].self_attn.o_proj.weight)
+    torch.nn.init.zeros_(teacher.layers[2].mixer.o_proj.weight)
     examples = encoded(traces, "probe", 2)
     scores = distill.leave_one_out(teacher, [examples], CPU, torch.float32, use_accuracy=False)
     assert distill.least_important_first(scores)[0] == 2
@@ -3004,10 +3046,112 @@ def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(
         run(distill, *command, "--traces", "generic")
 
 
+FAMILY_SHAPES = {
+    "llama": {"family": "llama", "rope_scaling": nano.RopeScaling(8.0, 1.0, 4.0, 64)},
+    "qwen2": {"family": "qwen2", "qkv_bias": True},
+    "qwen3": {"family": "qwen3", "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("family", FAMILY_SHAPES)
+def test_every_family_is_converted_and_distilled(family, traces, tmp_path, no_answers):
+    """In two stages, so that a hybrid of it is read again; what was saved computes what the report says."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(traces[0], teacher)
+    shape = dataclasses.replace(train_sft.TEACHER, n_layer=3, layout=(), **FAMILY_SHAPES[family])
+    torch.manual_seed(0)
+    save_pretrained(HybridLM(shape), teacher)
+    printed = run(distill, "--teacher", teacher, "--stages", "1,2", *SMALL, "--out", tmp_path)
+    assert "not carried over: the softmax, the rotation" in printed.out
+    assert ("root mean square" in printed.out) == (family == "qwen3")
+    hybrid = load_pretrained(tmp_path / "h2")
+    assert hybrid.config.layout.count("m2") == 2 and hybrid.config.proj_bias == (family == "qwen2")
+    report = last_report(printed)
+    assert report["kl_last"] > 0
+    kl = distill.mean_loss(hybrid, load_pretrained(teacher), [encoded((teacher, traces[1]), "dev", 16)],
+                           "reverse_kl", CPU, torch.float32)
+    assert kl == pytest.approx(report["kl_last"], rel=1e-4)
+
+
+def test_what_cannot_be_converted_is_refused_before_the_ranking(traces, tmp_path):
+    command = "--teacher", traces[0], "--replace", 1, *SMALL, "--out", tmp_path / "x"
+    with pytest.raises(UserError, match="--d-state 5 does not divide head_dim 32"):
+        run(distill, *command, "--d-state", 5)
+    assert not (tmp_path / "x").exists()
+
+
+def change_a_weight(path):
+    lm = load_pretrained(path)
+    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3
+    save_pretrained(lm, path)
+
+
+def test_only_the_same_content_is_continued(traces, tmp_path, no_answers, interrupt_after):
+    """Whatever the directories are called: a teacher may be moved, but not changed, nor the data."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(traces[0], teacher)
+    data = tmp_path / "x.jsonl"
+    data.write_text("".join(f'{{"prompt": "a {i}", "response": "b</s>"}}\n' for i in range(9)))
+    command = "--data", data, *SMALL, "--out", tmp_path / "o", "--rank", "first", "--resume"
+    interrupt_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(distill, "--teacher", teacher, "--replace", 1, *command)
+
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    change_a_weight(teacher)
+    with pytest.raises(UserError, match="content of --teacher"):
+        run(distill, "--teacher", teacher, "--replace", 1, *command)
+    lines = data.read_text()
+    data.write_text(lines.replace("a 3", "a 33"))
+    with pytest.raises(UserError, match="content of --data"):
+        run(distill, "--teacher", moved, "--replace", 1, *command)
+    data.write_text(lines)
+    run(distill, "--teacher", moved, "--replace", 1, *command)
+    assert "finished already" in run(distill, "--teacher", moved, "--replace", 1, *command).out
+    with pytest.raises(UserError, match="content of --teacher"):
+        run(distill, "--teacher", teacher, "--replace", 1, *command)
+
+
+def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_path, no_answers):
+    shutil.copytree(family, tmp_path, dirs_exist_ok=True)
+    command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", tmp_path
+    assert run(distill, *command).out.count("finished already") == 2
+    change_a_weight(tmp_path / "h1")
+    with pytest.raises(UserError, match="h2 was made with content of --student"):
+        run(distill, *command)
+
+
+def test_what_is_read_is_never_written_over(traces, family, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(family / "h1")
+    start = "--teacher", traces[0], "--replace", 2, "--overwrite"
+    for flags in (("--out", traces[0] + "/"), ("--student", family / "h1", "--out", link)):
+        with pytest.raises(UserError, match="which this run reads"):
+            run(distill, *start, *flags)
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[]x", '["a"]', "[0, 0]", "[9]", "[-1]", "[true]", "[1.0]", "[[0]]",
+                                  '{"order": 3}', "{}"])
+def test_a_file_that_is_no_order_is_refused(text, tmp_path):
+    path = tmp_path / "order.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="order.json"):
+        distill.read_order(str(path), 4)
+    path.write_text('{"order": [2, 0]}')
+    assert distill.read_order(str(path), 4) == [2, 0]
+
+
+def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(traces, family, tmp_path, no_answers):
+    printed = run(distill, "--teacher", family / "h1", "--replace", 1, *SMALL, "--out", tmp_path)
+    assert "1 of its 4 layers have no attention" in printed.out
+    assert last_report(printed)["layout"].count("m2") == 2
+
+
 def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
     teacher = load_pretrained(traces[0])
     for i, block in enumerate(teacher.layers):                               # layer 2 writes nothing, the others a lot
-        block.self_attn.o_proj.weight.data *= 0 if i == 2 else 5
+        block.mixer.o_proj.weight.data *= 0 if i == 2 else 5
     before = distill.weights_hash(teacher)
     setup = distill_setup(traces, teacher)
     args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", lr=1e-4,
