@@ -954,7 +954,7 @@ def main():
     size = sum(p.numel() for p in teacher.parameters())
     for s in stages:
         s.train = what_trains(args.train, size, device)
-        s.out = claim_out(s.out, [s.teacher, s.student], args.overwrite, s.resume)
+        claim_out(s.out, args.overwrite, s.resume, done="report.json")
     choose_threads(teacher, device, args.threads)
     print_start(args, stages[0].train, teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
