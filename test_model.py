@@ -2456,10 +2456,12 @@ def encoded(traces, split, per_family):
 
 def distill_setup(traces, teacher):
     """-> a distill.Run for calling parts of distill.py by themselves: few texts, on the CPU."""
-    enc = traces[1]
-    block = train_sft.trace_block(enc, 0)
-    return distill.Run(teacher, enc, CPU, torch.float32, block, probe=[encoded(traces, "probe", 1)], fixed=block(1, 4),
-                       calibration=distill.calibration_batch(block, CPU, count=8), solved={})
+    codec = traces[1]
+    block = train_sft.trace_block(codec, 0)
+    calibration = distill.calibration_batch(block, CPU, count=8)
+    content = {"content of --teacher": train_sft.weights_hash(teacher)}
+    return distill.Run(teacher, codec, CPU, torch.float32, block, [encoded(traces, "probe", 1)], block(1, 4),
+                       calibration, content, solved={})
 
 
 def last_report(printed):
@@ -2897,12 +2899,11 @@ def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, monk
 
 def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypatch):
     teacher = load_pretrained(traces[0])
-    setup = distill_setup(traces, teacher)
     args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, ctx=99, probe=1, dtype="float32")
     calls = count_calls(monkeypatch, distill, "leave_one_out")
 
     def rank():
-        return distill.rank_layers(args, setup, teacher)
+        return distill.rank_layers(args, distill_setup(traces, teacher), teacher)
 
     first = rank()
     assert rank() == first and len(calls) == 1
@@ -3145,7 +3146,7 @@ def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces,
     before = distill.weights_hash(teacher)
     setup = distill_setup(traces, teacher)
     args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", lr=1e-4,
-                              init="calibrated", loss="reverse_kl")
+                              lr_rest=None, optimizer="muon", init="calibrated", loss="reverse_kl")
     student = convert(copy.deepcopy(teacher), teacher, [0], "aligned")       # as in a later stage
     trials = distill.try_each_layer(args, setup, student, {})
     assert distill.least_important_first(trials)[0] == 2
