@@ -1079,7 +1079,7 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "sliding-window layers": ({"hybrid_block_layout": ["m2", "swa", "m2"]}, "swa"),
     "gated delta layers": ({"hybrid_block_layout": ["m2", "t", "gdn"]}, "gdn"),
     "a layout of another length": ({"hybrid_block_layout": ["m2", "t"]}, "2 layers, the model has 3"),
-    "a layout that is no list": ({"hybrid_block_layout": 3}, "wrong type"),
+    "a layout that is no list": ({"hybrid_block_layout": 3}, "hybrid_block_layout must be a list, got 3"),
     "another model type": ({"model_type": "qwen2"}, "qwen2"),
     "no model type": ({"model_type": ...}, "None"),
     "no layout": ({"hybrid_block_layout": ...}, "hybrid_block_layout"),
@@ -1101,13 +1101,13 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "quantisation": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
     "an unknown key of ssm_cfg": ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate"),
     "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "16 % 5"),
-    "d_state null": ({"ssm_cfg": {"d_state": None}}, "wrong type|d_state"),
+    "d_state null": ({"ssm_cfg": {"d_state": None}}, "ssm_cfg.d_state must be a whole number.*None"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "4 % 3"),
-    "a width in words": ({"hidden_size": "twenty-four"}, "d_model.*twenty-four"),
-    "a width of zero": ({"intermediate_size": 0}, "d_mlp.*0"),
-    "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "wrong type|n_head"),
-    "theta in words": ({"rope_theta": "big"}, "wrong type"),
-    "rope as a list": ({"rope_scaling": [1, 2]}, "wrong type"),
+    "a width in words": ({"hidden_size": "twenty-four"}, "hidden_size.*twenty-four"),
+    "a width of zero": ({"intermediate_size": 0}, "intermediate_size.*0"),
+    "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads.*0"),
+    "theta in words": ({"rope_theta": "big"}, "rope_theta must be a number above 0, got 'big'"),
+    "rope as a list": ({"rope_scaling": [1, 2]}, "rope_scaling must be a JSON object or null"),
 }
 
 
