@@ -66,6 +66,9 @@ except ImportError:                          # optional: without Triton the pure
 
 class UserError(ValueError):
     """Something the user can put right (a path, a file, a flag). Scripts print it as one line and exit with code 2."""
+    def __init__(self, message):
+        # A name in a damaged file may hold line ends.
+        super().__init__(" ".join(message.splitlines()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
