@@ -43,6 +43,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -824,6 +825,43 @@ LARGEST = 1 << 24
 MOST_LAYERS = 10_000
 
 
+def checkpoint_dir(path):
+    """path -> the same with ~ expanded, if it is a directory with a config.json. Raises UserError otherwise, with a hint
+    where the user is nearly right."""
+    path = os.path.expanduser(os.fspath(path))
+    if os.path.isfile(path):
+        more = ": GGUF is not read" if path.endswith(".gguf") else "; give the directory that holds config.json"
+        raise UserError(f"{path} is a file, not a checkpoint directory{more}")
+    if not os.path.isdir(path):
+        more = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.exists(path.split("/")[0]):
+            more = f"; if that is a name on the Hugging Face hub: hf download {path} --local-dir DIR"
+        raise UserError(f"no such directory: {path}{more}")
+    if not os.path.exists(os.path.join(path, "config.json")):
+        raise UserError(f"{path} has no config.json{nearly(path)}")
+    return path
+
+
+def nearly(path):
+    """The directory `path` lacks a file -> what it is instead, as the end of an error message, or nothing."""
+    files = sorted(os.listdir(path))
+    if "adapter_config.json" in files:
+        return "; it holds an adapter, not a model: merge it into its base first (peft: merge_and_unload)"
+    for file in files:
+        if file.endswith((".bin", ".pth", ".pt")):
+            return f"; {file} is a pickle and not read: save the model again with transformers' save_pretrained"
+        if file.endswith(".gguf"):
+            return f"; {file} is a GGUF, which is not read: take the model in the safetensors format"
+    return ""
+
+
+def refuse_pointer(file):
+    """Raise UserError if this file is only git LFS's note where the file would be."""
+    with open(file, "rb") as f:
+        if f.read(100).startswith(b"version https://git-lfs.github.com/spec"):
+            raise UserError(f"{file} is a git LFS pointer, not the file itself: run git lfs pull")
+
+
 def read_json(path, kind=object):
     """path -> the value in it. kind: the Python type it must have, dict for a JSON object."""
     try:
@@ -834,6 +872,7 @@ def read_json(path, kind=object):
     except RecursionError:
         raise UserError(f"{path} is not valid JSON: it is nested too deeply") from None
     except ValueError as e:
+        refuse_pointer(path)
         raise UserError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(value, kind):
         raise UserError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}")
@@ -876,6 +915,25 @@ def config_from_json(raw, where="config.json"):
         return Config(**config_fields(raw))
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
+
+
+def read_config(path):
+    """A checkpoint directory -> its Config. A text ends at any token that config.json or generation_config.json
+    names: instruct models often list more of them in the second file, and either may say null."""
+    file = os.path.join(path, "config.json")
+    raw = read_json(file, dict)
+    config = config_from_json(raw, file)
+    generation = os.path.join(path, GENERATION)
+    if os.path.exists(generation):
+        try:
+            more = token_ids("eos_token_id", read_json(generation, dict).get("eos_token_id"))
+        except UserError as e:
+            raise UserError(f"{generation}: {e}") from None
+        # The default of an absent key counts only where neither file says anything.
+        if more and "eos_token_id" not in raw:
+            config = replace(config, eos_ids=())
+        config = replace(config, eos_ids=tuple(dict.fromkeys(config.eos_ids + more)))
+    return config
 
 
 def config_fields(raw):
@@ -945,14 +1003,21 @@ def rope_fields(raw):
 
 
 def token_fields(raw):
-    """config.json -> the tokens that begin and end a text. Null: none. Absent: Mistral's and Llama's."""
-    eos = raw.get("eos_token_id", 2)
-    eos = eos if isinstance(eos, list) else [eos]
-    bos = raw.get("bos_token_id", 1)
-    for key, token in [("bos_token_id", bos), *(("eos_token_id", token) for token in eos)]:
+    """config.json -> the tokens that begin and end a text. Absent: Mistral's and Llama's."""
+    bos = token_ids("bos_token_id", raw.get("bos_token_id", 1))
+    return {
+        "bos_id": bos[0] if bos else None,
+        "eos_ids": token_ids("eos_token_id", raw.get("eos_token_id", 2)),
+    }
+
+
+def token_ids(name, value):
+    """An id, a list of ids, or null -> a tuple of ids."""
+    ids = value if isinstance(value, list) else [value]
+    for token in ids:
         if token is not None and type(token) is not int:
-            refuse_value(key, token, "a token id, or null")
-    return {"bos_id": bos, "eos_ids": tuple(token for token in eos if token is not None)}
+            refuse_value(name, token, "a token id, or null")
+    return tuple(token for token in ids if token is not None)
 
 
 def mamba_fields(raw):
@@ -1014,6 +1079,10 @@ def config_to_json(config, dtype):
     return raw
 
 
+INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+
+
 class Source(NamedTuple):
     """Where the numbers of one parameter lie."""
     file: object              # an open safetensors file
@@ -1027,35 +1096,58 @@ class Source(NamedTuple):
         return tensor if self.rows is None else tensor[self.rows]
 
 
+# What a safetensors file calls the dtypes that are read. Others (integers, float8) belong to quantised models.
+DTYPES = ("F64", "F32", "F16", "BF16")
+
+
 def open_tensors(path):
-    """path: a checkpoint directory -> {tensor name: Source}, following the index where there is one."""
-    from safetensors import SafetensorError, safe_open
-    index = os.path.join(path, "model.safetensors.index.json")
-    where = read_index(index) if os.path.exists(index) else None
+    """path: a checkpoint directory -> {tensor name: Source}. As in transformers, model.safetensors comes before an
+    index, which names the file of each tensor."""
+    single = os.path.join(path, "model.safetensors")
+    index = os.path.join(path, INDEX)
+    if not os.path.exists(index):
+        if not os.path.exists(single):
+            raise UserError(f"{single} is missing{nearly(path)}")
+        return open_file(single)
+    if os.path.exists(single):
+        print(f"warning: {path} holds both model.safetensors and {INDEX}: reading the first", file=sys.stderr)
+        return open_file(single)
+    where = read_index(index)
     sources = {}
-    for name in ["model.safetensors"] if where is None else sorted(set(where.values())):
-        full = os.path.join(path, name)
-        if not os.path.isfile(full):
-            raise UserError(f"{full} is missing")
-        try:
-            file = safe_open(full, framework="pt")
-            for tensor in file.keys():
-                if where is None or where.get(tensor) == name:
-                    sources[tensor] = Source(file, tensor, tuple(file.get_slice(tensor).get_shape()))
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{full} is not a readable safetensors file: {e}") from None
-    lost = sorted(set(where or ()) - set(sources))
+    for file in sorted(set(where.values())):
+        tensors = open_file(os.path.join(path, file))
+        sources |= {name: source for name, source in tensors.items() if where.get(name) == file}
+    lost = sorted(set(where) - set(sources))
     if lost:
         raise UserError(f"{index} names tensors that are not in their files: {some(lost)}")
     return sources
 
 
-def read_index(index):
+def read_index(path):
     """model.safetensors.index.json -> {tensor name: file name}."""
-    where = read_json(index, dict).get("weight_map")
+    where = read_json(path, dict).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise UserError(f"{index} has no weight_map from tensor to file")
+        raise UserError(f"{path} has no weight_map from tensor to file")
     return where
+
+
+def open_file(path):
+    """A safetensors file -> {tensor name: Source}."""
+    from safetensors import SafetensorError, safe_open
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing")
+    sources = {}
+    try:
+        file = safe_open(path, framework="pt")
+        for name in file.keys():
+            tensor = file.get_slice(name)
+            if tensor.get_dtype() not in DTYPES:
+                raise UserError(f"{path}: {name} is stored as {tensor.get_dtype()}; known: {', '.join(DTYPES)}")
+            sources[name] = Source(file, name, tuple(tensor.get_shape()))
+    except (SafetensorError, OSError) as e:
+        refuse_pointer(path)
+        raise UserError(f"{path} is not a readable safetensors file: {e}") from None
+    return sources
 
 
 def find_sources(path, config):
@@ -1121,11 +1213,8 @@ def load_pretrained(path, device="cpu", dtype=torch.float32):
     Raises UserError for a missing or broken file, unknown settings, and missing, unexpected or mis-shaped tensors."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise UserError(f"dtype {dtype} is not supported (float16 overflows in the scan): use float32 or bfloat16")
-    path = os.fspath(path)
-    if not os.path.isdir(path):
-        raise UserError(f"no such directory: {path}")
-    file = os.path.join(path, "config.json")
-    config = config_from_json(read_json(file, dict), file)
+    path = checkpoint_dir(path)
+    config = read_config(path)
     sources = find_sources(path, config)
     # Published configs disagree with their weights on the rank of dt: the weights decide.
     for name, source in sources.items():
@@ -1160,7 +1249,6 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "generation_config.json",
 )
 
 
@@ -1231,51 +1319,91 @@ def deal_out(parameters, shard_bytes):
 
 
 @torch.no_grad()
-def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30):
+def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30, dtype=None):
     """Write model to the directory path: config.json and model.safetensors, or shards of at most shard_bytes with an
-    index. tokenizer_from: a directory whose tokenizer files are copied along. A_log and D are written in float32.
+    index. dtype: of the weights in the file (None: the model's); A_log and D are float32 in any case.
+    tokenizer_from: a directory whose tokenizer files are copied along.
     Raises UserError where that fails; what was in the directory before is then still there."""
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
+    dtype = dtype or model.embed_tokens.weight.dtype
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot make the directory {path}: {e.strerror}") from None
-    parameters = {}
+    tensors = {}
     # A tied head appears as the embedding.
     for name, p in model.named_parameters():
-        w = p.detach().to(stored_dtype(name, p.dtype))
-        parameters[file_name(name)] = w.cpu().contiguous()
-    shards = deal_out(parameters, shard_bytes)
-    count = len(shards)
-    files = ["model.safetensors"]
-    if count > 1:
-        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-
-    writers = {file: tensor_writer(shard) for file, shard in zip(files, shards)}
-    index = "model.safetensors.index.json"
-    if count > 1:
-        where = {}
-        for file, shard in zip(files, shards):
-            where |= dict.fromkeys(shard, file)
-        total = sum(w.nbytes for w in parameters.values())
-        writers[index] = json_writer({"metadata": {"total_size": total}, "weight_map": where})
-    writers["config.json"] = json_writer(config_to_json(model.config, model.embed_tokens.weight.dtype))
-    writers |= copies(tokenizer_from, path)
+        tensors[file_name(name)] = p.detach().to("cpu", stored_dtype(name, dtype)).contiguous()
+    writers = weight_writers(tensors, shard_bytes)
+    stale = old_weights(path) - set(writers)
+    raw = config_to_json(model.config, dtype)
+    writers["config.json"] = json_writer(raw)
+    source = os.path.expanduser(os.fspath(tokenizer_from or path))
+    writers |= copies(source, path)
+    writers |= generation_writer([source, path], raw["eos_token_id"])
     write_together({os.path.join(path, file): write for file, write in writers.items()})
-    # Left by a save of the other kind, where some readers look first.
-    stale = os.path.join(path, index if count == 1 else "model.safetensors")
-    if os.path.exists(stale):
-        os.remove(stale)
+    for file in stale:
+        os.remove(os.path.join(path, file))
+
+
+def weight_writers(tensors, shard_bytes):
+    """{name: tensor} -> {file: write} for model.safetensors, or for shards of at most shard_bytes (or a single tensor)
+    with their index."""
+    shards = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": tensor_writer(tensors)}
+    writers = {}
+    where = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        writers[file] = tensor_writer(shard)
+        where |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    writers[INDEX] = json_writer({"metadata": {"total_size": total}, "weight_map": where})
+    return writers
+
+
+def old_weights(path):
+    """The directory `path` -> the names of the weight files of a checkpoint that lies there: a new one replaces them."""
+    files = set(os.listdir(path))
+    old = {file for file in files if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", file)}
+    if INDEX in files:
+        try:
+            old |= {file for file in read_index(os.path.join(path, INDEX)).values() if file.endswith(".safetensors")}
+        except UserError:
+            pass                             # a broken one names nothing
+    return files & (old | {"model.safetensors", INDEX})
 
 
 def copies(source, path):
-    """-> {file: write} for the tokenizer files of the directory `source` (None: none), unless they are in path."""
-    found = {}
-    for file in TOKENIZER_FILES if source else ():
-        original = os.path.join(os.fspath(source), file)
-        if os.path.exists(original) and os.path.abspath(original) != os.path.abspath(os.path.join(path, file)):
-            found[file] = file_writer(original)
-    return found
+    """-> {file: write} for the tokenizer files of the directory `source`, unless that is the directory `path`."""
+    writers = {}
+    for file in TOKENIZER_FILES if os.path.realpath(source) != os.path.realpath(path) else ():
+        original = os.path.join(source, file)
+        if os.path.exists(original):
+            writers[file] = file_writer(original)
+    return writers
+
+
+def generation_writer(folders, eos):
+    """-> {file: write} for the first generation_config.json in these directories, with the end tokens of config.json:
+    a reader that asks either file, or both, stops at the same tokens. Nothing where there is none."""
+    for folder in folders:
+        file = os.path.join(folder, GENERATION)
+        if os.path.exists(file):
+            try:
+                raw = read_json(file, dict)
+            except UserError:
+                raw = {}                     # nobody could read it, and a save must not fail for it
+            return {GENERATION: json_writer(raw | {"eos_token_id": eos})}
+    return {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1470,10 +1598,24 @@ def run_main(main):
         sys.exit(130)
 
 
-def claim_out(path, overwrite, resume, done="config.json"):
-    """Check that the directory `path` can be written and holds no finished result (`done`) nobody asked to lose.
-    Raises UserError for both. It is called before anything is computed: an hour of training must not end here."""
-    if os.path.exists(os.path.join(path, done)) and not (overwrite or resume):
+def claim_out(path, inputs, overwrite, resume, done="report.json"):
+    """Check that the directory `path` can be written and that nothing is lost in it; made if it is not there.
+    -> path, with ~ expanded. inputs: the directories that the run reads (None: not given). done: the report that a
+    finished run of this script leaves. Raises UserError
+    * for an input, however its path is spelled, whatever the flags;
+    * for a model that this script did not make, unless overwrite;
+    * for its own result, unless overwrite or resume.
+    It is called before anything is computed: an hour of training must not end here."""
+    path = os.path.expanduser(path)
+    for other in inputs:
+        if other is not None and same_place(path, os.path.expanduser(other)):
+            raise UserError(f"--out {path} is {other}, which this run reads: choose another --out")
+    there = [file for file in ("config.json", done, "progress.safetensors") if os.path.exists(os.path.join(path, file))]
+    if there == ["config.json"] and not overwrite:
+        raise UserError(f"{path} holds a model that this script did not make: choose another --out, or pass --overwrite")
+    if there and not (overwrite or resume):
+        if there == ["progress.safetensors"]:
+            raise UserError(f"{path} holds an unfinished run: pass --resume to continue it, or --overwrite")
         raise UserError(f"{path} already holds a result: choose another --out, or pass --overwrite")
     try:
         os.makedirs(path, exist_ok=True)
@@ -1483,6 +1625,14 @@ def claim_out(path, overwrite, resume, done="config.json"):
         os.remove(probe)
     except OSError as e:
         raise UserError(f"cannot write to {path}: {e.strerror}") from None
+    return path
+
+
+def same_place(path, other):
+    """Do two paths name one directory: through a link, another spelling, a letter's case where the disk ignores it?"""
+    if os.path.realpath(path) == os.path.realpath(other):
+        return True
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 @contextlib.contextmanager

@@ -701,7 +701,7 @@ def main():
     for name in ("steps", "batch", "ctx", "every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    claim_out(args.out, args.overwrite, args.resume)
+    args.out = claim_out(args.out, [args.model, args.merge], args.overwrite, args.resume, done="training.json")
     model, enc = start_model(args)
     other = merge_partner(args, model)                                       # refused now, not after the training
     if args.data:
@@ -717,9 +717,8 @@ def main():
     log = train(args, model, block, device, dtype)
     if other:
         merge(model, other, args.merge_weight)
-    model.eval().to(getattr(torch, args.save_dtype))                         # in place
-    nano.save_pretrained(model, args.out, tokenizer_from=args.model)
-    model.float()                                                            # evaluated as saved, rounding included
+    nano.save_pretrained(model, args.out, tokenizer_from=args.model, dtype=getattr(torch, args.save_dtype))
+    model = nano.load_pretrained(args.out, device)                           # evaluated as saved, rounding included
     report = {"args": vars(args), "log": log, **provenance(device)}
     if args.eval and not args.data:
         held = problem_set("test", args.eval)
