@@ -1630,8 +1630,6 @@ def claim_out(path, inputs, overwrite, resume, done="report.json"):
 
 def same_place(path, other):
     """Do two paths name one directory: through a link, another spelling, a letter's case where the disk ignores it?"""
-    if os.path.realpath(path) == os.path.realpath(other):
-        return True
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 

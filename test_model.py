@@ -1222,7 +1222,7 @@ def test_saving_where_a_file_stands_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the limit is POSIX")
-@pytest.mark.parametrize("room", [100, 5000, 40000])
+@pytest.mark.parametrize("room", [100, 15000, 40000])
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_survives(room, tmp_path):
     """The disk fills up in the first file, in a later one, or never (which only shows that the test can tell)."""
     resource = pytest.importorskip("resource")
