@@ -960,6 +960,42 @@ def test_logits_of_a_checkpoint_are_those_of_the_independent_model(case, tmp_pat
     assert off(model.prefill(prompts, 1)[0], wanted[[24, 8]]) < 1e-4
 
 
+# What transformers 5.24 gives for four of these checkpoints: the last token's first logits.
+STORED = {
+    "Mistral, sliding window": [-0.0835, -0.1323, 1.3886, 1.5063, 1.042],
+    "Llama 3": [-10.3669, -4.4519, 7.3847, -15.7689, 7.0823],
+    "Qwen2": [-1.4219, -0.652, 0.9148, 0.5873, 0.8804],
+    "Qwen3": [-0.68, 0.351, 1.0047, 0.8229, 0.8957],
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_logits_of_each_family_are_the_stored_ones_of_transformers(case, tmp_path):
+    raw = raw_config(**CHECKPOINTS[case])
+    model = load_pretrained(write_checkpoint(tmp_path / "model", raw))
+    logits = model(some_tokens(1, 25))[0][0, -1, :5]
+    assert torch.allclose(logits, torch.tensor(STORED[case]), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [name for name, change in CHECKPOINTS.items() if change.get("layout") == "t t"
+                                  and "model_type" in change])
+def test_logits_of_each_family_are_those_of_transformers(case, tmp_path):
+    """Of the file as it came, and of the file that is saved again: it is of the same family, and of the same config."""
+    transformers = pytest.importorskip("transformers")
+    change = {key: value for key, value in CHECKPOINTS[case].items() if key != "shards"}
+    raw = raw_config(**change, max_position_embeddings=512)
+    path = write_checkpoint(tmp_path / "model", raw)
+    model = load_pretrained(path)
+    tokens = some_tokens(1, 25)
+    logits = model(tokens)[0]
+    save_pretrained(model, tmp_path / "copy")
+    for where in path, tmp_path / "copy":
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+        assert theirs.config.model_type == raw["model_type"]
+        assert (theirs(tokens).logits - logits).abs().max() < 1e-4
+    assert load_pretrained(tmp_path / "copy").config == model.config
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_copies_in_a_file_are_accepted_if_they_are_copies(shards, tmp_path):
     """Real files hold rotary frequencies as buffers, and tied models their head a second time."""
@@ -1124,29 +1160,69 @@ def test_load_save_load_is_bit_equal(layout, dtype, change, tmp_path):
 SHARED_KEYS = {
     "architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rope_theta", "rms_norm_eps",
-    "sliding_window", "tie_word_embeddings", "bos_token_id", "eos_token_id", "max_position_embeddings", "torch_dtype"}
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "max_position_embeddings", "torch_dtype"}
+HYBRID_KEYS = {"sliding_window": None, "hybrid_block_layout": ["m2", "t"]}
+SCALING = nano.RopeScaling(8.0, 0.5, 4.0, 128)
+
+# fields of Config -> architecture, model_type, and the keys beyond SHARED_KEYS and ssm_cfg
+WRITTEN = {
+    "Mistral": ("t t", {}, "MistralForCausalLM", "mistral", {"sliding_window": None}),
+    "Mistral with a pad token": ("t t", {"pad_id": 7}, "MistralForCausalLM", "mistral",
+                                 {"sliding_window": None, "pad_token_id": 7}),
+    "Llama": ("t t", {"family": "llama"}, "LlamaForCausalLM", "llama", {"attention_bias": False, "mlp_bias": False}),
+    "Llama 3": ("t t", {"family": "llama", "rope_scaling": SCALING}, "LlamaForCausalLM", "llama",
+                {"attention_bias": False, "mlp_bias": False, "rope_scaling": LLAMA3}),
+    "Qwen2": ("t t", {"family": "qwen2", "qkv_bias": True}, "Qwen2ForCausalLM", "qwen2",
+              {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2}),
+    "Qwen2 with windows": ("t t", {"family": "qwen2", "qkv_bias": True, "sliding_window": 9}, "Qwen2ForCausalLM", "qwen2",
+                           {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}),
+    "Qwen3": ("t t", {"family": "qwen3", "qk_norm": True}, "Qwen3ForCausalLM", "qwen3",
+              {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2, "attention_bias": False}),
+    "hybrid": ("m2 t", {}, "AprielHybridSSMForCausalLM", HYBRID, HYBRID_KEYS),
+    "hybrid of Llama": ("m2 t", {"family": "llama"}, "AprielHybridSSMForCausalLM", HYBRID,
+                        HYBRID_KEYS | {"base_model_type": "llama"}),
+    "hybrid of Llama 3": ("m2 t", {"family": "llama", "rope_scaling": SCALING}, "NanoH1HybridForCausalLM",
+                          "nanoh1_hybrid", HYBRID_KEYS | {"base_model_type": "llama", "rope_scaling": LLAMA3,
+                                                          "qkv_bias": False, "qk_norm": False}),
+    "hybrid of Qwen2": ("m2 t", {"family": "qwen2", "qkv_bias": True}, "NanoH1HybridForCausalLM", "nanoh1_hybrid",
+                        HYBRID_KEYS | {"base_model_type": "qwen2", "rope_scaling": None, "qkv_bias": True,
+                                       "qk_norm": False}),
+    "hybrid of Qwen3": ("m2 t", {"family": "qwen3", "qk_norm": True}, "NanoH1HybridForCausalLM", "nanoh1_hybrid",
+                        HYBRID_KEYS | {"base_model_type": "qwen3", "rope_scaling": None, "qkv_bias": False,
+                                       "qk_norm": True}),
+    "all attention, of no family": ("t t", {"qkv_bias": True, "qk_norm": True}, "NanoH1HybridForCausalLM",
+                                    "nanoh1_hybrid", HYBRID_KEYS | {"hybrid_block_layout": ["t", "t"],
+                                                                    "base_model_type": "mistral", "rope_scaling": None,
+                                                                    "qkv_bias": True, "qk_norm": True}),
+    "all attention, a Llama with a window": ("t t", {"family": "llama", "sliding_window": 9}, "NanoH1HybridForCausalLM",
+                                             "nanoh1_hybrid", HYBRID_KEYS | {
+                                                 "hybrid_block_layout": ["t", "t"], "base_model_type": "llama",
+                                                 "sliding_window": 9, "rope_scaling": None, "qkv_bias": False,
+                                                 "qk_norm": False}),
+}
 
 
-def written_config(tmp_path, layout, **change):
-    """-> config.json as it is saved for tiny(layout, **change)."""
-    save_pretrained(tiny(layout, **change), tmp_path)
-    return json.loads((tmp_path / "config.json").read_text())
-
-
-def test_written_config_holds_exactly_the_agreed_keys(tmp_path):
+@pytest.mark.parametrize("case", WRITTEN)
+def test_written_config_holds_exactly_the_agreed_keys(case, tmp_path):
     """Explicit where a default would be wrong (head_dim, the null window), numbers where "auto" is ambiguous, flat
-    theta, and no layer_types, which transformers refuses to read."""
-    hybrid = written_config(tmp_path / "hybrid", "m2 t")
-    mistral = written_config(tmp_path / "mistral", "t t")
-    assert set(mistral) == SHARED_KEYS
-    assert set(hybrid) == SHARED_KEYS | {"hybrid_block_layout", "ssm_cfg"}
-    for raw in hybrid, mistral:
-        assert (raw["head_dim"], raw["sliding_window"], raw["rope_theta"], raw["eos_token_id"]) == (8, None, 10000.0, 2)
-    assert (mistral["model_type"], mistral["architectures"]) == ("mistral", ["MistralForCausalLM"])
-    assert (hybrid["model_type"], hybrid["architectures"]) == (HYBRID, ["AprielHybridSSMForCausalLM"])
-    assert hybrid["hybrid_block_layout"] == ["m2", "t"] and hybrid["torch_dtype"] == "float64"
-    assert hybrid["ssm_cfg"] == SSM_CFG | {
+    theta, and no layer_types, which transformers refuses to read. It is read back as the same Config, and a family
+    that a reader of Apriel's format would compute wrongly does not get its name."""
+    layout, change, architecture, model_type, more = WRITTEN[case]
+    model = tiny(layout, **change)
+    save_pretrained(model, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    ssm = raw.pop("ssm_cfg", None)
+    assert {key: raw[key] for key in raw if key not in SHARED_KEYS} == more
+    assert SHARED_KEYS <= set(raw)
+    assert (raw["model_type"], raw["architectures"]) == (model_type, [architecture])
+    assert (raw["head_dim"], raw["rope_theta"], raw["eos_token_id"], raw["torch_dtype"]) == (8, 10000.0, 2, "float64")
+    assert (ssm is not None) == ("hybrid_block_layout" in raw)
+    assert ssm is None or ssm == SSM_CFG | {
         "dt_min": 0.001, "dt_max": 0.1, "dt_scale": 1.0, "dt_init_floor": 1e-4, "dt_init": "random"}
+    config = load_pretrained(tmp_path).config
+    # Attention files do not speak of Mamba.
+    mamba = {name: getattr(config, name) for name in ("d_state", "dt_rank")}
+    assert config == dataclasses.replace(model.config, **mamba)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -1289,6 +1365,21 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.*dynamic"),
     "longrope": ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling.*longrope"),
     "yarn beside default rope": ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, "rope_scaling.*yarn"),
+    "scaling without its numbers": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),
+    "scaling the wrong way round": ({"rope_scaling": LLAMA3 | {"high_freq_factor": 0.25}}, "high_freq_factor must be"),
+    "two scalings": ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1e4}}, "contradict each other"),
+    "an original length outside": ({"original_max_position_embeddings": 64}, "original_max_position_embeddings = 64"),
+    "mixed windows": ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+                      "either every layer has the window or none"),
+    "mixed layer types": ({"model_type": "qwen2", "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+                          "layer_types = .*either every layer has the window or none"),
+    "windows for some layer types": ({"model_type": "mistral", "layer_types": ["full_attention"] * 3, "sliding_window": 5},
+                                     "layer_types = .*sliding_window = 5"),
+    "windows that Llama has not": ({"model_type": "llama", "layer_types": ["sliding_attention"] * 3, "sliding_window": 5},
+                                   "layer_types = .*sliding_window = None"),
+    "own type without a family": (NANO | {"base_model_type": ...}, "'base_model_type' is missing"),
+    "own type of no known family": (NANO | {"base_model_type": "gemma"}, "base_model_type must be one of mistral, llama"),
+    "own type without its scaling": (NANO | {"base_model_type": "llama", "rope_scaling": ...}, "'rope_scaling' is missing"),
     "rope per layer type": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
     "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "partial rope, newer spelling": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
@@ -3355,7 +3446,8 @@ class Text(str):
 
 STRANGE = [None, True, False, 0, 1, -1, 2, 7, 0.5, -0.5, 1e-300, 1e300, 10 ** 6, 2 ** 31, 2 ** 63, 10 ** 30, "", "x",
            "auto", "\ud800", "a\nb", "../x", "\0", [], [1], [None], ["t"], Pairs(), Pairs([("a", 1)]),
-           Text("NaN"), Text("Infinity"), Text("-Infinity"), Text("9" * 5000), Text("[" * 100_000 + "]" * 100_000)]
+           Text("NaN"), Text("Infinity"), Text("-Infinity"), Text("9" * 5000), Text("[" * 900 + "]" * 900),
+           Text("[" * 100_000 + "]" * 100_000)]
 
 
 def to_json(value):
@@ -3442,7 +3534,11 @@ def good_checkpoint(shards=1, **change):
 # name -> (make(directory) writes good files, which of them are damaged, load(directory))
 READERS = {
     "config.json of a hybrid": (good_checkpoint(), ["config.json"], load_pretrained),
-    "config.json of Llama": (good_checkpoint(model_type="llama"), ["config.json"], load_pretrained),
+    "config.json of Llama 3": (good_checkpoint(model_type="llama", rope_scaling=LLAMA3), ["config.json"],
+                               load_pretrained),
+    "config.json of Qwen3": (good_checkpoint(model_type="qwen3", use_sliding_window=True, max_window_layers=3),
+                             ["config.json"], load_pretrained),
+    "config.json of our own type": (good_checkpoint(**NANO, base_model_type="llama"), ["config.json"], load_pretrained),
     "generation_config.json": (good_checkpoint(), ["generation_config.json"], load_pretrained),
     "safetensors": (good_checkpoint(), ["model.safetensors"], load_pretrained),
     "safetensors, index": (good_checkpoint(shards=3), [INDEX, "part_1.safetensors"], load_pretrained),
