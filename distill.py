@@ -906,12 +906,13 @@ def plan_stages(args):
     # A control must not land in the directory of the result that it is compared with.
     suffix = "" if args.init == "calibrated" else f"-{args.init}"
     if not args.stages:
-        out = args.out or f"out/h{args.replace}{suffix}"
+        out = args.out or os.path.join("out", f"h{args.replace}{suffix}")
         return [change(args, out=out, rank=first_rank(args.rank, args.student))]
     stages = []
     student = args.student
+    above = os.path.expanduser(args.out or "out")
     for count in stage_counts(args.stages):
-        out = os.path.join(args.out or "out", f"h{count}{suffix}")
+        out = os.path.join(above, f"h{count}{suffix}")
         rank = first_rank(args.rank, student)
         stages.append(change(args, replace=count, student=student, out=out, rank=rank, resume=True))
         student = out                                                        # a stage starts from the one before it
@@ -954,7 +955,7 @@ def main():
     size = sum(p.numel() for p in teacher.parameters())
     for s in stages:
         s.train = what_trains(args.train, size, device)
-        claim_out(s.out, args.overwrite, s.resume, done="report.json")
+        s.out = claim_out(s.out, [s.teacher, s.student], args.overwrite, s.resume)
     choose_threads(teacher, device, args.threads)
     print_start(args, stages[0].train, teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")

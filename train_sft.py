@@ -1361,7 +1361,7 @@ def main():
     device, dtype = start_script(args)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     check_flags(args)
-    claim_out(args.out, args.overwrite, args.resume)
+    args.out = claim_out(args.out, [args.model, args.merge], args.overwrite, args.resume, done="training.json")
     model, codec = start_model(args)
     # Refused now, not after the training.
     other = merge_partner(args, model)
@@ -1376,10 +1376,9 @@ def main():
     log = fit(model, cross_entropy, block, args.batch, plan, progress, device, dtype)
     if other:
         merge(model, other, args.merge_weight)
-    nano.cast(model.eval(), device, getattr(torch, args.save_dtype))
-    nano.save_pretrained(model, args.out, tokenizer_from=args.model)
+    nano.save_pretrained(model, args.out, tokenizer_from=args.model, dtype=getattr(torch, args.save_dtype))
     # Evaluated as saved, rounding included.
-    model.float()
+    model = nano.load_pretrained(args.out, device)
     result = {**evaluate(args, model, codec), **provenance(device)}
     report = {"args": vars(args), "log": log, **result}
     nano.write_json(os.path.join(args.out, "training.json"), report)
