@@ -2833,7 +2833,8 @@ def test_a_row_that_fails_keeps_its_measured_cells(error, end, monkeypatch, caps
 def traces(tmp_path_factory):
     """A directory with an untrained 4-layer teacher and the tokenizer of the traces. -> its path, its Codec."""
     path = tmp_path_factory.mktemp("teacher")
-    train_sft.make_tokenizer(path, n_vocab=300, n_problems=20)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(HERE, "teacher", name), path)
     torch.manual_seed(0)
     lm = HybridLM(dataclasses.replace(train_sft.TEACHER, n_layer=4, layout=()))
     train_sft.init_weights(lm)
@@ -2875,6 +2876,15 @@ def count_calls(monkeypatch, module, name):
 
     monkeypatch.setattr(module, name, counted)
     return calls
+
+
+def test_a_tokenizer_is_trained_and_gives_its_texts_back(tmp_path):
+    train_sft.make_tokenizer(tmp_path, n_vocab=300, n_problems=20)
+    enc = load_tokenizer(tmp_path)
+    text = "<s>[INST] Dan has 37 caps. [/INST]"
+    ids = enc.encode(text, allowed_special="all")
+    assert enc.decode(ids) == text and enc.max_token_value == 299
+    assert ids[:2] == [1, 3]                                                 # <s> and [INST] are one token each
 
 
 def test_splits_share_no_problem_and_repeat():
@@ -3455,7 +3465,9 @@ def test_every_family_is_converted_and_distilled(family, traces, tmp_path, no_an
     shutil.copytree(traces[0], teacher)
     shape = dataclasses.replace(train_sft.TEACHER, n_layer=3, layout=(), **FAMILY_SHAPES[family])
     torch.manual_seed(0)
-    save_pretrained(HybridLM(shape), teacher)
+    lm = HybridLM(shape)
+    train_sft.init_weights(lm)
+    save_pretrained(lm, teacher)
     printed = run(distill, "--teacher", teacher, "--stages", "1,2", *SMALL, "--out", tmp_path)
     assert "not carried over: the softmax, the rotation" in printed.out
     assert ("root mean square" in printed.out) == (family == "qwen3")
