@@ -188,7 +188,7 @@ def filled_state(model, batch, ctx):
     """A State as after ctx tokens, filled with random values: prefilling would cost O(ctx^2), and a step costs the same
     whatever the caches hold (but zeros may be cheaper to move, so none are left)."""
     state, c = model.new_state(batch, ctx), model.config
-    noise = torch.randn(ctx, c.n_kv_head, c.head_dim).to(model.embed_tokens.weight)
+    noise = torch.randn(c.n_kv_head, ctx, c.head_dim).to(model.embed_tokens.weight)
     for layer in state.layers:
         for m in layer or ():
             m.copy_(noise) if isinstance(layer, KV) else m.normal_()
@@ -433,12 +433,12 @@ class Blelloch(torch.autograd.Function):
         return torch.cat([torch.zeros_like(a[:, :1]), k[:, 1:] * h[:, :-1]], dim=1), k
 
 
-def blelloch_scan(x, dt, A, B, C, D, z, dt_bias):
+def blelloch_scan(u, dt, A, B, C, D, z, dt_bias):
     """The selective scan by a parallel prefix sum over the materialised (b, t, d, n), as plain PyTorch code has it."""
     dt, d = F.softplus(dt + dt_bias), len(A)
     B, C = (m.repeat_interleave(d // m.shape[2], dim=2) for m in (B, C))     # (b, t, d, n)
-    h = Blelloch.apply(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B)
-    return ((h * C).sum(-1) + D * x) * F.silu(z)
+    h = Blelloch.apply(torch.exp(dt[..., None] * A), (dt * u)[..., None] * B)
+    return ((h * C).sum(-1) + D * u) * F.silu(z)
 
 
 def bench_scan(args, config, device, dtype, about, bandwidth):

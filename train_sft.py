@@ -1192,10 +1192,10 @@ def init_weights(model):
     model.embed_tokens.weight[:, 0] += 0.3
     for block in model.layers:
         # Sharper attention from the start.
-        for w in (block.self_attn.q_proj.weight, block.self_attn.k_proj.weight):
+        for w in (block.mixer.q_proj.weight, block.mixer.k_proj.weight):
             w.mul_(1.8)
         # GPT-2's rule for residual branches.
-        for w in (block.self_attn.o_proj.weight, block.mlp.down_proj.weight):
+        for w in (block.mixer.o_proj.weight, block.mlp.down_proj.weight):
             w.mul_(1.7 / math.sqrt(2 * len(model.layers)))
 
 
