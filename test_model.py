@@ -29,6 +29,7 @@ import time
 import numpy as np
 import pytest
 import regex
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bench
@@ -3185,48 +3186,77 @@ def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(tr
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
 
 
-def test_decay_only_for_matrices_inside_the_layers(traces):
-    lm = load_pretrained(traces[0])
-    convert(lm, load_pretrained(traces[0]), [0], "aligned")
-    muon, adam = train_sft.make_optimizers(lm, 1e-3)
-    names = {id(p): name for name, p in lm.named_parameters()}
-    decayed = {names[id(p)] for p in muon.param_groups[0]["params"]}
-    assert adam.param_groups[0]["weight_decay"] == 0 and "layers.0.mixer.in_proj.weight" in decayed
-    for part in ("A_log", ".D", "dt_proj.bias", "conv1d", "norm", "embed_tokens", "lm_head"):
-        assert not any(part in name for name in decayed), part
+@pytest.fixture
+def hybrid(traces):
+    """The teacher with Mamba in layer 0, and a batch: tokens, targets."""
+    model = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
+    problems = train_sft.problem_set("dev", 1)
+    examples = [train_sft.encode_problem(traces[1], problem) for problem in problems]
+    return model, train_sft.collate(examples, "cpu")
 
 
-def test_a_step_without_gradient_shrinks_the_decayed_matrices_and_nothing_else(traces):
-    lm = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
-    optimizers, before = train_sft.make_optimizers(lm, 0.1, weight_decay=0.5), copy.deepcopy(lm)
-    for p in lm.parameters():
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+
+
+@OPTIMIZERS
+def test_decay_only_for_matrices_inside_the_layers(hybrid, optimizer):
+    """A step without a gradient shrinks them and changes nothing else."""
+    model, _ = hybrid
+    before = copy.deepcopy(model)
+    optimizers = train_sft.make_optimizers(model, 0.1, optimizer, weight_decay=0.5)
+    for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    train_sft.clipped_step(lm, optimizers, 0.1)
-    for (name, p), old in zip(lm.named_parameters(), before.parameters(), strict=True):
-        matrix = p.ndim == 2 and name.startswith("layers.") and not name.endswith(("A_log", ".D"))
-        torch.testing.assert_close(p, old * (0.95 if matrix else 1.0), msg=name)
+    train_sft.clipped_step(model, optimizers, 0.1)
+    decayed = set()
+    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        if not torch.equal(p, old):
+            torch.testing.assert_close(p, 0.95 * old, msg=name)
+            decayed.add(name)
+    expected = {name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")}
+    assert decayed == {name for name in expected if not name.endswith(("A_log", ".D"))}
+    assert "layers.0.mixer.in_proj.weight" in decayed
 
 
-def test_a_step_moves_every_parameter(traces):
-    lm = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
-    optimizers, before = train_sft.make_optimizers(lm, 1e-3, weight_decay=0.0), copy.deepcopy(lm)
-    batch = [train_sft.encode_problem(traces[1], p) for p in train_sft.problem_set("dev", 1)]
-    loss, count = train_sft.cross_entropy(lm, *train_sft.collate(batch, "cpu"))
+@OPTIMIZERS
+def test_a_step_moves_every_parameter(hybrid, optimizer):
+    model, batch = hybrid
+    before = copy.deepcopy(model)
+    optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, weight_decay=0.0)
+    loss, count = train_sft.cross_entropy(model, *batch)
     (loss / count).backward()
-    train_sft.clipped_step(lm, optimizers, 1e-3)
-    for (name, p), old in zip(lm.named_parameters(), before.parameters(), strict=True):
+    train_sft.clipped_step(model, optimizers, 1e-3)
+    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
         assert torch.isfinite(p).all() and not torch.equal(p, old), name
+
+
+@OPTIMIZERS
+def test_lr_rest_is_the_rate_of_everything_but_mamba_mixers(hybrid, optimizer):
+    """The size of an optimiser's first step is its rate: with a tenth of it the others go a tenth of the way."""
+    start, batch = hybrid
+    models = {}
+    for lr_rest in (None, 1e-4):
+        model = models[lr_rest] = copy.deepcopy(start)
+        optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, lr_rest, weight_decay=0.0)
+        train_sft.cross_entropy(model, *batch)[0].backward()
+        train_sft.clipped_step(model, optimizers, 1e-3)
+    inside = train_sft.mamba_names(start)
+    assert inside and all(name.startswith("layers.0.mixer.") for name in inside)
+    after = zip(start.named_parameters(), models[None].parameters(), models[1e-4].parameters())
+    for (name, old), one, other in after:
+        share = ((other - old).norm() / (one - old).norm()).item()
+        assert share == pytest.approx(1 if name in inside else 0.1, rel=0.05), name
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
 def test_muon_turns_a_gradient_into_a_nearly_orthogonal_matrix(shape):
     """The same singular vectors, singular values near 1 (Newton-Schulz is stopped early, on purpose)."""
     torch.manual_seed(0)
-    g = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
-    u, values, v = torch.linalg.svd(g, full_matrices=False)
-    inner = u.mT @ train_sft.orthogonalize(g) @ v.mT
+    gradients = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
+    u, values, v = torch.linalg.svd(gradients, full_matrices=False)
+    inner = u.mT @ train_sft.orthogonalize(gradients) @ v.mT
     new = inner.diagonal(dim1=-2, dim2=-1)
-    large = values > 0.1 * values[:, :1]                                     # tiny ones need more iterations
+    # Tiny ones need more iterations.
+    large = values > 0.1 * values[:, :1]
     assert new[large].min() > 0.5 and new.max() < 1.3
     assert (inner - torch.diag_embed(new)).abs().max() < 1e-2
 
@@ -3240,6 +3270,16 @@ def test_learning_rate_rises_stays_and_falls():
     assert train_sft.learning_rate(0, 5, 1.0, 0) == 1.0                      # no warm-up
 
 
+def weights(path):
+    return (pathlib.Path(path) / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def no_answers(monkeypatch):
+    """Nobody solves problems: writing 192 tokens takes far longer than what the tests below are about."""
+    monkeypatch.setattr(distill, "solve", lambda lm, enc, problems, **kw: [""] * len(problems))
+
+
 def short_run(program, traces, out, *more):
     """Arguments of a run of 4 steps."""
     base = ("--device", "cpu", "--steps", 4, "--batch", 2, "--warmup", 1, "--out", out)
@@ -3249,9 +3289,9 @@ def short_run(program, traces, out, *more):
 
 
 @pytest.mark.parametrize("program, more", [
-    (train_sft, ("--every", 3, "--easy", 0.5)), (train_sft, ("--every", 1)),
+    (train_sft, ("--every", 3, "--easy", 0.5)), (train_sft, ("--optimizer", "adamw", "--lr-rest", 1e-4)),
     (distill, ("--train", "all")), (distill, ("--train", "mixers"))])
-def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, interrupt_after):
+def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, no_answers, interrupt_after):
     """Bit for bit the same weights, the same log but for the clock; what was saved on the way is gone at the end."""
     arguments = lambda out: short_run(program, traces, tmp_path / out, *more)
     run(program, *arguments("a"))
@@ -3270,8 +3310,136 @@ def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, in
     assert not (tmp_path / "b" / "progress.safetensors").exists()
 
 
+def test_ctrl_c_during_a_save_spoils_nothing(traces, tmp_path, monkeypatch, interrupt_after):
+    real = nano.write_atomic
+
+    def write(*args):
+        signal.raise_signal(signal.SIGINT)
+        real(*args)
+        signal.raise_signal(signal.SIGINT)
+    interrupt_after(2)
+    monkeypatch.setattr(nano, "write_atomic", write)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9))
+    monkeypatch.setattr(nano, "write_atomic", real)
+    run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9, "--resume"))
+    assert json.loads((tmp_path / "training.json").read_text())["log"][-1]["step"] == 4
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_save(traces, tmp_path, interrupt_after):
+    """The limit on the size of a file stands for the disk: writing fails in the middle."""
+    resource = pytest.importorskip("resource")
+    arguments = lambda out: short_run(train_sft, traces, tmp_path / out, "--resume")
+    run(train_sft, *arguments("a"))
+    interrupt_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_sft, *arguments("b"))
+    saved = (tmp_path / "b" / "progress.safetensors").read_bytes()
+    files = sorted(os.listdir(tmp_path / "b"))
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, usual[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*--resume continues"):
+            run(train_sft, *arguments("b"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert (tmp_path / "b" / "progress.safetensors").read_bytes() == saved
+    assert sorted(os.listdir(tmp_path / "b")) == files
+    run(train_sft, *arguments("b"))
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+@OPTIMIZERS
+def test_what_a_run_needs_on_disk_is_known_before_its_first_step(hybrid, traces, tmp_path, monkeypatch, optimizer):
+    model, batch = hybrid
+    optimizers = train_sft.make_optimizers(model, 1e-3, optimizer)
+    progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
+    needed = progress.needs(model, optimizers)
+    train_sft.cross_entropy(model, *batch)[0].backward()
+    train_sft.clipped_step(model, optimizers, 1e-3)
+    progress.save(model, optimizers)
+    # One is there and one is to come; the rest is names.
+    assert progress.needs(model, optimizers) == pytest.approx(needed / 2, rel=0.05)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed // 3))
+    monkeypatch.setattr(train_sft, "clipped_step", lambda *args: pytest.fail("training began"))
+    with pytest.raises(UserError, match="needs .* GB of disk"):
+        run(train_sft, *short_run(train_sft, traces, tmp_path / "out", "--optimizer", optimizer))
+
+
+def test_a_run_is_continued_only_with_the_same_model_and_data(traces, tmp_path, interrupt_after):
+    """The same content: names are not enough."""
+    model = tmp_path / "model"
+    data = tmp_path / "x.jsonl"
+    shutil.copytree(traces[0], model)
+    data.write_text(f"{GOOD}\n" * 9)
+    command = ("--model", model, "--data", data, "--steps", 2, "--batch", 2, "--out", tmp_path / "out", "--resume")
+    interrupt_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_sft, *command)
+    data.write_text(f"{GOOD}\n" * 10)
+    with pytest.raises(UserError, match="content of --data"):
+        run(train_sft, *command)
+    data.write_text(f"{GOOD}\n" * 9)
+    changed = load_pretrained(model)
+    changed.norm.weight.data[3] += 1e-6
+    save_pretrained(changed, model)
+    with pytest.raises(UserError, match="content of the model"):
+        run(train_sft, *command)
+    save_pretrained(load_pretrained(traces[0]), model)
+    run(train_sft, *command)
+
+
+def saved_progress(path, model, batch):
+    """A progress file after one step of 9. -> the Plan, its tensors, its JSON."""
+    plan = train_sft.Plan(9, 1e-3, 1, 1, 1, "loss")
+    optimizers = train_sft.make_optimizers(model, plan.lr)
+    train_sft.cross_entropy(model, *batch)[0].backward()
+    train_sft.clipped_step(model, optimizers, plan.lr)
+    log = [{"step": 1, "loss": 0.5, "tokens": 8, "seconds": 0.1}]
+    train_sft.Progress(str(path), {"seed": 0}, step=1, log=log).save(model, optimizers)
+    with safe_open(path, "pt") as f:
+        return plan, load_file(path), json.loads(f.metadata()["meta"])
+
+
+def load_progress(path, model, plan, tensors, meta):
+    """Write these as a progress file, load it. -> the Progress."""
+    save_file(tensors, path, metadata={"meta": meta if isinstance(meta, str) else json.dumps(meta)})
+    progress = train_sft.Progress(str(path), {"seed": 0}, resume=True)
+    progress.load(model, train_sft.make_optimizers(model, plan.lr), plan)
+    return progress
+
+
+def test_a_damaged_progress_file_is_refused(hybrid, tmp_path):
+    model, batch = hybrid
+    path = tmp_path / "progress.safetensors"
+    plan, tensors, meta = saved_progress(path, model, batch)
+    assert load_progress(path, model, plan, tensors, meta).step == 1
+    bad = [(tensors, other) for other in ("", "[]", "{}", "[" * 99_999, "3")]
+    for key in meta:
+        for value in (None, "x", [], {}, [3], -1, 10**30, [{"step": 1}], math.inf):
+            sound = {"extra": {}, "log": [], "loss": -1, "seconds": -1}
+            if key not in sound or value != sound[key]:
+                bad.append((tensors, meta | {key: value}))
+    bad.append((tensors, meta | {"step": 10}))
+    bad.append((tensors, meta | {"step": 9, "log": []}))
+    for key in ("weight|norm.weight", "momentum|layers.0.mixer.in_proj.weight", "exp_avg|norm.weight",
+                "step|norm.weight"):
+        bad.append(({name: w for name, w in tensors.items() if name != key}, meta))
+        bad.append((tensors | {key: torch.ones(1)}, meta))
+    bad.append((tensors | {"norm.weight": torch.ones(3)}, meta))
+    bad.append((tensors | {"weight|nothing": torch.ones(3)}, meta))
+    for other_tensors, other_meta in bad:
+        with pytest.raises(UserError, match="progress.safetensors"):
+            load_progress(path, model, plan, other_tensors, other_meta)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="does not continue this run"):
+        train_sft.Progress(str(path), {"seed": 0}, resume=True).load(model, [], plan)
+
+
 @pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
-def test_a_loss_that_is_nan_exits_and_leaves_what_was_saved(program, traces, tmp_path, monkeypatch, capsys, interrupt_after):
+def test_a_loss_that_is_nan_exits_and_leaves_what_was_saved(program, traces, tmp_path, monkeypatch, capsys, no_answers,
+                                                            interrupt_after):
     """Exit code 2, one line, and progress from before the accident, from which a lower rate could continue."""
     interrupt_after(2)
     with pytest.raises(KeyboardInterrupt):
@@ -3392,12 +3560,6 @@ def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces
 # ----------------------------------------------------------------------------------------------------------------------
 # The family: stages that can be killed, trials that find the harmless layer, generic text, merging, tables, pictures.
 
-@pytest.fixture
-def no_answers(monkeypatch):
-    """Nobody solves problems: writing 192 tokens takes far longer than what the tests below are about."""
-    monkeypatch.setattr(distill, "solve", lambda lm, enc, problems, **kw: [""] * len(problems))
-
-
 SMALL = ("--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1)
 
 
@@ -3409,11 +3571,6 @@ def family(traces, tmp_path_factory):
         patch.setattr(distill, "solve", lambda lm, enc, problems, **kw: [""] * len(problems))
         run(distill, "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", path)
     return path
-
-
-def weights(path):
-    """The file of a checkpoint's weights, as bytes."""
-    return (pathlib.Path(path) / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("killed_after", [1, 3, 6])                          # of 2 steps, 3 trials of 1 step, 2 steps
@@ -3662,7 +3819,7 @@ def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family
     assert all(torch.equal(w, 0.25 * alone[name] + 0.75 * lm[name]) for name, w in merged.items())
     args = json.loads((tmp_path / "merged" / "training.json").read_text())["args"]
     assert args["merge"] == str(other) and args["merge_weight"] == 0.25
-    monkeypatch.setattr(train_sft, "train", lambda *a: pytest.fail("training began"))
+    monkeypatch.setattr(train_sft, "fit", lambda *a: pytest.fail("training began"))
     for more, why in ((("--merge", family / "h2"), "layout"), (("--merge", tmp_path / "none"), "no such directory"),
                       (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"),
                       (("--merge-weight", -1), "between")):
@@ -3831,11 +3988,6 @@ def test_what_would_train_nothing_is_refused(traces, tmp_path, script, flags, wo
     with pytest.raises(UserError, match=words):
         run(script, start, traces[0], *flags, "--out", tmp_path)
 
-
-def test_a_progress_file_without_its_header_is_refused(traces, tmp_path):
-    save_file({"weight|norm.weight": torch.ones(3)}, tmp_path / "progress.safetensors")
-    with pytest.raises(UserError, match="does not continue this run"):
-        run(train_sft, "--model", traces[0], "--steps", 1, "--resume", "--out", tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

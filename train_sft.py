@@ -1078,9 +1078,6 @@ def load_tensors(f, model, optimizers):
 
 def check_state(state, p, keys):
     """The optimiser state of parameter p as it was saved -> as it is used. Raises ValueError if it is another one."""
-    # A parameter that never got a gradient has none.
-    if not state:
-        return state
     shapes = {key: () if key == "step" else tuple(p.shape) for key in keys}
     found = {key: tuple(value.shape) for key, value in state.items()}
     if found != shapes:
