@@ -1010,96 +1010,133 @@ def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30):
 # tiktoken joins two neighbours whenever the joined bytes are in the vocabulary, lowest id first, and takes a whole
 # pre-token that is in the vocabulary as it is. tokenizer.json lists the allowed merges instead. The two agree if merges
 # come in the order of ids and no token can be reached in one way only by the one rule: that is checked token by token.
+# A tokenizer that is nearly right gives other ids and a model that is nearly right: it is refused by name.
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def byte_characters():
-    """GPT-2's table {character in tokenizer.json: byte}: printable bytes are themselves, others from U+0100 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    """GPT-2's table {character in tokenizer.json: byte}.
+    Printable bytes are themselves, the others follow from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(byte): byte for byte in printable}
+    for byte in range(256):
+        if byte not in printable:
+            table[chr(256 + len(table) - len(printable))] = byte
+    return table
 
 
 def bpe(parts, rank):
     """Join neighbours in parts (a list of bytes), lowest rank[left, right] first, until none is left to join."""
     while len(parts) > 1:
-        best = min(range(len(parts) - 1), key=lambda i: rank.get((parts[i], parts[i + 1]), math.inf))
-        if (parts[best], parts[best + 1]) not in rank:
+        pairs = list(zip(parts, parts[1:]))
+        ranks = [rank.get(pair, math.inf) for pair in pairs]
+        best = ranks.index(min(ranks))
+        if pairs[best] not in rank:
             break
         parts = parts[:best] + [parts[best] + parts[best + 1]] + parts[best + 2:]
     return parts
 
 
-def split_pattern(pre, refuse):
+def split_pattern(pre):
     """The pre_tokenizer of a tokenizer.json -> the regular expression for tiktoken."""
     steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
     level = steps[-1] if steps else {}
     if level.get("type") != "ByteLevel" or level.get("add_prefix_space", True):
-        refuse("the pre-tokenizer does not end with ByteLevel without a prefix space")
+        raise UserError("the pre-tokenizer does not end with ByteLevel without a prefix space")
     if len(steps) == 1 and level.get("use_regex", True):
         return GPT2_PATTERN
     split = steps[0]
     if len(steps) != 2 or split.get("type") != "Split" or level.get("use_regex", True):
-        refuse("the pre-tokenizer is not one Split followed by ByteLevel")
-    if split.get("behavior") != "Isolated" or split.get("invert") or "Regex" not in split.get("pattern", {}):
-        refuse(f"Split with behavior {split.get('behavior')}, invert {split.get('invert')}, "
-               f"pattern {split.get('pattern')}")
+        raise UserError("the pre-tokenizer is not one Split followed by ByteLevel")
+    isolated = split.get("behavior") == "Isolated" and not split.get("invert")
+    if not isolated or "Regex" not in split.get("pattern", {}):
+        raise UserError(f"Split with behavior {split.get('behavior')}, invert {split.get('invert')}, "
+                        f"pattern {split.get('pattern')}")
     pattern = split["pattern"]["Regex"]
-    return f"{pattern}|(?:(?!{pattern})(?s:.))+"                             # what the pattern skips is a piece too
+    # What the pattern skips is a piece too.
+    return f"{pattern}|(?:(?!{pattern})(?s:.))+"
+
+
+def special_tokens(added):
+    """The added_tokens of a tokenizer.json -> {text: id}."""
+    for token in added:
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            name = token["content"]
+            raise UserError(f"the added token {name!r} strips or needs word borders")
+    special = {token["content"]: token["id"] for token in added}
+    # A prefix sorts right before its extension.
+    in_order = sorted(special)
+    for shorter, longer in zip(in_order, in_order[1:]):
+        if longer.startswith(shorter):
+            raise UserError(f"the special token {shorter!r} is a prefix of {longer!r}")
+    return special
+
+
+def byte_merges(model, special):
+    """The model of a tokenizer.json -> {bytes: id}, and its merges in order as a list of (left bytes, right bytes)."""
+    if model.get("type") != "BPE" or "vocab" not in model or "merges" not in model:
+        raise UserError(f"model type {model.get('type')}, only byte-level BPE is supported")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise UserError(f"model.{key} = {model[key]!r}")
+    table = byte_characters()
+
+    def as_bytes(text):
+        return bytes(table[character] for character in text)
+
+    try:
+        ranks = {as_bytes(text): i for text, i in model["vocab"].items() if text not in special}
+        pairs = []
+        for merge in model["merges"]:
+            texts = merge.split(" ") if isinstance(merge, str) else merge
+            pairs.append(tuple(map(as_bytes, texts)))
+    except KeyError as e:
+        raise UserError(f"{e.args[0]!r} is not a character of byte-level BPE") from None
+    if any(len(pair) != 2 for pair in pairs):
+        raise UserError("a merge does not name two tokens")
+    return ranks, pairs
+
+
+def check_merges(ranks, pairs, ignore_merges):
+    """Raises UserError where tiktoken, which knows ids alone, could join otherwise than these merges do."""
+    ids = [ranks.get(left + right, -1) for left, right in pairs]
+    whole = all(bytes([byte]) in ranks for byte in range(256))
+    if min(ids, default=0) < 0 or ids != sorted(ids) or not whole:
+        raise UserError("its merges are not in the order of ids, or a byte or a merged token "
+                        "is not in the vocabulary")
+    rank = {pair: i for i, pair in enumerate(pairs)}
+    for token in ranks:
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        ways = [pair for pair in cuts if pair[0] in ranks and pair[1] in ranks]
+        if ignore_merges and all(pair in rank for pair in ways):
+            continue
+        if bpe([bytes([byte]) for byte in token], rank) != [token]:
+            raise UserError(f"the token {token!r} is not what its merges give; "
+                            "tiktoken would use it elsewhere")
 
 
 def load_tokenizer(path):
     """path/tokenizer.json -> tiktoken.Encoding. Encode with allowed_special="all" to cut special tokens out of a text.
     Raises UserError, with the reason, for a tokenizer that tiktoken cannot represent exactly."""
     import tiktoken
-    file = os.path.join(os.fspath(path), "tokenizer.json")
-    raw, table = read_json(file, dict), byte_characters()
-
-    def refuse(reason):
-        """A tokenizer that is nearly right gives other ids and a model that is nearly right: refuse it by name."""
-        raise UserError(f"{file}: {reason}")
-
-    model, added = raw.get("model") or {}, raw.get("added_tokens") or []
-    if model.get("type") != "BPE" or "vocab" not in model or "merges" not in model:
-        refuse(f"model type {model.get('type')}, only byte-level BPE is supported")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            refuse(f"model.{key} = {model[key]!r}")
-    if raw.get("normalizer"):
-        refuse(f"it has a normalizer ({raw['normalizer'].get('type')})")
-    for token in added:
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            refuse(f"the added token {token['content']!r} strips or needs word borders")
-    special = {token["content"]: token["id"] for token in added}
-    for a, b in zip(sorted(special), sorted(special)[1:]):                   # a prefix sorts right before its extension
-        if b.startswith(a):
-            refuse(f"the special token {a!r} is a prefix of {b!r}")
+    path = os.fspath(path)
+    file = os.path.join(path, "tokenizer.json")
+    raw = read_json(file, dict)
+    model = raw.get("model") or {}
     try:
-        as_bytes = lambda text: bytes(table[character] for character in text)
-        ranks = {as_bytes(text): i for text, i in model["vocab"].items() if text not in special}
-        pairs = [tuple(map(as_bytes, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
-    except KeyError as e:
-        refuse(f"{e.args[0]!r} is not a character of byte-level BPE")
-    if any(len(pair) != 2 for pair in pairs):
-        refuse("a merge does not name two tokens")
-    ids = [ranks.get(left + right, -1) for left, right in pairs]
-    if min(ids, default=0) < 0 or ids != sorted(ids) or any(bytes([byte]) not in ranks for byte in range(256)):
-        refuse("its merges are not in the order of ids, or a byte or a merged token is not in the vocabulary")
-    rank = {pair: i for i, pair in enumerate(pairs)}
-    for token in ranks:
-        every = all((token[:i], token[i:]) in rank for i in range(1, len(token))
-                    if token[:i] in ranks and token[i:] in ranks)
-        if not (every and model.get("ignore_merges")) and bpe([bytes([x]) for x in token], rank) != [token]:
-            refuse(f"the token {token!r} is not what its merges give; tiktoken would use it elsewhere")
-    try:
-        pattern = split_pattern(raw.get("pre_tokenizer") or {}, refuse)
-        return tiktoken.Encoding(os.path.basename(os.path.normpath(path)), pat_str=pattern, mergeable_ranks=ranks,
-                                 special_tokens=special)
-    except UserError:
-        raise
+        if raw.get("normalizer"):
+            raise UserError(f"it has a normalizer ({raw['normalizer'].get('type')})")
+        special = special_tokens(raw.get("added_tokens") or [])
+        ranks, pairs = byte_merges(model, special)
+        check_merges(ranks, pairs, model.get("ignore_merges"))
+        pattern = split_pattern(raw.get("pre_tokenizer") or {})
+        name = os.path.basename(os.path.normpath(path))
+        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    except UserError as e:
+        raise UserError(f"{file}: {e}") from None
     except ValueError as e:
-        refuse(f"tiktoken refused the pattern: {e}")
+        raise UserError(f"{file}: tiktoken refused the pattern: {e}") from None
 
 
 def format_prompt(question):
