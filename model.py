@@ -69,6 +69,9 @@ except ImportError:                          # optional: without Triton the pure
 
 class UserError(ValueError):
     """Something the user can put right (a path, a file, a flag). Scripts print it as one line and exit with code 2."""
+    def __init__(self, message):
+        # A name in a damaged file may hold line ends.
+        super().__init__(" ".join(message.splitlines()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -744,31 +747,84 @@ def choose(logits, temperature, top_k, top_p, rngs):
 
 
 def cast(module, device, dtype):
-    """Move to device and dtype; A_log and D stay float32 (the recurrence is sensitive to them)."""
+    """Move module to device and dtype, in place. A_log and D stay float32: the recurrence is sensitive to them."""
     for name, p in module.named_parameters():
-        p.data = p.data.to(device, torch.promote_types(dtype, torch.float32) if keeps_float32(name) else dtype)
+        p.data = p.data.to(device, stored_dtype(name, dtype))
     return module
 
 
 def keeps_float32(name):
     """Is this parameter, of a whole model or of a mixer alone, stored and used in float32 at least?"""
-    return name.endswith((".A_log", ".D")) or name in ("A_log", "D")
+    return name.rpartition(".")[2] in ("A_log", "D")
+
+
+def stored_dtype(name, dtype):
+    """A parameter's name, the model's dtype -> the dtype of this parameter."""
+    return torch.promote_types(dtype, torch.float32) if keeps_float32(name) else dtype
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a directory with config.json and safetensors, in the Hugging Face layout. All-attention models are
-# Mistral's format, hybrids Apriel-H1's. Everything that would change the result is either implemented or refused.
+# Mistral's format, hybrids Apriel-H1's.
+#
+# What a file asks for is implemented, or it changes nothing, or it is refused by name. A setting that is passed over
+# gives a model that is nearly right, and nobody would notice. The same for tensors: each parameter has exactly one
+# Source, and each tensor of the file is used.
 
-MODEL_TYPES = ("mistral", "llama", "apriel_hybrid_ssm", "apriel_h")
-SSM_KEYS = {                                 # ssm_cfg key -> (Config field or None if it changes nothing, default)
-    "d_state": ("d_state", 64), "d_inner": ("d_inner", 4096), "d_xb": ("d_xb", None), "dt_rank": ("dt_rank", None),
-    "d_conv": ("d_conv", 4), "repeat_kv_before_conv": ("expand_before_conv", True), "conv_bias": ("conv_bias", True),
-    "dt_proj_bias": ("dt_bias", True), "bias": ("proj_bias", False), "dt_min": ("dt_min", 0.001),
-    "dt_max": ("dt_max", 0.1), "dt_scale": ("dt_scale", 1.0), "dt_init_floor": ("dt_init_floor", 1e-4),
-    "expand": (None, 1), "dt_init": (None, "random"),
-    "activation": (None, "identity"),        # belongs to another mixer; m2 is always SiLU
-    "n_v_heads": (None, None), "n_qk_heads": (None, None), "chunk_size": (None, None),           # the same
+HYBRID_TYPES = ("apriel_hybrid_ssm", "apriel_h")
+MODEL_TYPES = ("mistral", "llama", *HYBRID_TYPES)
+
+# Sizes that every config.json must name: its key -> the field of Config.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "d_mlp",
 }
+
+# Settings that are read only to refuse them: key -> the values that change nothing. An absent key is one of them.
+NEUTRAL = {
+    "hidden_act": ("silu", "swish", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1.0, None),
+}
+
+# The same for the keys of rope_scaling (transformers 4) and rope_parameters (transformers 5).
+NEUTRAL_ROPE = {
+    "rope_type": ("default", None),
+    "type": ("default", None),
+    "factor": (1.0, None),
+    "partial_rotary_factor": (1.0, None),
+}
+
+# The keys of ssm_cfg -> (field of Config, default).
+SSM_KEYS = {
+    "d_state": ("d_state", 64),
+    "d_inner": ("d_inner", 4096),
+    "d_xb": ("d_xb", None),
+    "dt_rank": ("dt_rank", None),
+    "d_conv": ("d_conv", 4),
+    "repeat_kv_before_conv": ("expand_before_conv", True),
+    "conv_bias": ("conv_bias", True),
+    "dt_proj_bias": ("dt_bias", True),
+    "bias": ("proj_bias", False),
+    "dt_min": ("dt_min", 0.001),
+    "dt_max": ("dt_max", 0.1),
+    "dt_scale": ("dt_scale", 1.0),
+    "dt_init_floor": ("dt_init_floor", 1e-4),
+}
+
+# Keys of ssm_cfg that change nothing: expand is read where d_inner is null, dt_init is about new layers, and the rest
+# belongs to other mixers (m2 is always SiLU, whatever `activation` says). The first three are written.
+SSM_IGNORED = {"expand": 1, "dt_init": "random", "activation": "identity"}
+SSM_OTHERS = ("n_v_heads", "n_qk_heads", "chunk_size")
+
+# No real size is near these. A config.json that asks for more is damaged, and must not cost memory or time first.
+LARGEST = 1 << 24
+MOST_LAYERS = 10_000
 
 
 def read_json(path, kind=object):
@@ -778,6 +834,8 @@ def read_json(path, kind=object):
             value = json.load(f)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid JSON: it is nested too deeply") from None
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(value, kind):
@@ -785,122 +843,275 @@ def read_json(path, kind=object):
     return value
 
 
+def refuse_value(name, value, expected):
+    """Raise the UserError for a value of config.json that is not what it must be."""
+    shown = repr(value)
+    if len(shown) > 60:
+        shown = shown[:60] + " ..."
+    raise UserError(f"{name} must be {expected}, got {shown}")
+
+
+def whole(name, value, most=LARGEST):
+    """value, if it is a whole number from 1 to most. The name is for the error message, as in the next two."""
+    if type(value) is not int or not 1 <= value <= most:
+        refuse_value(name, value, f"a whole number from 1 to {most}")
+    return value
+
+
+def number(name, value):
+    """value as a float, if it is a finite number above 0."""
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        refuse_value(name, value, "a number above 0")
+    return float(value)
+
+
+def flag(name, value):
+    """value, if it is true or false."""
+    if type(value) is not bool:
+        refuse_value(name, value, "true or false")
+    return value
+
+
 def config_from_json(raw, where="config.json"):
-    """raw: the dict in config.json -> Config. Defaults for absent keys are those of transformers' classes."""
+    """raw: the dict in config.json -> Config. Defaults for absent keys are those of transformers' classes.
+    Raises UserError for what is missing, of the wrong type, or changes the result and is not implemented."""
     try:
         return Config(**config_fields(raw))
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
-        raise UserError(f"{where}: a value has the wrong type ({e})") from None
 
 
 def config_fields(raw):
-    """The dict in config.json -> the arguments of Config. Refuses, by name, what changes the result but is not here."""
-    kind, hybrid = raw.get("model_type"), raw.get("model_type") in MODEL_TYPES[2:]
-    if kind not in MODEL_TYPES:
-        raise UserError(f"model_type {kind!r} is not supported; known: {', '.join(MODEL_TYPES)}")
-    needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"]
-    for key in needed + ["hybrid_block_layout"] * hybrid:
+    """The dict in config.json -> the arguments of Config."""
+    if not isinstance(raw, dict):
+        refuse_value("it", raw, "a JSON object")
+    family = raw.get("model_type")
+    if family not in MODEL_TYPES:
+        raise UserError(f"model_type {family!r} is not supported; known: {', '.join(MODEL_TYPES)}")
+    hybrid = family in HYBRID_TYPES
+    for key in [*SIZES, "hybrid_block_layout"] if hybrid else SIZES:
         if raw.get(key) is None:
             raise UserError(f"the key {key!r} is missing")
-    refused = {"hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias"),
-               "mlp_bias": raw.get("mlp_bias"), "quantization_config": raw.get("quantization_config"),
-               "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1}
-    rope = {}
-    for key in ("rope_scaling", "rope_parameters"):                          # transformers 4 and 5
-        part = raw.get(key) or {}
-        refused[key] = (part.get("rope_type", part.get("type", "default")) != "default" or
-                        part.get("partial_rotary_factor", 1) != 1 or
-                        set(part) - {"rope_theta", "rope_type", "type", "partial_rotary_factor"})
-        rope |= part
-    for key, bad in refused.items():
-        if bad:
-            raise UserError(f"{key} = {json.dumps(raw.get(key))} changes the result and is not implemented")
-    n_head, eos = raw["num_attention_heads"], raw.get("eos_token_id", 2)
-    kv_default, window_default = (n_head, None) if kind == "llama" else (8, 4096)
-    fields = dict(
-        vocab_size=raw["vocab_size"], d_model=raw["hidden_size"], n_layer=raw["num_hidden_layers"], n_head=n_head,
-        n_kv_head=raw.get("num_key_value_heads", kv_default) or n_head, d_mlp=raw["intermediate_size"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // n_head,
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)), sliding_window=raw.get("sliding_window", window_default),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)), bos_id=raw.get("bos_token_id", 1),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        max_length=raw.get("max_position_embeddings", 4096))
+    refuse_settings(raw, NEUTRAL)
+
+    fields = {field: whole(key, raw[key]) for key, field in SIZES.items()}
+    whole("num_hidden_layers", raw["num_hidden_layers"], MOST_LAYERS)
+    fields |= attention_fields(raw, family)
+    fields |= rope_fields(raw)
+    fields |= token_fields(raw)
+    fields["norm_eps"] = number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6))
+    fields["tie_embeddings"] = flag("tie_word_embeddings", raw.get("tie_word_embeddings", False))
+    fields["max_length"] = whole("max_position_embeddings", raw.get("max_position_embeddings", 4096), 1 << 40)
     if hybrid:
-        ssm = raw.get("ssm_cfg") or {}
-        unknown = sorted(set(ssm) - set(SSM_KEYS))
+        fields |= mamba_fields(raw)
+    return fields
+
+
+def refuse_settings(raw, neutral, where=""):
+    """Raise UserError for the first key of the table `neutral` whose value in raw is none of those that change
+    nothing. where: a prefix for its name in the message."""
+    for key, values in neutral.items():
+        if key in raw and raw[key] not in values:
+            shown = json.dumps(raw[key])[:200]
+            raise UserError(f"{where}{key} = {shown} changes the result and is not implemented")
+
+
+def attention_fields(raw, family):
+    """config.json -> heads, their width, and the sliding window."""
+    n_head = raw["num_attention_heads"]
+    n_kv_head = raw.get("num_key_value_heads", n_head if family == "llama" else 8)
+    head_dim = raw.get("head_dim")
+    # Only an absent window has the default. Llama has none.
+    window = raw.get("sliding_window", None if family == "llama" else 4096)
+    return {
+        "n_kv_head": n_head if n_kv_head is None else whole("num_key_value_heads", n_kv_head),
+        "head_dim": raw["hidden_size"] // n_head if head_dim is None else whole("head_dim", head_dim),
+        "sliding_window": None if window is None else whole("sliding_window", window),
+    }
+
+
+def rope_fields(raw):
+    """config.json -> the base of the rotary frequencies: flat in transformers 4, in rope_parameters in 5."""
+    theta = raw.get("rope_theta", 10000.0)
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            refuse_value(name, rope, "a JSON object or null")
+        refuse_settings(rope, NEUTRAL_ROPE, name + ".")
+        unknown = sorted(set(rope) - set(NEUTRAL_ROPE) - {"rope_theta"})
         if unknown:
-            raise UserError(f"ssm_cfg.{unknown[0]} is not known to this reader")
-        fields |= {field: ssm.get(key, default) for key, (field, default) in SSM_KEYS.items() if field}
-        fields["layout"] = tuple(raw["hybrid_block_layout"])
-        fields["d_inner"] = fields["d_inner"] or ssm.get("expand", 1) * raw["hidden_size"]
-        fields["d_xb"] = fields["d_xb"] or raw["hidden_size"]
-        fields["dt_rank"] = None if fields["dt_rank"] == "auto" else fields["dt_rank"]
+            raise UserError(f"{name}.{unknown[0]} is not known to this reader")
+        theta = rope.get("rope_theta", theta)
+    return {"rope_theta": number("rope_theta", theta)}
+
+
+def token_fields(raw):
+    """config.json -> the tokens that begin and end a text. Null: none. Absent: Mistral's and Llama's."""
+    eos = raw.get("eos_token_id", 2)
+    eos = eos if isinstance(eos, list) else [eos]
+    bos = raw.get("bos_token_id", 1)
+    for key, token in [("bos_token_id", bos), *(("eos_token_id", token) for token in eos)]:
+        if token is not None and type(token) is not int:
+            refuse_value(key, token, "a token id, or null")
+    return {"bos_id": bos, "eos_ids": tuple(token for token in eos if token is not None)}
+
+
+def mamba_fields(raw):
+    """config.json of a hybrid -> the layout, and the sizes of its Mamba layers from ssm_cfg."""
+    layout = raw["hybrid_block_layout"]
+    if not isinstance(layout, list):
+        refuse_value("hybrid_block_layout", layout, "a list")
+    ssm = raw.get("ssm_cfg")
+    ssm = {} if ssm is None else ssm
+    if not isinstance(ssm, dict):
+        refuse_value("ssm_cfg", ssm, "a JSON object")
+    unknown = sorted(set(ssm) - set(SSM_KEYS) - set(SSM_IGNORED) - set(SSM_OTHERS))
+    if unknown:
+        raise UserError(f"ssm_cfg.{unknown[0]} is not known to this reader")
+
+    given = {key: ssm.get(key, default) for key, (_, default) in SSM_KEYS.items()}
+    if given["d_inner"] is None:
+        given["d_inner"] = raw["hidden_size"] * whole("ssm_cfg.expand", ssm.get("expand", 1))
+    if given["d_xb"] is None:
+        given["d_xb"] = raw["hidden_size"]
+    if given["dt_rank"] in ("auto", None):
+        given["dt_rank"] = math.ceil(raw["hidden_size"] / 16)
+    fields = {"layout": tuple(layout)}
+    checks = {bool: flag, float: number}
+    for key, (field, default) in SSM_KEYS.items():
+        check = checks.get(type(default), whole)
+        fields[field] = check(f"ssm_cfg.{key}", given[key])
     return fields
 
 
 def config_to_json(config, dtype):
     """Config -> the dict for config.json; dtype: a torch dtype, recorded as the weights' dtype."""
-    c, hybrid = config, any(kind != "t" for kind in config.layout)
-    raw = {"architectures": ["AprielHybridSSMForCausalLM" if hybrid else "MistralForCausalLM"],
-           "model_type": "apriel_hybrid_ssm" if hybrid else "mistral",
-           "vocab_size": c.vocab_size, "hidden_size": c.d_model, "num_hidden_layers": c.n_layer,
-           "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
-           "intermediate_size": c.d_mlp, "hidden_act": "silu", "rope_theta": c.rope_theta, "rms_norm_eps": c.norm_eps,
-           "sliding_window": c.sliding_window, "tie_word_embeddings": c.tie_embeddings, "bos_token_id": c.bos_id,
-           "eos_token_id": list(c.eos_ids) if len(c.eos_ids) > 1 else c.eos_ids[0] if c.eos_ids else None,
-           "max_position_embeddings": c.max_length, "torch_dtype": str(dtype).removeprefix("torch.")}
+    c = config
+    hybrid = any(kind != "t" for kind in c.layout)
+    eos = list(c.eos_ids)
+    raw = {
+        "architectures": ["AprielHybridSSMForCausalLM" if hybrid else "MistralForCausalLM"],
+        "model_type": "apriel_hybrid_ssm" if hybrid else "mistral",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.d_mlp,
+        "hidden_act": "silu",
+        "rope_theta": c.rope_theta,
+        "rms_norm_eps": c.norm_eps,
+        "sliding_window": c.sliding_window,
+        "tie_word_embeddings": c.tie_embeddings,
+        "bos_token_id": c.bos_id,
+        "eos_token_id": eos if len(eos) > 1 else (eos + [None])[0],
+        "max_position_embeddings": c.max_length,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
     if hybrid:
         raw["hybrid_block_layout"] = list(c.layout)
-        raw["ssm_cfg"] = {key: getattr(c, field) for key, (field, _) in SSM_KEYS.items() if field}
-        raw["ssm_cfg"] |= {"expand": 1, "dt_init": "random", "activation": "identity"}
+        raw["ssm_cfg"] = {key: getattr(c, field) for key, (field, _) in SSM_KEYS.items()} | SSM_IGNORED
     return raw
 
 
+class Source(NamedTuple):
+    """Where the numbers of one parameter lie."""
+    file: object              # an open safetensors file
+    name: str                 # the tensor's name in it
+    shape: tuple              # of the parameter
+    rows: slice | None = None # the rows of the tensor that are meant; None: all of it
+
+    def read(self):
+        """-> the tensor, in the dtype of the file."""
+        tensor = self.file.get_tensor(self.name)
+        return tensor if self.rows is None else tensor[self.rows]
+
+
 def open_tensors(path):
-    """path: a checkpoint directory -> {tensor name: (open file, shape)}, following the index where there is one."""
+    """path: a checkpoint directory -> {tensor name: Source}, following the index where there is one."""
     from safetensors import SafetensorError, safe_open
     index = os.path.join(path, "model.safetensors.index.json")
-    names, files = None, ["model.safetensors"]
-    if os.path.exists(index):
-        names = read_json(index, dict).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-            raise UserError(f"{index} has no weight_map from tensor to file")
-        files = sorted(set(names.values()))
-    tensors = {}
-    for file in files:
-        full = os.path.join(path, file)
-        if not os.path.exists(full):
+    where = read_index(index) if os.path.exists(index) else None
+    sources = {}
+    for name in ["model.safetensors"] if where is None else sorted(set(where.values())):
+        full = os.path.join(path, name)
+        if not os.path.isfile(full):
             raise UserError(f"{full} is missing")
         try:
-            f = safe_open(full, framework="pt")
-            tensors |= {key: (f, tuple(f.get_slice(key).get_shape())) for key in f.keys()
-                        if names is None or names.get(key) == file}
+            file = safe_open(full, framework="pt")
+            for tensor in file.keys():
+                if where is None or where.get(tensor) == name:
+                    sources[tensor] = Source(file, tensor, tuple(file.get_slice(tensor).get_shape()))
         except (SafetensorError, OSError) as e:
             raise UserError(f"{full} is not a readable safetensors file: {e}") from None
-    lost = sorted(set(names or ()) - set(tensors))
+    lost = sorted(set(where or ()) - set(sources))
     if lost:
         raise UserError(f"{index} names tensors that are not in their files: {some(lost)}")
-    return tensors
+    return sources
 
 
-def without_copies(tensors, tied, path):
-    """tensors as from open_tensors -> the same without what follows from the rest: rotary frequencies (older files hold
-    them as buffers), and the head of a tied model, which must then be the embedding."""
-    tensors = {name: found for name, found in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if tied and "lm_head.weight" in tensors and "model.embed_tokens.weight" in tensors:
-        head, embedding = (tensors[key][0].get_tensor(key) for key in ("lm_head.weight", "model.embed_tokens.weight"))
-        if not torch.equal(head, embedding):
+def read_index(index):
+    """model.safetensors.index.json -> {tensor name: file name}."""
+    where = read_json(index, dict).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise UserError(f"{index} has no weight_map from tensor to file")
+    return where
+
+
+def find_sources(path, config):
+    """The tensors of a checkpoint directory -> {parameter's name in the file: Source}. Names in old files, and tensors
+    that follow from the others, are settled here."""
+    sources = {}
+    rows = 2 * config.d_inner + 2 * config.d_xb
+    tensors = open_tensors(path)
+    for name, source in tensors.items():
+        # Older files hold the rotary frequencies as buffers.
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        sources[name] = source
+        # M1 and older Fast-LLM have no dt_in_proj: its rows come last in in_proj, [z, x, B, C, dt].
+        dt_name = name.replace(".in_proj.", ".dt_in_proj.")
+        is_matrix = name.endswith("mixer.in_proj.weight") and len(source.shape) == 2
+        if is_matrix and dt_name not in tensors and source.shape[0] > rows:
+            rank = source.shape[0] - rows
+            width = source.shape[1]
+            sources[name] = source._replace(shape=(rows, width), rows=slice(0, rows))
+            sources[dt_name] = source._replace(shape=(rank, width), rows=slice(rows, None))
+    head = sources.get("lm_head.weight")
+    embedding = sources.get("model.embed_tokens.weight")
+    # A tied model may hold its head a second time. It must then be the embedding.
+    if config.tie_embeddings and head is not None and embedding is not None:
+        if not is_copy(head, embedding):
             raise UserError(f"{path}: config.json ties the embeddings, but lm_head.weight is not the embedding")
-        del tensors["lm_head.weight"]
-    return tensors
+        del sources["lm_head.weight"]
+    return sources
+
+
+def is_copy(one, other):
+    """Do two Sources hold the same numbers?"""
+    first = one.read()
+    second = other.read()
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+def check_fit(path, sources, shapes):
+    """Raise UserError unless the Sources are those of a model with these {parameter's name in the file: shape}."""
+    wrong = [f"missing {name}" for name in shapes if name not in sources]
+    wrong += [f"unexpected {name}" for name in sources if name not in shapes]
+    for name, shape in shapes.items():
+        if name in sources and sources[name].shape != shape:
+            wrong.append(f"{name} has shape {sources[name].shape}, expected {shape}")
+    if wrong:
+        raise UserError(f"{path}: {len(wrong)} tensors do not fit config.json: {some(wrong)}")
 
 
 def some(names, most=5):
     """Names for an error message: the first few, and how many more. A wrong file may miss hundreds."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def file_name(name):
@@ -918,93 +1129,156 @@ def load_pretrained(path, device="cpu", dtype=torch.float32):
         raise UserError(f"no such directory: {path}")
     file = os.path.join(path, "config.json")
     config = config_from_json(read_json(file, dict), file)
-    tensors = without_copies(open_tensors(path), config.tie_embeddings, path)
-    shapes, joined = {name: shape for name, (_, shape) in tensors.items()}, {}
-    rows = 2 * config.d_inner + 2 * config.d_xb                              # of in_proj: z, x, B, C
-    for name in [name for name in shapes if name.endswith("mixer.in_proj.weight") and len(shapes[name]) == 2]:
-        dt_name = name.replace(".in_proj.", ".dt_in_proj.")
-        if dt_name not in shapes and shapes[name][0] > rows:                 # M1, older Fast-LLM: dt's rows come last
-            joined[dt_name], width = name, shapes[name][1]
-            shapes[name], shapes[dt_name] = (rows, width), (shapes[name][0] - rows, width)
-    ranks = [shape[0] for name, shape in shapes.items() if name.endswith("dt_in_proj.weight") and len(shape) == 2]
-    config = replace(config, dt_rank=ranks[0]) if ranks else config          # configs disagree on it; weights decide
+    sources = find_sources(path, config)
+    # Published configs disagree with their weights on the rank of dt: the weights decide.
+    for name, source in sources.items():
+        if name.endswith("dt_in_proj.weight") and len(source.shape) == 2:
+            config = replace(config, dt_rank=source.shape[0])
+            break
+    # A layer count that the file does not bear out is found here, before so many layers are built.
+    layers = [i for i, kind in enumerate(config.layout) if kind != "i"]
+    norms = [f"model.layers.{i}.post_attention_layernorm.weight" for i in layers]
+    lost = [f"missing {name}" for name in norms if name not in sources]
+    if lost:
+        raise UserError(f"{path}: {len(lost)} layers of config.json have no tensors: {some(lost)}")
+
+    # On the meta device a model has shapes and no memory. A tied head is not listed.
     with torch.device("meta"):
         model = HybridLM(config)
-    params = {file_name(name): (name, p) for name, p in model.named_parameters()}            # a tied head is not listed
-    wrong = ([f"missing {name}" for name in params if name not in shapes] +
-             [f"unexpected {name}" for name in shapes if name not in params] +
-             [f"{name} has shape {shapes[name]}, expected {tuple(p.shape)}" for name, (_, p) in params.items()
-              if name in shapes and shapes[name] != tuple(p.shape)])
-    if wrong:
-        raise UserError(f"{path}: {len(wrong)} tensors do not fit config.json: {some(wrong)}")
+    names = {name: file_name(name) for name, _ in model.named_parameters()}
+    check_fit(path, sources, {names[name]: tuple(p.shape) for name, p in model.named_parameters()})
     weights = {}
-    for name, (own, p) in params.items():
-        w = tensors[joined.get(name, name)][0].get_tensor(joined.get(name, name))
-        w = w[rows:] if name in joined else w[:rows] if name in joined.values() else w
-        to = torch.promote_types(dtype, torch.float32) if keeps_float32(own) else dtype
-        weights[own] = nn.Parameter(w.to(device, to, copy=True))
-    model.load_state_dict(weights, strict=False, assign=True)                # it was strict above, with better words
+    for name, in_file in names.items():
+        tensor = sources[in_file].read().to(device, stored_dtype(name, dtype), copy=True)
+        weights[name] = nn.Parameter(tensor)
+    # Not strict only because of the tied head: check_fit was strict, and has the better words.
+    model.load_state_dict(weights, strict=False, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                   "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def write_atomic(path, write):
-    """write(temporary path), then rename: a reader, or a crash, never meets half a file."""
-    write(path + ".tmp")
-    mask = os.umask(0)                                                       # it can only be read by setting it
+    """write(temporary path), then rename: a reader, or a crash, never meets half a file.
+    Raises UserError where that fails (a full disk, a missing directory); the old file is then still there."""
+    write_together({path: write})
+
+
+def write_together(writers):
+    """{path: write}, as write_atomic for several files. None is replaced before all of them are on the disk."""
+    from safetensors import SafetensorError
+    # The umask can only be read by setting it.
+    mask = os.umask(0)
     os.umask(mask)
-    os.chmod(path + ".tmp", 0o666 & ~mask)                                   # safetensors allows its owner only
-    os.replace(path + ".tmp", path)
+    path = None
+    try:
+        for path, write in writers.items():
+            write(path + ".tmp")
+            # safetensors allows its owner only.
+            os.chmod(path + ".tmp", 0o666 & ~mask)
+        for path in writers:
+            os.replace(path + ".tmp", path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
+    finally:
+        for path in writers:
+            if os.path.exists(path + ".tmp"):
+                os.remove(path + ".tmp")
+
+
+def json_writer(value):
+    """value -> a function that writes it to a path, as indented JSON with a newline at its end."""
+    def write(path):
+        with open(path, "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=1)
+            f.write("\n")
+    return write
+
+
+def tensor_writer(tensors):
+    """{name: tensor} -> a function that writes them as a safetensors file."""
+    from safetensors.torch import save_file
+    return lambda path: save_file(tensors, path, metadata={"format": "pt"})
+
+
+def file_writer(original):
+    """The path of a file -> a function that writes its copy."""
+    return lambda to: shutil.copyfile(original, to)
 
 
 def write_json(path, value):
-    """value as indented JSON with a newline at its end, all or nothing. Raises OSError as open does."""
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1)
-            f.write("\n")
-    write_atomic(path, write)
+    """value as indented JSON, all or nothing. Raises UserError as write_atomic does."""
+    write_atomic(path, json_writer(value))
+
+
+def deal_out(parameters, shard_bytes):
+    """{name: tensor} -> [{name: tensor}, ...] in the same order, each of at most shard_bytes (or a single tensor)."""
+    shards = [{}]
+    size = 0
+    for name, p in parameters.items():
+        if shards[-1] and size + p.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = p
+        size += p.nbytes
+    return shards
 
 
 @torch.no_grad()
 def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30):
     """Write model to the directory path: config.json and model.safetensors, or shards of at most shard_bytes with an
-    index. tokenizer_from: a directory whose tokenizer files are copied along. A_log and D are written in float32."""
-    from safetensors.torch import save_file
+    index. tokenizer_from: a directory whose tokenizer files are copied along. A_log and D are written in float32.
+    Raises UserError where that fails; what was in the directory before is then still there."""
     path = os.fspath(path)
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot make the directory {path}: {e.strerror}") from None
-    shards, size = [{}], 0
-    for name, p in model.named_parameters():                                 # a tied head appears as the embedding
-        w = (p.float() if keeps_float32(name) and p.dtype != torch.float64 else p).detach().cpu().contiguous()
-        if shards[-1] and size + w.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][file_name(name)], size = w, size + w.nbytes
-    count, index = len(shards), os.path.join(path, "model.safetensors.index.json")
-    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    files = ["model.safetensors"] if count == 1 else files
-    for file, shard in zip(files, shards):
-        write_atomic(os.path.join(path, file), lambda to, shard=shard: save_file(shard, to, metadata={"format": "pt"}))
+    parameters = {}
+    # A tied head appears as the embedding.
+    for name, p in model.named_parameters():
+        w = p.detach().to(stored_dtype(name, p.dtype))
+        parameters[file_name(name)] = w.cpu().contiguous()
+    shards = deal_out(parameters, shard_bytes)
+    count = len(shards)
+    files = ["model.safetensors"]
     if count > 1:
-        total = sum(w.nbytes for shard in shards for w in shard.values())
-        where = {name: file for file, shard in zip(files, shards) for name in shard}
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
-    stale = index if count == 1 else os.path.join(path, "model.safetensors")
-    if os.path.exists(stale):                                                # left by a save of the other kind, where
-        os.remove(stale)                                                     # some readers look first
-    write_json(os.path.join(path, "config.json"), config_to_json(model.config, model.embed_tokens.weight.dtype))
-    for file in TOKENIZER_FILES if tokenizer_from else ():
-        source = os.path.join(os.fspath(tokenizer_from), file)
-        if os.path.exists(source) and os.path.abspath(source) != os.path.abspath(os.path.join(path, file)):
-            write_atomic(os.path.join(path, file), lambda to, source=source: shutil.copyfile(source, to))
+        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+    writers = {file: tensor_writer(shard) for file, shard in zip(files, shards)}
+    index = "model.safetensors.index.json"
+    if count > 1:
+        where = {}
+        for file, shard in zip(files, shards):
+            where |= dict.fromkeys(shard, file)
+        total = sum(w.nbytes for w in parameters.values())
+        writers[index] = json_writer({"metadata": {"total_size": total}, "weight_map": where})
+    writers["config.json"] = json_writer(config_to_json(model.config, model.embed_tokens.weight.dtype))
+    writers |= copies(tokenizer_from, path)
+    write_together({os.path.join(path, file): write for file, write in writers.items()})
+    # Left by a save of the other kind, where some readers look first.
+    stale = os.path.join(path, index if count == 1 else "model.safetensors")
+    if os.path.exists(stale):
+        os.remove(stale)
+
+
+def copies(source, path):
+    """-> {file: write} for the tokenizer files of the directory `source` (None: none), unless they are in path."""
+    found = {}
+    for file in TOKENIZER_FILES if source else ():
+        original = os.path.join(os.fspath(source), file)
+        if os.path.exists(original) and os.path.abspath(original) != os.path.abspath(os.path.join(path, file)):
+            found[file] = file_writer(original)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,11 +15,13 @@ import functools
 import io
 import json
 import math
+import pathlib
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -1079,7 +1081,7 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "sliding-window layers": ({"hybrid_block_layout": ["m2", "swa", "m2"]}, "swa"),
     "gated delta layers": ({"hybrid_block_layout": ["m2", "t", "gdn"]}, "gdn"),
     "a layout of another length": ({"hybrid_block_layout": ["m2", "t"]}, "2 layers, the model has 3"),
-    "a layout that is no list": ({"hybrid_block_layout": 3}, "wrong type"),
+    "a layout that is no list": ({"hybrid_block_layout": 3}, "hybrid_block_layout must be a list, got 3"),
     "another model type": ({"model_type": "qwen2"}, "qwen2"),
     "no model type": ({"model_type": ...}, "None"),
     "no layout": ({"hybrid_block_layout": ...}, "hybrid_block_layout"),
@@ -1101,13 +1103,13 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "quantisation": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
     "an unknown key of ssm_cfg": ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate"),
     "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "16 % 5"),
-    "d_state null": ({"ssm_cfg": {"d_state": None}}, "wrong type|d_state"),
+    "d_state null": ({"ssm_cfg": {"d_state": None}}, "ssm_cfg.d_state must be a whole number.*None"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "4 % 3"),
-    "a width in words": ({"hidden_size": "twenty-four"}, "d_model.*twenty-four"),
-    "a width of zero": ({"intermediate_size": 0}, "d_mlp.*0"),
-    "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "wrong type|n_head"),
-    "theta in words": ({"rope_theta": "big"}, "wrong type"),
-    "rope as a list": ({"rope_scaling": [1, 2]}, "wrong type"),
+    "a width in words": ({"hidden_size": "twenty-four"}, "hidden_size.*twenty-four"),
+    "a width of zero": ({"intermediate_size": 0}, "intermediate_size.*0"),
+    "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads.*0"),
+    "theta in words": ({"rope_theta": "big"}, "rope_theta must be a number above 0, got 'big'"),
+    "rope as a list": ({"rope_scaling": [1, 2]}, "rope_scaling must be a JSON object or null"),
 }
 
 
@@ -3029,3 +3031,197 @@ def test_a_progress_file_without_its_header_is_refused(traces, tmp_path):
     save_file({"weight|norm.weight": torch.ones(3)}, tmp_path / "progress.safetensors")
     with pytest.raises(UserError, match="does not continue this run"):
         run(train_sft, "--model", traces[0], "--steps", 1, "--resume", "--out", tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Readers under mutation. A file that was damaged, or written by a program that means something else, loads or is
+# refused with a UserError of one line. No other exception, no more than 5 seconds, no more than 3 GB.
+#
+# A new reader is one line in READERS. The short run is a test; the long one: python test_model.py --mutate 10000
+
+class Pairs(list):
+    """A JSON object as a list of (key, value): a key may be there twice."""
+
+
+class Text(str):
+    """JSON as it is to be written."""
+
+
+STRANGE = [None, True, False, 0, 1, -1, 2, 7, 0.5, -0.5, 1e-300, 1e300, 10 ** 6, 2 ** 31, 2 ** 63, 10 ** 30, "", "x",
+           "auto", "\ud800", "a\nb", "../x", "\0", [], [1], [None], ["t"], Pairs(), Pairs([("a", 1)]),
+           Text("NaN"), Text("Infinity"), Text("-Infinity"), Text("9" * 5000), Text("[" * 100_000 + "]" * 100_000)]
+
+
+def to_json(value):
+    """What json.loads(..., object_pairs_hook=Pairs) gave -> text."""
+    if isinstance(value, Pairs):
+        return "{" + ", ".join(json.dumps(key) + ": " + to_json(item) for key, item in value) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(to_json, value)) + "]"
+    return value if isinstance(value, Text) else json.dumps(value)
+
+
+def places(value):
+    """Every (list or Pairs, index) within a JSON value."""
+    found = []
+    for i, item in enumerate(value if isinstance(value, list) else ()):
+        found.append((value, i))
+        found += places(item[1] if isinstance(value, Pairs) else item)
+    return found
+
+
+def mutate_json(text, rng):
+    """One to three values replaced by strange ones or by each other; keys renamed, deleted, doubled."""
+    value = json.loads(text, object_pairs_hook=Pairs)
+    for _ in range(rng.randint(1, 3)):
+        spots = places(value)
+        if not spots:
+            return to_json(rng.choice(STRANGE))
+        where, i = rng.choice(spots)
+        other, j = rng.choice(spots)
+        strange = rng.choice(STRANGE)
+        what = rng.choice(["replace", "replace", "replace", "swap", "rename", "delete", "double"])
+        if what == "replace":
+            where[i] = (where[i][0], strange) if isinstance(where, Pairs) else strange
+        elif what == "swap" and type(where) is type(other) is Pairs:
+            where[i] = (where[i][0], copy.deepcopy(other[j][1]))
+        elif what == "rename" and isinstance(where, Pairs):
+            where[i] = (strange if isinstance(strange, str) else "x" + where[i][0], where[i][1])
+        elif what == "delete":
+            del where[i]
+        elif what == "double":
+            where.append((where[i][0], strange) if isinstance(where, Pairs) else where[i])
+    return to_json(value)
+
+
+def mutate(data, rng):
+    """bytes of a JSON, JSON lines, safetensors or any other file -> damaged bytes."""
+    size = len(data)
+    start = rng.randrange(size)
+    stop = start + rng.choice([1, 8, 100, size])
+    what = rng.choice(["flip", "cut", "end", "double", "json", "json", "json", "json"])
+    if what == "flip":
+        # Most of a file is weights: look at its beginning, too.
+        start = rng.choice([start, start % 8, start % 400])
+        return data[:start] + bytes([data[start] ^ (1 << rng.randrange(8))]) + data[start + 1:]
+    if what == "cut":
+        return data[:start] + data[stop:]
+    if what == "end":
+        return data[:start]
+    if what == "double":
+        return data[:stop] + data[start:]
+    header = int.from_bytes(data[:8], "little")
+    if size > 8 and header < size:
+        text = mutate_json(data[8:8 + header], rng).encode("utf-8", "surrogatepass")
+        return len(text).to_bytes(8, "little") + text + data[8 + header:]
+    try:
+        return mutate_json(data, rng).encode("utf-8", "surrogatepass")
+    except ValueError:
+        lines = data.split(b"\n")
+        i = rng.randrange(len(lines))
+        if lines[i].strip():
+            lines[i] = mutate_json(lines[i], rng).encode("utf-8", "surrogatepass")
+        return b"\n".join(lines)
+
+
+def good_checkpoint(shards=1, **change):
+    """-> a function that writes the checkpoint into a directory."""
+    def make(path):
+        raw = raw_config(**change)
+        write_checkpoint(path, raw, random_tensors(raw), shards)
+        (path / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2, 3], "top_p": 0.9}')
+    return make
+
+
+# name -> (make(directory) writes good files, which of them are damaged, load(directory))
+INDEX = "model.safetensors.index.json"
+READERS = {
+    "config.json of a hybrid": (good_checkpoint(), ["config.json"], load_pretrained),
+    "config.json of Llama": (good_checkpoint(model_type="llama"), ["config.json"], load_pretrained),
+    "generation_config.json": (good_checkpoint(), ["generation_config.json"], load_pretrained),
+    "safetensors": (good_checkpoint(), ["model.safetensors"], load_pretrained),
+    "safetensors, index": (good_checkpoint(shards=3), [INDEX, "part_1.safetensors"], load_pretrained),
+}
+
+
+@contextlib.contextmanager
+def limited(seconds, extra_bytes):
+    """Inside, more seconds raise TimeoutError, and more memory than now plus extra_bytes MemoryError or the like."""
+    def too_long(*args):
+        raise TimeoutError(f"more than {seconds} seconds")
+    resource = pytest.importorskip("resource")
+    old_limit = resource.getrlimit(resource.RLIMIT_AS)
+    old_handler = signal.signal(signal.SIGALRM, too_long)
+    if os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm", encoding="ascii") as f:
+            now = int(f.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + extra_bytes, old_limit[1]))
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old_handler)
+        resource.setrlimit(resource.RLIMIT_AS, old_limit)
+
+
+def run_mutations(name, folder, count):
+    """Damage the files of READERS[name] `count` times -> ({"loaded": n, "refused": n}, [(number, exception), ...])."""
+    make, files, load = READERS[name]
+    folder.mkdir()
+    make(folder)
+    load(folder)
+    good = {file: (folder / file).read_bytes() for file in files}
+    counts = {"loaded": 0, "refused": 0}
+    failed = []
+    for i in range(count):
+        rng = random.Random(f"{name} {i}")
+        file = rng.choice(files)
+        # A new file: the old one may still be mapped into memory.
+        (folder / file).unlink()
+        (folder / file).write_bytes(mutate(good[file], rng))
+        try:
+            with limited(5, 3 << 30):
+                load(folder)
+            counts["loaded"] += 1
+        except UserError as e:
+            counts["refused"] += 1
+            if "\n" in str(e):
+                failed.append((i, ValueError(f"two lines: {e}")))
+        except BaseException as e:
+            if isinstance(e, KeyboardInterrupt):
+                raise
+            failed.append((i, e))
+        (folder / file).unlink()
+        (folder / file).write_bytes(good[file])
+    return counts, failed
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the limits are POSIX")
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_loads_or_is_refused(name, tmp_path):
+    counts, failed = run_mutations(name, tmp_path / "files", 200)
+    assert not failed, failed[0]
+    assert counts["loaded"] + counts["refused"] == 200
+
+
+def main():
+    """The long run of the mutations."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mutate", type=int, required=True, metavar="N", help="damaged files in all")
+    wanted = parser.parse_args().mutate
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in enumerate(READERS):
+            begin = time.time()
+            counts, failed = run_mutations(name, pathlib.Path(folder) / str(number), -(-wanted // len(READERS)))
+            print(f"{name:26} {counts['loaded']:6} loaded {counts['refused']:6} refused {len(failed):6} failed "
+                  f"{time.time() - begin:6.0f} s", flush=True)
+            for i, error in failed[:5]:
+                print(f"    number {i}: {type(error).__name__}: {error}"[:300])
+            bad += len(failed)
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
