@@ -1416,6 +1416,9 @@ def byte_merges(model, special):
         if model.get(key):
             raise Unfit(f"model.{key} = {model[key]!r}")
     table = byte_characters()
+    for text in special:
+        if text in table:
+            raise Unfit(f"the added token {text!r} is the token of a byte, too")
 
     def as_bytes(text):
         return bytes(table[character] for character in text)
@@ -1637,7 +1640,7 @@ def refusing(file):
         yield
     except UserError as e:
         raise UserError(f"{file}: {e}") from None
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (KeyboardInterrupt, SystemExit, MemoryError, TimeoutError):
         raise
     except BaseException as e:
         # Rust's panics, of tiktoken or tokenizers, are not Exceptions.
