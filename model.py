@@ -1407,14 +1407,16 @@ def check_added(added, vocab_size, id_of):
 
 def byte_merges(model, special):
     """The model of a tokenizer.json -> {bytes: id}, and its merges in order as a list of (left bytes, right bytes)."""
+    if model.get("dropout"):
+        raise UserError(f"model.dropout = {model['dropout']!r}: the ids of a text are random")
+    if "merges" in model and model.get("continuing_subword_prefix"):
+        # `tokenizers` ends the whole process where a merge lacks the prefix.
+        raise UserError(f"model.continuing_subword_prefix = {model['continuing_subword_prefix']!r}")
     # GPT-2's own file names no type.
     if model.get("type", "BPE") != "BPE" or "vocab" not in model or "merges" not in model:
         raise Unfit(f"model type {model.get('type')}, not byte-level BPE")
-    if model.get("dropout"):
-        raise UserError(f"model.dropout = {model['dropout']!r}: the ids of a text are random")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            raise Unfit(f"model.{key} = {model[key]!r}")
+    if model.get("end_of_word_suffix"):
+        raise Unfit(f"model.end_of_word_suffix = {model['end_of_word_suffix']!r}")
     table = byte_characters()
     for text in special:
         if text in table:
@@ -1574,7 +1576,8 @@ class LibraryTokenizer:
         text = valid_unicode(text)
         if allowed_special != "all" and self.find and self.find.search(text):
             raise UserError("this tokenizer cannot read a special token in a text as plain text")
-        return self.library.encode(text, add_special_tokens=False).ids
+        with refusing("the package tokenizers"):
+            return self.library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         return self.library.decode(ids, skip_special_tokens=False)

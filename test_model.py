@@ -1840,7 +1840,6 @@ NEEDS_LIBRARY = {
     "a prefix space": (edit_step(1, add_prefix_space=True), "prefix space"),
     "Unigram": (edit(type="Unigram"), "model type Unigram"),
     "no model": (lambda raw: raw.update(model=None), "not byte-level BPE"),
-    "a continuation prefix": (edit(continuing_subword_prefix="##"), "continuing_subword_prefix = '##'"),
     "a word suffix": (edit(end_of_word_suffix="</w>"), "end_of_word_suffix = '</w>'"),
     "byte fallback": (edit_vocab(**{"▁the": 380, "<0x0A>": 381}), "'▁' is not a character of byte-level BPE"),
     "a byte that a merge needs": (lambda raw: raw["model"]["vocab"].pop("t"), "not in the vocabulary"),
@@ -1854,6 +1853,7 @@ NEEDS_LIBRARY = {
 # What no package would put right.
 CONTRADICTIONS = {
     "dropout": (edit(dropout=0.1), "model.dropout = 0.1: the ids of a text are random"),
+    "a continuation prefix": (edit(continuing_subword_prefix="##"), "continuing_subword_prefix = '##'"),
     "a merge of three": (add_merge("Z Z Z"), "a merge does not name two tokens"),
     "an id that is another's": (edit_vocab(Z=70), "two tokens have the same id"),
     "an id that is none": (edit_vocab(Z=-1), "-1 is no token id"),
@@ -3521,8 +3521,13 @@ def mutate(data, rng):
     except ValueError:
         lines = data.split(b"\n")
         i = rng.randrange(len(lines))
-        if lines[i].strip():
+        try:
             lines[i] = mutate_json(lines[i], rng).encode("utf-8", "surrogatepass")
+        except ValueError:
+            # No JSON at all, but a chat template, say, or an empty line.
+            words = lines[i].split(b" ")
+            rng.shuffle(words)
+            lines[i] = b" ".join(words)
         return b"\n".join(lines)
 
 
@@ -3535,6 +3540,50 @@ def good_checkpoint(shards=1, **change):
     return make
 
 
+def good_tokenizer(raw):
+    """-> a function that writes a checkpoint's tokenizer files into a directory."""
+    def make(path):
+        raw["post_processor"] = template_processor("<s>")
+        (path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+        config = NAMES | {"chat_template": [{"name": "default", "template": MISTRAL}]}
+        (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        (path / "special_tokens_map.json").write_text(json.dumps(NAMES), encoding="utf-8")
+        (path / "chat_template.jinja").write_text(LLAMA3, encoding="utf-8")
+    return make
+
+
+def use_tokenizer(path):
+    """Load a tokenizer and use all that it can do."""
+    enc = load_tokenizer(path)
+    ids = enc.encode(CORPUS + "<s>\x00\U0010ffff</s>", allowed_special="all")
+    enc.decode(ids)
+    for token in [*ids, *nano.begin_tokens(path, enc), enc.max_token_value]:
+        enc.decode_single_token_bytes(token)
+
+
+@functools.cache
+def some_tokenizer(path):
+    return load_tokenizer(path)
+
+
+def use_chat(path):
+    """Load a chat template and use it."""
+    chat = nano.load_chat(path, some_tokenizer(path))
+    if not isinstance(chat.end, str):
+        raise TypeError(chat.end)
+    for turns in TALKS[:2]:
+        chat.prompt(talk(*turns))
+
+
+def use_config_template(path):
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    use_chat(path)
+
+
+def small_tokenizer(name):
+    return make_tokenizer(**TOKENIZERS[name] | {"count": 3})
+
+
 # name -> (make(directory) writes good files, which of them are damaged, load(directory))
 INDEX = "model.safetensors.index.json"
 READERS = {
@@ -3543,6 +3592,13 @@ READERS = {
     "generation_config.json": (good_checkpoint(), ["generation_config.json"], load_pretrained),
     "safetensors": (good_checkpoint(), ["model.safetensors"], load_pretrained),
     "safetensors, index": (good_checkpoint(shards=3), [INDEX, "part_1.safetensors"], load_pretrained),
+    "tokenizer.json, Llama 3": (good_tokenizer(make_tokenizer()), ["tokenizer.json"], use_tokenizer),
+    "tokenizer.json, SmolLM": (good_tokenizer(small_tokenizer("SmolLM kind")), ["tokenizer.json"], use_tokenizer),
+    "tokenizer.json, DeepSeek": (good_tokenizer(small_tokenizer("DeepSeek kind")), ["tokenizer.json"], use_tokenizer),
+    "tokenizer.json, Llama 2": (good_tokenizer(sentencepiece()), ["tokenizer.json"], use_tokenizer),
+    "chat_template.jinja": (good_tokenizer(make_tokenizer(special=MARKS)), ["chat_template.jinja"], use_chat),
+    "tokenizer_config.json": (good_tokenizer(make_tokenizer(special=MARKS)),
+                              ["tokenizer_config.json", "special_tokens_map.json"], use_config_template),
 }
 
 
@@ -3607,22 +3663,42 @@ def test_a_damaged_file_loads_or_is_refused(name, tmp_path):
     assert counts["loaded"] + counts["refused"] == 200
 
 
-def main():
-    """The long run of the mutations."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mutate", type=int, required=True, metavar="N", help="damaged files in all")
-    wanted = parser.parse_args().mutate
+def compare_texts(count, folder, checkpoint):
+    """The long run of test_token_ids_are_those_of_the_library, and on a real tokenizer, if one is named."""
+    cases = {name: make_tokenizer(**style) for name, style in TOKENIZERS.items()}
+    if checkpoint:
+        cases[checkpoint] = nano.read_json(os.path.join(checkpoint, "tokenizer.json"))
+    for number, (name, raw) in enumerate(cases.items()):
+        begin = time.time()
+        compare_with_library(raw, random_texts(count, seed=number), folder / f"tokenizer {number}")
+        print(f"{name:40} {count} texts: the ids of the package tokenizers {time.time() - begin:6.0f} s", flush=True)
+
+
+def compare_mutations(count, folder):
+    """The long run of the mutations -> how many failed."""
     bad = 0
+    for number, name in enumerate(READERS):
+        begin = time.time()
+        counts, failed = run_mutations(name, folder / str(number), -(-count // len(READERS)))
+        print(f"{name:26} {counts['loaded']:6} loaded {counts['refused']:6} refused {len(failed):6} failed "
+              f"{time.time() - begin:6.0f} s", flush=True)
+        for i, error in failed[:5]:
+            print(f"    number {i}: {type(error).__name__}: {error}"[:300])
+        bad += len(failed)
+    return bad
+
+
+def main():
+    """What takes too long for a test."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mutate", type=int, default=0, metavar="N", help="damage N files in all and read them")
+    parser.add_argument("--texts", type=int, default=0, metavar="N", help="compare the ids of N texts a tokenizer")
+    parser.add_argument("--tokenizer", metavar="DIR", help="with --texts: compare this checkpoint's tokenizer, too")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for number, name in enumerate(READERS):
-            begin = time.time()
-            counts, failed = run_mutations(name, pathlib.Path(folder) / str(number), -(-wanted // len(READERS)))
-            print(f"{name:26} {counts['loaded']:6} loaded {counts['refused']:6} refused {len(failed):6} failed "
-                  f"{time.time() - begin:6.0f} s", flush=True)
-            for i, error in failed[:5]:
-                print(f"    number {i}: {type(error).__name__}: {error}"[:300])
-            bad += len(failed)
-    sys.exit(1 if bad else 0)
+        if args.texts:
+            compare_texts(args.texts, pathlib.Path(folder), args.tokenizer)
+        sys.exit(1 if compare_mutations(args.mutate, pathlib.Path(folder)) else 0)
 
 
 if __name__ == "__main__":
