@@ -1575,7 +1575,8 @@ def naive_encode(raw, text):
             piece = unicodedata.normalize(form, piece)
         for word in naive_words(raw, piece):
             whole = model.get("ignore_merges") and word in model["vocab"]
-            ids += [model["vocab"][part] for part in ([word] if whole else join(list(word), rank))]
+            parts = [word] if whole else join(list(word), rank)
+            ids += [model["vocab"][part] for part in parts]
     return ids
 
 
@@ -1601,9 +1602,17 @@ def added_token(token, text, **change):
             "special": True} | change
 
 
-def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merges=False, all_splits=False,
-                   as_strings=True, extra=(), merges=None, special=SPECIAL, normalizer=None, missing="", byte_regex=False,
-                   named=True):
+def bpe_model(vocab, merges, named=True, **change):
+    """The model of a tokenizer.json. named: it has a type."""
+    model = {"type": "BPE"} if named else {}
+    return model | {"dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                    "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                    "ignore_merges": False, "vocab": vocab, "merges": merges} | change
+
+
+def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merges=False,
+                   all_splits=False, as_strings=True, extra=(), merges=None, special=SPECIAL,
+                   normalizer=None, missing="", byte_regex=False, named=True):
     """The dict of a tokenizer.json. steps: names in PATTERNS, or "digits"; byte_regex: ByteLevel splits, too.
     all_splits: list every way to make a token, as files converted from tiktoken do. extra: tokens without any merge,
     found only when a whole piece is looked up. missing: bytes without a token. named: the model names its type."""
@@ -1622,16 +1631,15 @@ def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merg
         if name == "digits":
             pre.append({"type": "Digits", "individual_digits": True})
         else:
-            pre.append({"type": "Split", "pattern": {"Regex": PATTERNS[name]}, "behavior": "Isolated", "invert": False})
+            pattern = {"Regex": PATTERNS[name]}
+            pre.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": byte_regex}
+    merges = [" ".join(merge) if as_strings else list(merge) for merge in merges]
     return {"version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [added_token(vocab[text], text) for text in special],
-            "normalizer": normalizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*pre, level]},
-            "post_processor": None, "decoder": dict(level),
-            "model": ({"type": "BPE"} if named else {}) | {
-                "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                "fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges, "vocab": vocab,
-                "merges": [" ".join(m) if as_strings else list(m) for m in merges]}}
+            "normalizer": normalizer, "post_processor": None, "decoder": dict(level),
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*pre, level]},
+            "model": bpe_model(vocab, merges, named, ignore_merges=ignore_merges)}
 
 
 def load_from(raw, path):
@@ -1656,7 +1664,6 @@ TOKENIZERS = {
     "SmolLM kind": dict(steps=("digits",), missing="\x00\x04\x7f\xc0\xc1\xf1", byte_regex=True),
     "half of the bytes missing": dict(missing="".join(map(chr, range(1, 256, 2))), count=0),
     "Qwen kind": dict(steps=("llama3",), normalizer={"type": "NFC"}),
-    "NFKD": dict(steps=("llama3",), normalizer={"type": "NFKD"}),
     "DeepSeek kind": dict(steps=("up to three digits", "CJK", "DeepSeek"),
                           normalizer={"type": "Sequence", "normalizers": []}),
     "special tokens that begin alike": dict(special=("<s>", "<s>>", "<s", "</s>", "[INST]", "[[INST]")),
@@ -1675,7 +1682,8 @@ def random_texts(count, seed=0):
         for _ in range(rng.choice([0, 0, 3])):
             plane = rng.choice([0x80, 0x2000, 0xD800, 0x110000])
             letter = chr(rng.randrange(plane))
-            parts.append(letter if letter.isprintable() else "")
+            # The libraries know different versions of Unicode: only letters that none has to reorder.
+            parts.append(letter if letter.isprintable() and not unicodedata.combining(letter) else "")
         texts.append("".join(parts))
     return texts
 
@@ -1776,7 +1784,7 @@ def test_accepted_added_tokens_give_the_ids_of_the_library(tmp_path):
     accepted = 0
     refused = 0
     for _ in range(150):
-        raw = make_tokenizer(special=(), count=20, normalizer=rng.choice([None, {"type": "NFC"}, {"type": "NFKD"}]))
+        raw = make_tokenizer(special=(), count=20, normalizer=rng.choice([None, {"type": "NFC"}]))
         vocab = raw["model"]["vocab"]
         following = len(vocab)
         for _ in range(rng.randrange(1, 5)):
@@ -1800,6 +1808,10 @@ def no_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
 
 
+def edit_file(**change):
+    return lambda raw: raw.update(change)
+
+
 def edit(**change):
     return lambda raw: raw["model"].update(change)
 
@@ -1820,6 +1832,13 @@ def add_merge(merge):
     return lambda raw: raw["model"]["merges"].append(merge)
 
 
+def drop_byte(letter, **change):
+    def drop(raw):
+        del raw["model"]["vocab"][letter]
+        raw["model"].update(change)
+    return drop
+
+
 def swap_merges(raw):
     merges = raw["model"]["merges"]
     merges[3], merges[90] = merges[90], merges[3]
@@ -1827,24 +1846,23 @@ def swap_merges(raw):
 
 # What ByteTokenizer cannot hold: where the package tokenizers is missing, the reason and what to install.
 NEEDS_LIBRARY = {
-    "a normalizer": (lambda raw: raw.update(normalizer={"type": "Lowercase"}), r"a normalizer \(Lowercase\)"),
+    "a normalizer": (edit_file(normalizer={"type": "NFKC"}), r"a normalizer \(NFKC\)"),
     "a special token that strips": (edit_added(lstrip=True), r"'\[INST\]' strips"),
     "a special token between word borders": (edit_added(single_word=True), r"'\[INST\]' .* word borders"),
     "removed separators": (edit_step(0, behavior="Removed"), "Split, behavior Removed"),
     "separators merged with what precedes": (edit_step(0, behavior="MergedWithPrevious"), "MergedWithPrevious"),
     "an inverted split": (edit_step(0, invert=True), "invert True"),
     "a pattern that is no regex": (edit_step(0, pattern={"Regex": "(a"}), "pattern: missing"),
-    "another step": (lambda raw: raw["pre_tokenizer"]["pretokenizers"].insert(1, {"type": "BertPreTokenizer"}), "step BertP"),
-    "another splitter": (lambda raw: raw.update(pre_tokenizer={"type": "Metaspace"}), "ByteLevel"),
-    "no splitter": (lambda raw: raw.update(pre_tokenizer=None), "ByteLevel"),
+    "another step": (edit_step(0, type="BertPreTokenizer"), "a step BertPreTokenizer"),
+    "another splitter": (edit_file(pre_tokenizer={"type": "Metaspace"}), "ByteLevel"),
+    "no splitter": (edit_file(pre_tokenizer=None), "ByteLevel"),
     "a prefix space": (edit_step(1, add_prefix_space=True), "prefix space"),
     "Unigram": (edit(type="Unigram"), "model type Unigram"),
-    "no model": (lambda raw: raw.update(model=None), "not byte-level BPE"),
+    "no model": (edit_file(model=None), "not byte-level BPE"),
     "a word suffix": (edit(end_of_word_suffix="</w>"), "end_of_word_suffix = '</w>'"),
     "byte fallback": (edit_vocab(**{"▁the": 380, "<0x0A>": 381}), "'▁' is not a character of byte-level BPE"),
-    "a byte that a merge needs": (lambda raw: raw["model"]["vocab"].pop("t"), "not in the vocabulary"),
-    "bytes that become unknown": (lambda raw: raw["model"].update(unk_token="Z") or raw["model"]["vocab"].pop("\u0100"),
-                                  "bytes without a token"),
+    "a byte that a merge needs": (drop_byte("t"), "not in the vocabulary"),
+    "bytes that become unknown": (drop_byte("\u0100", unk_token="Z"), "bytes without a token"),
     "merges out of order": (swap_merges, "not in the order of ids"),
     "a merge of unknown tokens": (add_merge("Z Z"), "not in the vocabulary"),
     "a token that no merge gives": (edit_vocab(ZZZ=9000), "b'ZZZ' is not what its merges give"),
@@ -1862,7 +1880,7 @@ CONTRADICTIONS = {
     "a special token without text": (edit_added(content=""), "'' stands there twice, or is empty"),
     "a hole before a special token": (edit_added(content="<x>", id=900), "the id 900; by the vocabulary it is 3[0-9]+"),
     "a special token that is in the vocabulary": (edit_added(content="the"), "'the' has the id 2; by the .* it is"),
-    "a list of nothing": (lambda raw: raw.update(added_tokens=[None]), r"not understood \(TypeError"),
+    "a list of nothing": (edit_file(added_tokens=[None]), r"not understood \(TypeError"),
 }
 
 
@@ -1913,9 +1931,9 @@ def sentencepiece(metaspace=False):
         raw["normalizer"] = None
         space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
         raw["pre_tokenizer"] = space
-    raw["model"] = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                    "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-                    "vocab": {token: i for i, token in enumerate(tokens)}, "merges": [" ".join(m) for m in merges]}
+    vocab = {token: i for i, token in enumerate(tokens)}
+    raw["model"] = bpe_model(vocab, [" ".join(merge) for merge in merges], unk_token="<unk>",
+                             fuse_unk=True, byte_fallback=True)
     return raw
 
 
@@ -2006,7 +2024,8 @@ LLAMA3 = """{{- bos_token }}
 {%- set date = strftime_now("%Y") if strftime_now is defined else "none" %}
 {{- "<|start_header_id|>system<|end_header_id|>\\n\\nThe year: " + date + "\\n" + system + "<|eot_id|>" }}
 {%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -2079,7 +2098,7 @@ def test_prompts_are_those_of_transformers(case, form, tmp_path):
         try:
             expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:
-            with pytest.raises(UserError, match=f"its chat template: .*{error}"):
+            with pytest.raises(UserError, match=f"its chat template: failed .*{error}"):
                 chat.prompt(messages)
             continue
         assert chat.prompt(messages) == expected
@@ -2111,10 +2130,10 @@ def test_a_template_without_an_end_token_takes_the_checkpoints(tmp_path):
     (dict(chat_template="{% if %}"), "its chat template: .*Expected an expression"),
     (dict(chat_template=5), "chat_template: expected a text, found int"),
     (dict(chat_template=[5]), "chat_template: not understood"),
-    (dict(chat_template=[{"name": "rag", "template": "x"}]), "chat_template: of the templates rag none is named default")])
+    (dict(chat_template=[{"name": "rag", "template": "x"}]), "of the templates rag none is named default")])
 def test_a_template_that_cannot_be_read_is_a_refusal_not_a_failure(config, words, tmp_path):
     chat = chat_from(tmp_path, **config)
-    assert re.search(f"{tmp_path}: {words}", chat.refusal)
+    assert re.search(f"{tmp_path}: .*{words}", chat.refusal)
     with pytest.raises(UserError, match=words):
         chat.prompt(talk(("user", "a")))
 
@@ -3698,7 +3717,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if args.texts:
             compare_texts(args.texts, pathlib.Path(folder), args.tokenizer)
-        sys.exit(1 if compare_mutations(args.mutate, pathlib.Path(folder)) else 0)
+        if args.mutate and compare_mutations(args.mutate, pathlib.Path(folder)):
+            sys.exit(1)
 
 
 if __name__ == "__main__":
