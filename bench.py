@@ -750,7 +750,7 @@ def show_results(args, device, dtype):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     out = args.out
-    claim_out(out, overwrite=True, resume=False)                             # pictures are cheap, old ones are replaced
+    out = claim_out(out, [], overwrite=True, resume=False)                             # pictures are cheap, old ones are replaced
     draw_layers(plt, os.path.join(out, "layers.png"), rows)
     print(f"wrote {os.path.join(out, 'layers.png')}", flush=True)
     # A member without accuracy (trained on --data, or never evaluated) has no place in the picture.

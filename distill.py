@@ -635,7 +635,7 @@ def main():
                         for split, n in (("probe", args.probe), ("dev", 16)))
         block = (generic_block if args.traces == "generic" else trace_block)(enc, args.seed)
     for s in stages:
-        claim_out(s.out, args.overwrite, s.resume, done="report.json")
+        s.out = claim_out(s.out, [s.teacher, s.student], args.overwrite, s.resume, done="report.json")
     size = sum(p.numel() for p in teacher.parameters())
     choose_threads(teacher, device)
     if args.train == "auto":                                                # weights, gradients, optimiser, the teacher

@@ -285,6 +285,7 @@ def tokenizer_json(ranks):
 if not hasattr(nano, "load_chat"):           # STAND-IN until the template reader is merged
     class BuiltIn:
         end = "</s>"
+        refusal = None
 
         def prompt(self, messages):
             text, system = "<s>", ""
@@ -481,7 +482,8 @@ def pair_parts(prompt, response, record, codec):
     if not response.strip():
         raise UserError("an empty response")
     begin = codec.enc.decode(codec.begin)
-    end = codec.chat.end
+    # Without a template nobody knows how an answer ends.
+    end = "" if codec.chat.refusal else codec.chat.end
     return [("" if prompt.startswith(begin) else begin, False), (prompt, False),
             (response if response.endswith(end) else response + end, True)]
 
@@ -965,7 +967,6 @@ class Progress:
     def save(self, model, optimizers):
         """Write the file. Its tensors are named kind|parameter: parameter names hold dots, but no bar.
         Raises UserError if that fails, for a full disk mostly; the file that was there before is left."""
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
         meta = {key: getattr(self, key) for key in ("run", *self.SAVED)}
         tensors = {}
@@ -977,13 +978,10 @@ class Progress:
         header = {"meta": json.dumps(meta)}
         try:
             nano.write_atomic(self.path, lambda to: save_file(tensors, to, metadata=header))
-        except (OSError, SafetensorError) as e:
-            with contextlib.suppress(OSError):
-                os.remove(self.path + ".tmp")
-            kept = "nothing was saved yet"
-            if os.path.exists(self.path):
-                kept = "the last save is intact, --resume continues from it"
-            raise UserError(f"cannot write {self.path}: {e}; {kept}") from None
+        except UserError as e:
+            if not os.path.exists(self.path):
+                raise
+            raise UserError(f"{e}; the last save is intact, --resume continues from it") from None
 
     def load(self, model, optimizers, plan):
         """With resume: read the file, if there is one, into self, a model of the same shape and its optimisers.
@@ -1358,7 +1356,8 @@ def main():
     device, dtype = start_script(args)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     check_flags(args)
-    claim_out(args.out, args.overwrite, args.resume)
+    args.out = claim_out(args.out, [args.model, args.merge], args.overwrite, args.resume,
+                         done="training.json")
     model, codec = start_model(args)
     # Refused now, not after the training.
     other = merge_partner(args, model)
@@ -1373,10 +1372,9 @@ def main():
     log = fit(model, cross_entropy, block, args.batch, plan, progress, device, dtype)
     if other:
         merge(model, other, args.merge_weight)
-    nano.cast(model.eval(), device, getattr(torch, args.save_dtype))
-    nano.save_pretrained(model, args.out, tokenizer_from=args.model)
+    nano.save_pretrained(model, args.out, args.model, dtype=getattr(torch, args.save_dtype))
     # Evaluated as saved, rounding included.
-    model.float()
+    model = nano.load_pretrained(args.out, device)
     result = {**evaluate(args, model, codec), **provenance(device)}
     report = {"args": vars(args), "log": log, **result}
     nano.write_json(os.path.join(args.out, "training.json"), report)
