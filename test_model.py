@@ -3369,6 +3369,7 @@ class Marks:
     """A template of nothing but marks around each text."""
     end = "[E]"
     opening = "[A]"
+    refusal = None
 
     def prompt(self, messages):
         marks = {"system": "[S]{}[E]", "user": "[U]{}[E]", "assistant": "[A]{}[E]"}
@@ -4559,6 +4560,48 @@ def use_config_template(path):
 
 def small_tokenizer(name):
     return make_tokenizer(**TOKENIZERS[name] | {"count": 3})
+class Letters:
+    """A tokenizer whose tokens are bytes."""
+    def encode(self, text, allowed_special=()):
+        return list(text.encode("utf-8", "replace"))
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", "replace")
+
+
+def write_records(path):
+    """One record of each shape that is read."""
+    lines = [json.dumps(record) for record, _ in RECORDS]
+    (path / "traces.jsonl").write_text("\n".join(lines))
+
+
+def read_records(path):
+    codec = train_sft.Codec(Letters(), Marks(), [])
+    return train_sft.read_jsonl(path / "traces.jsonl", codec, 999, 256)
+
+
+def write_progress(path):
+    """A progress file after one step of 9, and its JSON in a file of its own."""
+    model = tiny("m2 t", torch.float32, train=True)
+    batch = train_sft.collate([([5, 6, 7, 8], [True] * 4)], "cpu")
+    _, _, meta = saved_progress(path / "progress.safetensors", model, batch)
+    (path / "meta.json").write_text(json.dumps(meta))
+
+
+def read_progress(path):
+    """Load it, with the JSON from that file."""
+    model = tiny("m2 t", torch.float32, train=True)
+    plan = train_sft.Plan(9, 1e-3, 1, 1, 1, "loss")
+    progress = train_sft.Progress(str(path / "progress.safetensors"), {"seed": 0}, resume=True)
+    progress.load(model, train_sft.make_optimizers(model, plan.lr), plan)
+
+
+def read_progress_with_meta(path):
+    with open(path / "meta.json", encoding="utf-8", errors="surrogateescape") as f:
+        meta = f.read().encode("utf-8", "replace").decode()
+    tensors = load_file(path / "progress.safetensors")
+    save_file(tensors, path / "progress.safetensors", metadata={"meta": meta})
+    read_progress(path)
 
 
 # name -> (make(directory) writes good files, which of them are damaged, load(directory))
@@ -4579,6 +4622,9 @@ READERS = {
     "chat_template.jinja": (good_tokenizer(make_tokenizer(special=MARKS)), ["chat_template.jinja"], use_chat),
     "tokenizer_config.json": (good_tokenizer(make_tokenizer(special=MARKS)),
                               ["tokenizer_config.json", "special_tokens_map.json"], use_config_template),
+    "records of own data": (write_records, ["traces.jsonl"], read_records),
+    "progress": (write_progress, ["progress.safetensors"], read_progress),
+    "progress, its JSON": (write_progress, ["meta.json"], read_progress_with_meta),
 }
 
 
