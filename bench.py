@@ -237,8 +237,8 @@ def filled_state(model, batch, ctx):
 
 
 def narrow(state, batch, back):
-    """The first `batch` texts of state, as views, `back` tokens before its end: the same steps can be taken again and
-    again from here; they overwrite the caches' last entries with what belongs there."""
+    """The first `batch` texts of state, as views, `back` tokens before its end: steps of the same cost can be taken
+    again and again from here; they write over the caches' last entries, and over the cells where Triton runs."""
     layers = []
     for layer in state.layers:
         layers.append(None if layer is None else type(layer)(*(m[:batch] for m in layer)))
@@ -246,9 +246,9 @@ def narrow(state, batch, back):
 
 
 def decode_steps(model, token, state, count):
-    """count greedy steps of one token per text, as in sample.py. token (b, 1)."""
+    """count greedy steps of one token per text, as in decode. token (b, 1)."""
     for _ in range(count):
-        x, state = model.hidden(token, state)
+        x, state = model.hidden(token, state, donate=True)
         token = model.lm_head(x[:, -1]).argmax(dim=-1, keepdim=True)
     return token
 

@@ -16,6 +16,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -64,10 +65,24 @@ INITS = {"calibrated": "aligned, then gate and output fitted on one batch", "ali
          "identity": "no mixer at all (control)"}
 
 @torch.no_grad()
+def init_dt(mixer):
+    """Step sizes log-uniform in [dt_min, dt_max], as in Mamba; half the bias is stored, since it counts twice."""
+    c = mixer.config
+    bound = c.dt_scale * c.dt_rank ** -0.5
+    torch.nn.init.uniform_(mixer.dt_proj.weight, -bound, bound)
+    if mixer.dt_proj.bias is not None:
+        dt = torch.empty(c.d_inner).uniform_(math.log(c.dt_min), math.log(c.dt_max)).exp()
+        dt = dt.clamp(min=c.dt_init_floor)
+        bias = dt + torch.log(-torch.expm1(-dt))                             # the inverse of softplus
+        mixer.dt_proj.bias.copy_(bias / 2)
+
+
+@torch.no_grad()
 def mil_mixer(attention, config, init="aligned"):
     """attention: the Attention to replace -> a new Mamba, on the CPU in float32. init: a key of INITS but
     identity; calibrated gives what aligned does, see calibrate."""
     c, n, mixer = config, config.d_state, nano.Mamba(config)
+    init_dt(mixer)
     if init == "random":
         return mixer
     if c.d_inner != c.n_head * c.head_dim or c.d_xb != c.n_kv_head * c.head_dim or c.head_dim % n or c.proj_bias:
@@ -118,7 +133,7 @@ def calibrate(student, teacher, layers, tokens, real):
             keep, mixer.out_proj = mixer.out_proj, torch.nn.Identity()             # to see what goes into it
             inner, _ = mixer(h, None, place)                                 # (b, t, d_inner)
             mixer.out_proj = keep
-            wanted, _ = teacher.layers[i].self_attn(h, None, place)          # (b, t, d_model)
+            wanted, _ = teacher.layers[i].mixer(h, None, place)          # (b, t, d_model)
             keep.weight.copy_(ridge_fit(inner[real], wanted[real]))
         x, _ = block(x, None, place)
 
@@ -145,11 +160,11 @@ def convert(student, teacher, layers, init="aligned", batch=None):
         block = student.layers[i]
         if init == "identity":
             del block.input_layernorm
+            block.mixer = None
         else:
-            mixer = mil_mixer(teacher.layers[i].self_attn, config, init)     # raises, if at all, at the first layer
+            mixer = mil_mixer(teacher.layers[i].mixer, config, init)     # raises, if at all, at the first layer
             block.mixer = nano.cast(mixer, block.mlp.down_proj.weight.device, block.mlp.down_proj.weight.dtype)
         block.kind = layout[i]
-        del block.self_attn
     student.config = config
     if init == "calibrated" and layers:
         calibrate(student, teacher, layers, *batch)
@@ -449,7 +464,8 @@ def set_trained(student, train):
     """Say which weights get gradients: all, or those of the Mamba mixers. Trained weights are float32 (autocast makes
     the products cheap); a model of more than a billion weights recomputes each layer in the backward pass."""
     for name, p in student.named_parameters():
-        p.requires_grad_(train == "all" or ".mixer." in name)
+        p.requires_grad_(train == "all" or name.startswith("layers.") and ".mixer." in name and
+                         student.layers[int(name.split(".")[1])].kind == "m2")
         if p.requires_grad:
             p.data = p.data.float()
     if not any(p.requires_grad for p in student.parameters()):

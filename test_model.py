@@ -87,7 +87,8 @@ def in_pieces(model, tokens, sizes, state=None, reset=None):
 
 def state_tensors(state):
     """All tensors of a State that mean something: caches up to the position, conv and SSM states."""
-    return [m[:, :state.position] if isinstance(layer, KV) else m for layer in state.layers if layer for m in layer]
+    return [m[:, :, :state.position] if isinstance(layer, KV) else m
+            for layer in state.layers if layer for m in layer]
 
 
 def script(name, *args, stdin="", env=()):
@@ -150,9 +151,9 @@ def scan_inputs(b=2, t=9, d=6, n=3, g=2, gc=3, dtype=torch.float64, seed=0, rese
     def draw(*shape):
         return torch.randn(*shape, generator=rng, dtype=torch.float64)
     wide = torch.promote_types(dtype, torch.float32)
-    out = dict(x=draw(b, t, d).to(dtype), dt=draw(b, t, d).to(dtype), A=-draw(d, n).exp().to(wide),
+    out = dict(u=draw(b, t, d).to(dtype), dt=draw(b, t, d).to(dtype), A=-draw(d, n).exp().to(wide),
                B=draw(b, t, g, n).to(dtype), C=draw(b, t, gc, n).to(dtype), D=draw(d).to(wide),
-               z=draw(b, t, d).to(dtype), dt_bias=draw(d).to(wide), state=draw(b, d, n).to(wide))
+               z=draw(b, t, d).to(dtype), dt_bias=draw(d).to(wide), h=draw(b, d, n).to(wide))
     return out | dict(reset=torch.rand(b, t, generator=rng) < 0.2) if reset else out
 
 
@@ -162,13 +163,13 @@ def run_scan(scan, inputs, reset, cotangents, dtype=None, **kw):
     leaves = {k: v.detach().clone().to(dtype or v.dtype).requires_grad_() for k, v in inputs.items()}
     y, h = scan(**leaves, reset=reset, **kw)
     torch.autograd.backward([y, h], [m.to(like.dtype) for m, like in zip(cotangents, (y, h))])
-    return {"y": y.detach(), "state": h.detach()} | {f"d{k}": v.grad for k, v in leaves.items()}
+    return {"y": y.detach(), "h": h.detach()} | {f"d{k}": v.grad for k, v in leaves.items()}
 
 
 def with_gradients(impl, inputs):
     """The same for the arguments of selective_scan, reset among them, and cotangents drawn here."""
     inputs, rng = dict(inputs), torch.Generator().manual_seed(1)
-    (b, t, d), reset = inputs["x"].shape, inputs.pop("reset", None)
+    (b, t, d), reset = inputs["u"].shape, inputs.pop("reset", None)
     draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
     return run_scan(selective_scan, inputs, reset, (draw(b, t, d), draw(b, *inputs["A"].shape)), impl=impl)
 
@@ -209,10 +210,10 @@ def test_extreme_steps_neither_overflow_nor_differ(dt, A):
     assert_same(with_gradients("chunk", inputs), with_gradients("loop", inputs), 1e-10)
 
 
-@pytest.mark.parametrize("left_out", ["D", "z", "dt_bias", "state", "reset"])
+@pytest.mark.parametrize("left_out", ["D", "z", "dt_bias", "h", "reset"])
 def test_optional_arguments_may_be_left_out(left_out):
     inputs = {k: v for k, v in scan_inputs(t=70).items() if k != left_out}
-    neutral = {"D": 0.0, "dt_bias": 0.0, "state": 0.0, "reset": False}
+    neutral = {"D": 0.0, "dt_bias": 0.0, "h": 0.0, "reset": False}
     wanted = with_gradients("loop", inputs)
     assert_same(with_gradients("chunk", inputs), wanted, 1e-10)
     if left_out in neutral:
@@ -229,14 +230,14 @@ def test_low_precision_inputs_are_summed_in_float32(dtype, tolerance):
     exact = with_gradients("loop", wide)
     for impl in ("loop", "chunk"):
         got = with_gradients(impl, inputs)
-        assert got["y"].dtype == got["dx"].dtype == dtype and got["state"].dtype == torch.float32
-        assert off(got["state"].double(), exact["state"]) < 1e-5, impl
+        assert got["y"].dtype == got["du"].dtype == dtype and got["h"].dtype == torch.float32
+        assert off(got["h"].double(), exact["h"]) < 1e-5, impl
         assert_same({k: v.double() for k, v in got.items()}, exact, tolerance)
 
 
-def closed_form(x, dt, A, B, C, D, z, dt_bias, state, reset):
+def closed_form(u, dt, A, B, C, D, z, dt_bias, h, reset):
     """y_t as an explicit sum over the past, in plain Python: no recurrence, no shared code."""
-    (b, t, d), n = x.shape, A.shape[1]
+    (b, t, d), n = u.shape, A.shape[1]
     y, last = np.zeros((b, t, d)), np.zeros((b, d, n))
     for i, c, k in np.ndindex(b, d, n):
         step = [math.log1p(math.exp(float(dt[i, s, c] + dt_bias[c]))) for s in range(t)]
@@ -247,12 +248,12 @@ def closed_form(x, dt, A, B, C, D, z, dt_bias, state, reset):
                 if any(reset[i, s] for s in range(then + 1, now + 1)):
                     continue                                                 # wiped out on the way
                 decay = math.exp(float(A[c, k]) * sum(step[then + 1:now + 1]))
-                written = step[then] * float(B[i, then, key, k] * x[i, then, c]) if then >= 0 else float(state[i, c, k])
+                written = step[then] * float(B[i, then, key, k] * u[i, then, c]) if then >= 0 else float(h[i, c, k])
                 cell += decay * written
             y[i, now, c] += float(C[i, now, query, k]) * cell
         last[i, c, k] = cell
     gate = z.numpy() / (1 + np.exp(-z.numpy()))
-    return torch.from_numpy((y + D.numpy() * x.numpy()) * gate), torch.from_numpy(last)
+    return torch.from_numpy((y + D.numpy() * u.numpy()) * gate), torch.from_numpy(last)
 
 
 @pytest.mark.parametrize("impl", ["loop", "chunk"])
@@ -268,12 +269,12 @@ def test_scan_is_the_sum_over_the_past(impl):
 def test_chunk_equals_a_blelloch_scan(t):
     """Another algorithm altogether, the tree of bench.py, with its own backward."""
     inputs = scan_inputs(t=t, reset=False)
-    del inputs["state"]
+    del inputs["h"]
     rng = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(inputs["x"].shape, generator=rng, dtype=torch.float64)
-    blelloch = lambda reset, **i: (bench.blelloch_scan(**i), i["x"].new_zeros((), requires_grad=True) * 1)
+    cotangent = torch.randn(inputs["u"].shape, generator=rng, dtype=torch.float64)
+    blelloch = lambda reset, **i: (bench.blelloch_scan(**i), i["u"].new_zeros((), requires_grad=True) * 1)
     wanted = run_scan(blelloch, inputs, None, (cotangent, torch.zeros(())))
-    wanted.pop("state")
+    wanted.pop("h")
     none = torch.zeros(2, *inputs["A"].shape)
     assert_same(run_scan(selective_scan, inputs, None, (cotangent, none), impl="chunk"), wanted, 1e-10)
 
@@ -295,8 +296,8 @@ def test_gradients_cross_chunk_borders(size):
     keep = (~i["reset"]).T[:, :, None, None].double()
     for keep in (None, keep):
         f = lambda x, dt, A, B, C, h: ChunkedScan.apply(x, dt, A, B, C, h, keep, size)
-        args = [first(i["x"]), first(i["dt"].exp()), i["A"].clone().requires_grad_(), first(i["B"]), first(i["C"]),
-                i["state"].clone().requires_grad_()]
+        args = [first(i["u"]), first(i["dt"].exp()), i["A"].clone().requires_grad_(), first(i["B"]), first(i["C"]),
+                i["h"].clone().requires_grad_()]
         assert torch.autograd.gradcheck(f, args)
 
 
@@ -304,11 +305,11 @@ def test_gradients_cross_chunk_borders(size):
 def test_scan_hands_its_state_on_from_every_split_point(impl):
     inputs = scan_inputs(t=20)
     y, state = selective_scan(**inputs, impl=impl)
-    over_time = ("x", "dt", "B", "C", "z", "reset")
+    over_time = ("u", "dt", "B", "C", "z", "reset")
     for cut in range(1, 20):
         piece = lambda part: {k: v[:, part] if k in over_time else v for k, v in inputs.items()}
         y1, middle = selective_scan(**piece(slice(0, cut)), impl=impl)
-        y2, last = selective_scan(**piece(slice(cut, 20)) | {"state": middle}, impl=impl)
+        y2, last = selective_scan(**piece(slice(cut, 20)) | {"h": middle}, impl=impl)
         assert off(torch.cat([y1, y2], dim=1), y) < 1e-12 and off(last, state) < 1e-12, cut
 
 
@@ -352,7 +353,7 @@ def test_scan_stays_float32_under_autocast(impl):
 
 
 @pytest.mark.parametrize("name, shape", [("dt", (2, 9, 5)), ("A", (5, 3)), ("B", (2, 9, 2, 4)), ("C", (2, 8, 3, 3)),
-                                         ("D", (5,)), ("z", (2, 9, 1)), ("state", (2, 3, 6)), ("reset", (9, 2))])
+                                         ("D", (5,)), ("z", (2, 9, 1)), ("h", (2, 3, 6)), ("reset", (9, 2))])
 def test_shapes_that_do_not_fit_are_refused_by_name(name, shape):
     inputs = scan_inputs() | {name: torch.zeros(shape, dtype=torch.bool if name == "reset" else torch.float64)}
     with pytest.raises(UserError, match=f": {name} has shape"):
@@ -514,11 +515,9 @@ def test_each_part_alone_would_leak_visibly(leak, monkeypatch):
     tight, _ = model(tokens, reset=reset)
     conv, scan, place = nano.causal_conv, nano.selective_scan, nano.make_place
     if leak == "conv":
-        monkeypatch.setattr(nano, "causal_conv", lambda *args: conv(*args[:4], None))          # pos: None
+        monkeypatch.setattr(nano, "causal_conv", lambda *args: conv(*args[:4], None))          # position: None
     if leak == "scan":
-        monkeypatch.setattr(nano, "selective_scan", lambda *a, **k: scan(*[
-            None if isinstance(m, torch.Tensor) and m.dtype == torch.bool else m for m in a], **k | {"reset": None}
-            if "reset" in k else k))
+        monkeypatch.setattr(nano.Mamba, "scan", staticmethod(lambda *args: scan(*args[:9], None)))    # reset: None
     if leak == "attention":
         def leaky(*args):
             right, origin = place(*args)
@@ -580,7 +579,7 @@ def test_clone_and_take_are_independent(layout):
     fresh = lambda: model.prefill(prompts, 20)[1]
     wanted_x, wanted_y = in_pieces(model, x, [2, 3], fresh())[0], in_pieces(model, y, [2, 3], fresh())[0]
     state = fresh()
-    copy, rows = state.clone(), state.take([2, 0, 2])
+    copy, rows = state.clone(), state.rows([2, 0, 2])
     first, state = model(x[:, :2], state)                                    # the two texts take turns
     second, copy = model(y[:, :2], copy)
     third, rows = model(y[[2, 0, 2]][:, :2], rows)
@@ -867,7 +866,7 @@ def test_copies_in_a_file_are_accepted_if_they_are_copies(shards, tmp_path):
     tensors, tokens = random_tensors(raw), some_tokens(1, 9)
     plain = load_pretrained(write_checkpoint(tmp_path / "plain", raw, tensors))
     more = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
-                      "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+                      "model.layers.1.mixer.rotary_emb.inv_freq": torch.ones(4)}
     model = load_pretrained(write_checkpoint(tmp_path / "more", raw, more, shards))
     assert torch.equal(model(tokens)[0], plain(tokens)[0]) and model.lm_head.weight is model.embed_tokens.weight
     more["lm_head.weight"][3, 3] += 1
@@ -1186,7 +1185,7 @@ BROKEN = {                                   # shards, damage, what the message 
     "missing dt rows": (1, edit_tensors(lambda tensors: tensors.pop(DT_IN)), f"missing {DT_IN}"),
     "missing head": (1, edit_tensors(lambda tensors: tensors.pop("lm_head.weight")), "missing lm_head.weight"),
     "unexpected tensor": (1, edit_tensors(lambda tensors: tensors.update(stray=torch.zeros(2))), "unexpected stray"),
-    "a bias that is not announced": (1, reshape("model.layers.1.self_attn.q_proj.bias", (32,)), "unexpected .*q_proj"),
+    "a bias that is not announced": (1, reshape("model.layers.1.mixer.q_proj.bias", (32,)), "unexpected .*q_proj"),
     "a layer too many": (1, reshape("model.layers.3.mixer.D", (32,)), "unexpected model.layers.3.mixer.D"),
     "mis-shaped tensor": (1, reshape("model.norm.weight", (23,)), r"norm.weight has shape \(23,\), expected \(24,\)"),
     "too few rows in in_proj": (1, reshape(IN_PROJ, (95, 24)), r"in_proj.weight has shape \(95, 24\)"),
@@ -1237,7 +1236,7 @@ def test_conversion_puts_every_row_where_the_table_says(init):
     """4 query heads, 2 key/value heads of width 8, d_state 4: 2 chunks per head, 2 query heads share a key/value head.
     aligned lays out (kv head, chunk, member) where plain keeps the order of heads (kv head, member, chunk)."""
     teacher = tiny("t t")
-    attention = teacher.layers[1].self_attn
+    attention = teacher.layers[1].mixer
     rows_of(attention.q_proj)
     rows_of(attention.k_proj, 100)
     rows_of(attention.v_proj, 200)
@@ -1261,7 +1260,7 @@ def test_aligned_conversion_pairs_each_query_chunk_with_its_own_key_chunk(n_head
     """Read off the recurrence: channel chunk j uses chunk j of C and chunk j // r of B. For plain this fails."""
     shape = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
     teacher, r, per_head = tiny("t", **shape), n_head // n_kv_head, head_dim // d_state
-    rows_of(teacher.layers[0].self_attn.q_proj)
+    rows_of(teacher.layers[0].mixer.q_proj)
     matched = {}
     for init in ("aligned", "plain"):
         C = convert(tiny("t", **shape), teacher, [0], init).layers[0].mixer.in_proj.weight[-n_head * head_dim:, 0]
@@ -1306,7 +1305,7 @@ def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does():
             x = teacher.embed_tokens(tokens)
             place, _ = nano.make_place(teacher.config, tokens, 0, None, None, torch.float32)
             x = teacher.layers[1].input_layernorm(teacher.layers[0](x, None, place)[0])
-            wanted = teacher.layers[1].self_attn(x, None, place)[0][real]
+            wanted = teacher.layers[1].mixer(x, None, place)[0][real]
             written = student.layers[1].mixer(x, None, place)[0][real]
             error[init, pad] = ((written - wanted).norm() / wanted.norm()).item()
     assert error["calibrated", 0] == error["calibrated", 7] < 0.9 < error["aligned", 0], error
@@ -1378,9 +1377,9 @@ def test_conversion_changes_nothing_else(init, dtype):
     after = student.state_dict()
     for name, value in kept.items():
         gone = name.startswith(("layers.0.", "layers.2.")) and (
-            "self_attn" in name or (init == "identity" and "input_layernorm" in name))
+            ".mixer." in name or (init == "identity" and "input_layernorm" in name))
         assert (name not in after) if gone else torch.equal(after[name], value), name
-    rest = {name for name in after if name not in kept}
+    rest = {name for name in after if name not in kept or name.startswith(("layers.0.mixer", "layers.2.mixer"))}
     assert all(".mixer." in name for name in rest) and (len(rest) == 0) == (init == "identity")
     for name in rest:
         assert after[name].dtype == (torch.float32 if name.endswith(("A_log", ".D")) and dtype == torch.bfloat16
@@ -1395,12 +1394,12 @@ def test_identity_removes_the_mixer():
     student = convert(tiny("t t"), tiny("t t"), [0], "identity")
     block, x = student.layers[0], torch.randn(2, 3, 24, dtype=torch.float64)
     assert torch.equal(block(x, None, None)[0], x + block.mlp(block.post_attention_layernorm(x)))
-    assert not hasattr(block, "self_attn") and not hasattr(block, "input_layernorm")
+    assert block.mixer is None and not hasattr(block, "input_layernorm")
 
 
 def test_random_copies_nothing():
     teacher = tiny("t")
-    for linear in (teacher.layers[0].self_attn.q_proj, teacher.layers[0].self_attn.v_proj):
+    for linear in (teacher.layers[0].mixer.q_proj, teacher.layers[0].mixer.v_proj):
         linear.weight.data.fill_(7.0)
     mixer = convert(tiny("t"), teacher, [0], "random").layers[0].mixer
     assert mixer.in_proj.weight.abs().max() < 1 and mixer.out_proj.weight.abs().max() < 1
@@ -1459,7 +1458,7 @@ def test_converted_layer_is_linear_attention_chunk_by_chunk(init, n_head, n_kv_h
     aligned weighs each chunk of a value by its own chunk of q . k; plain only if there is one chunk, or no grouping."""
     config = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
     teacher = tiny("t", **config)
-    mixer, attention = linear_attention_mixer(teacher, config, init).layers[0].mixer, teacher.layers[0].self_attn
+    mixer, attention = linear_attention_mixer(teacher, config, init).layers[0].mixer, teacher.layers[0].mixer
     x = torch.randn(1, 6, 24, dtype=torch.float64) * 0.3
     x[..., 0] = 1
     q, k, v = ((linear(x)[0].detach().view(6, heads, head_dim // d_state, d_state)) for linear, heads in (
@@ -1748,23 +1747,23 @@ def kernel_inputs(b, t, d, n, g, gc, dtype=torch.float32, device=DEVICE, seed=0)
     """Arguments of the scan by name; the values of those in dtype are exact in it."""
     rng = torch.Generator(device).manual_seed(seed)
     r = lambda *s, to=torch.float32: torch.randn(*s, generator=rng, device=device).to(to)
-    return dict(x=r(b, t, d, to=dtype), dt=r(b, t, d, to=dtype), A=-2 * r(d, n).abs() - 0.01, B=r(b, t, g, n, to=dtype),
-                C=r(b, t, gc, n, to=dtype), D=r(d), z=r(b, t, d, to=dtype), dt_bias=r(d), state=r(b, d, n))
+    return dict(u=r(b, t, d, to=dtype), dt=r(b, t, d, to=dtype), A=-2 * r(d, n).abs() - 0.01, B=r(b, t, g, n, to=dtype),
+                C=r(b, t, gc, n, to=dtype), D=r(d), z=r(b, t, d, to=dtype), dt_bias=r(d), h=r(b, d, n))
 
 
 def check_scan(inputs, reset=None, tolerance=None, reference=scan_loop, dtype=torch.float64):
     """All values and gradients of the Triton scan against a reference. Returns the Triton results."""
-    low = inputs["x"].dtype == torch.bfloat16
-    cotangents = torch.randn_like(inputs["x"]), torch.randn_like(inputs["state"] if "state" in inputs else
-                                                               inputs["A"].expand(len(inputs["x"]), -1, -1))
+    low = inputs["u"].dtype == torch.bfloat16
+    cotangents = torch.randn_like(inputs["u"]), torch.randn_like(inputs["h"] if "h" in inputs else
+                                                               inputs["A"].expand(len(inputs["u"]), -1, -1))
     want = run_scan(reference, inputs, reset, cotangents, dtype)
     got = run_scan(selective_scan, inputs, reset, cotangents, impl="triton")
     for name, w in want.items():
         assert got[name].isfinite().all(), name
         error = (got[name].double() - w.double()).norm() / w.double().norm().clamp(min=1e-6)
-        rounded = low and name in ("y", "dx", "ddt", "dB", "dC", "dz")
+        rounded = low and name in ("y", "du", "ddt", "dB", "dC", "dz")
         assert error < (tolerance or (5e-3 if rounded else 2e-6)), f"{name}: relative error {error:.1e}"
-        assert name == "state" or got[name].dtype == (inputs[name[1:]] if name != "y" else inputs["x"]).dtype
+        assert name == "h" or got[name].dtype == (inputs[name[1:]] if name != "y" else inputs["u"]).dtype
     return got
 
 
@@ -1807,9 +1806,9 @@ def test_triton_scan_with_extreme_steps(small_blocks, shift):
 def test_triton_softplus_is_exact_for_small_steps():
     inputs = kernel_inputs(1, 2, 32, 4, 1, 1)
     dt = torch.linspace(-25, 25, 64, device=DEVICE).view(1, 2, 32)
-    y, h = selective_scan(**inputs | {"dt": dt, "state": None, "D": None, "dt_bias": None, "z": None}, impl="triton")
+    y, h = selective_scan(**inputs | {"dt": dt, "h": None, "D": None, "dt_bias": None, "z": None}, impl="triton")
     read = (inputs["B"] * inputs["C"])[:, 0].sum(-1)
-    want = torch.nn.functional.softplus(dt.double())[:, 0] * inputs["x"][:, 0] * read
+    want = torch.nn.functional.softplus(dt.double())[:, 0] * inputs["u"][:, 0] * read
     assert ((y[:, 0] / want - 1).abs() < 1e-5).all()
 
 
@@ -1817,35 +1816,35 @@ def test_triton_softplus_is_exact_for_small_steps():
 def test_triton_scan_in_bfloat16_from_slices(small_blocks):
     """Inputs as the mixer makes them: slices of one wider tensor, half precision."""
     inputs = kernel_inputs(2, 5, 32, 8, 2, 4, torch.bfloat16)
-    wide = torch.cat([inputs["z"], inputs["B"].flatten(2), inputs["C"].flatten(2), inputs["x"]], dim=2)
+    wide = torch.cat([inputs["z"], inputs["B"].flatten(2), inputs["C"].flatten(2), inputs["u"]], dim=2)
     z, B, C, x = wide.split([32, 16, 32, 32], dim=2)
-    sliced = inputs | {"x": x, "z": z, "B": B.view(2, 5, 2, 8), "C": C.view(2, 5, 4, 8)}
+    sliced = inputs | {"u": x, "z": z, "B": B.view(2, 5, 2, 8), "C": C.view(2, 5, 4, 8)}
     got, want = (selective_scan(**m, impl="triton") for m in (sliced, inputs))
     assert all(torch.equal(a, b) for a, b in zip(got, want))
     turned = {k: v.transpose(-1, -2).contiguous().transpose(-1, -2) if v.dim() > 1 else v for k, v in inputs.items()}
-    assert not turned["x"].is_contiguous()
+    assert not turned["u"].is_contiguous()
     check_scan(turned, resets(2, 5, (1, 2)))
 
 
 @needs_triton
 def test_triton_scan_without_the_optional_parts():
     inputs = kernel_inputs(1, 5, 16, 4, 2, 4)
-    check_scan({k: inputs[k] for k in ("x", "dt", "A", "B", "C")})
+    check_scan({k: inputs[k] for k in ("u", "dt", "A", "B", "C")})
 
 
 @needs_triton
 def test_triton_scan_repeats_bit_for_bit_and_continues(small_blocks):
     inputs, reset = kernel_inputs(1, 12, 16, 4, 2, 4), resets(1, 12, (0, 7))
-    cotangents = torch.randn_like(inputs["x"]), torch.randn_like(inputs["state"])
+    cotangents = torch.randn_like(inputs["u"]), torch.randn_like(inputs["h"])
     first, again = (run_scan(selective_scan, inputs, reset, cotangents, impl="triton") for _ in range(2))
     assert all(torch.equal(first[k], again[k]) for k in first)
-    pieces, h = [], inputs["state"]
+    pieces, h = [], inputs["h"]
     for piece in (slice(0, 5), slice(5, 6), slice(6, 12)):
-        part = {k: v[:, piece] if k in ("x", "dt", "B", "C", "z") else v for k, v in inputs.items()} | {"state": h}
+        part = {k: v[:, piece] if k in ("u", "dt", "B", "C", "z") else v for k, v in inputs.items()} | {"h": h}
         y, h = selective_scan(**part, reset=reset[:, piece], impl="triton")
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, 1), first["y"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(h, first["state"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(h, first["h"], rtol=1e-5, atol=1e-5)
 
 
 # The one-token kernel, alone and in a model.
@@ -1862,11 +1861,11 @@ def test_one_token_kernel_is_the_mixer(monkeypatch, change, pos):
     x = torch.randn(3, 1, config.d_model, device=DEVICE)
     state = SSM(torch.randn(3, config.d_conv - 1, config.d_xb, device=DEVICE),
                 torch.randn(3, config.d_inner, config.d_state, device=DEVICE))
-    place = nano.Place(9, None if pos is None else torch.tensor(pos, device=DEVICE)[:, None], None, None, None)
+    place = nano.Place(9, None if pos is None else torch.tensor(pos, device=DEVICE)[:, None], None, None, None, True)
     backend = nano.scan_backend
     with torch.no_grad():
         monkeypatch.setattr(nano, "scan_backend", lambda *a: "loop")
-        want, after = mixer(x, state, place)
+        want, after = mixer(x, state.clone(), place)
         monkeypatch.setattr(nano, "scan_backend", lambda *a: "triton")
         got, same = mixer(x, state, place)
     monkeypatch.setattr(nano, "scan_backend", backend)
@@ -1994,7 +1993,7 @@ def test_gpu_scan_of_32k_tokens_in_bfloat16_is_chunk():
 @needs_gpu
 def test_gpu_backward_repeats_bit_for_bit():
     inputs = kernel_inputs(2, 2048, 4096, 16, 64, 256, torch.bfloat16)
-    cotangents = torch.randn_like(inputs["x"]), torch.randn_like(inputs["state"])
+    cotangents = torch.randn_like(inputs["u"]), torch.randn_like(inputs["h"])
     first, again = (run_scan(selective_scan, inputs, None, cotangents, impl="triton") for _ in range(2))
     assert all(torch.equal(first[k], again[k]) for k in first)
 
@@ -2007,12 +2006,12 @@ def test_gpu_scan_of_equal_rows_beyond_31_bit_offsets_is_equal():
         pytest.skip("needs 110 GB")
     many = {k: v if k in ("A", "D", "dt_bias") else v.repeat(b, *[1] * (v.dim() - 1)) for k, v in one.items()}
     many["z"].requires_grad_()
-    for k in ("x", "dt", "B", "C"):
+    for k in ("u", "dt", "B", "C"):
         many[k].requires_grad_()
     y, h = selective_scan(**many, impl="triton")
     y.backward(y.detach())
     alone = selective_scan(**one, impl="triton")
-    for m in (y, h, *(many[k].grad for k in ("x", "dt", "B", "C", "z"))):
+    for m in (y, h, *(many[k].grad for k in ("u", "dt", "B", "C", "z"))):
         assert torch.equal(m[0], m[-1])
     torch.testing.assert_close(y[-1:].detach(), alone[0], rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(h[-1:].detach(), alone[1], rtol=1e-4, atol=1e-4)
@@ -2115,7 +2114,7 @@ def test_chunked_prefill_equals_whole_prefill(layout):
 def test_a_cloned_state_is_untouched_by_what_the_original_does():
     model = small_hybrid()
     logits, state = model.prefill([[3, 4, 5, 6, 7]], 20)
-    copy, many = state.clone(), state.take([0, 0, 0])
+    copy, many = state.clone(), state.rows([0, 0, 0])
     bigger = state.resize(40)
     first = [next_token.item() for next_token, _ in take(model.decode(logits, state), 10)]
     model.hidden(torch.tensor([[9, 9, 9]]), state)                                         # writes into the caches
@@ -2135,8 +2134,8 @@ def test_joined_projections_change_nothing(tmp_path):
     before = model(tokens)[0]
     join_projections(model)
     torch.testing.assert_close(model(tokens)[0], before, rtol=1e-5, atol=1e-5)
-    attention = model.layers[0].self_attn                                                  # views, not copies
-    assert attention.k_proj.weight.untyped_storage().data_ptr() == attention.joined.untyped_storage().data_ptr()
+    attention = model.layers[0].mixer                                                  # views, not copies
+    assert attention.k_proj.weight.untyped_storage().data_ptr() == attention.joined.weight.untyped_storage().data_ptr()
     save_pretrained(model, tmp_path)
     torch.testing.assert_close(load_pretrained(tmp_path)(tokens)[0], before, rtol=1e-5, atol=1e-5)
 
@@ -2208,8 +2207,8 @@ def test_only_the_last_position_gets_logits(checkpoint, monkeypatch):
 
 def test_samples_start_from_one_prefill(checkpoint, monkeypatch, capsys):
     fed, hidden = [], HybridLM.hidden
-    monkeypatch.setattr(HybridLM, "hidden", lambda self, tokens, *a: fed.append(tuple(tokens.shape)) or
-                        hidden(self, tokens, *a))
+    monkeypatch.setattr(HybridLM, "hidden", lambda self, tokens, *a, **k: fed.append(tuple(tokens.shape)) or
+                        hidden(self, tokens, *a, **k))
     run(sample, "--model", checkpoint, "--device", "cpu", "--prompt", "hello", "--raw",
              "--num-samples", 3, "--max-new-tokens", 2, "--temperature", 1)
     assert fed[0] == (1, 5) and set(fed[1:]) <= {(3, 1)}                               # read once, then three rows
@@ -2682,7 +2681,7 @@ def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces)
     train_sft.clipped_step(student, train_sft.make_optimizers(student, 1e-2), 1e-2)
     own = dict(teacher.named_parameters())
     for name, p in student.named_parameters():
-        if ".mixer." in name:
+        if name.startswith(("layers.1.mixer.", "layers.2.mixer.")):
             assert p.requires_grad and not torch.equal(p, start[name]), name
         else:
             assert p.data_ptr() == own[name].data_ptr() and p.grad is None, name
@@ -2708,7 +2707,7 @@ def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_
 
 def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces):
     lm, enc = load_pretrained(traces[0]), traces[1]
-    torch.nn.init.zeros_(lm.layers[2].self_attn.o_proj.weight)
+    torch.nn.init.zeros_(lm.layers[2].mixer.o_proj.weight)
     examples = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("probe", 2)]
     scores = distill.leave_one_out(lm, [examples], torch.device("cpu"), torch.float32, use_accuracy=False)
     assert distill.least_important_first(scores)[0] == 2
@@ -2804,7 +2803,7 @@ def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, famil
 def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
     lm, enc = load_pretrained(traces[0]), traces[1]
     for i, block in enumerate(lm.layers):                                    # layer 2 writes nothing, the others a lot
-        block.self_attn.o_proj.weight.data *= 0 if i == 2 else 5
+        block.mixer.o_proj.weight.data *= 0 if i == 2 else 5
     cpu, before = torch.device("cpu"), distill.weights_hash(lm)
     setup = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [], None, {})
     setup = setup._replace(fixed=setup.block(1, 4), calibration=distill.calibration_batch(setup.block, cpu, count=8))

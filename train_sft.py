@@ -550,9 +550,9 @@ def init_weights(model):
     torch.nn.init.normal_(model.embed_tokens.weight, std=0.1)
     model.embed_tokens.weight[:, 0] += 0.3                                   # the shared component: channel 0
     for block in model.layers:
-        for w in (block.self_attn.q_proj.weight, block.self_attn.k_proj.weight):
+        for w in (block.mixer.q_proj.weight, block.mixer.k_proj.weight):
             w.mul_(1.8)                                                      # sharper attention from the start
-        for w in (block.self_attn.o_proj.weight, block.mlp.down_proj.weight):
+        for w in (block.mixer.o_proj.weight, block.mlp.down_proj.weight):
             w.mul_(1.7 / math.sqrt(2 * len(model.layers)))                   # GPT-2's rule for residual branches
 
 
