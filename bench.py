@@ -1144,7 +1144,7 @@ def show_results(args, device, dtype):
         print("no pictures: they need matplotlib (pip install matplotlib)")
         return
     # Pictures are cheap, old ones are replaced.
-    claim_out(args.out, overwrite=True, resume=False)
+    claim_out(args.out, [], overwrite=True, resume=False)
     draw_layers(plt, os.path.join(args.out, "layers.png"), maps)
     # A member without accuracy (trained on --data, or never evaluated) has no place in the picture.
     solved = [r for r in results if r.accuracy is not None and r.teacher_accuracy is not None]
