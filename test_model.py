@@ -825,7 +825,7 @@ def shares(**change):
 def test_temperature_top_k_and_top_p_shape_the_distribution(change, wanted):
     """top_p counts what top_k has left."""
     drawn = shares(**change)
-    wanted = torch.tensor(wanted)
+    wanted = torch.tensor(wanted, dtype=torch.float32)
     torch.testing.assert_close(drawn, wanted, atol=0.03, rtol=0)
     assert ((drawn > 0) == (wanted > 0)).all()
 
