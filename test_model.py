@@ -974,6 +974,74 @@ def test_generation_sees_a_weight_that_has_changed(name, way):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A second mixer.
+
+@dataclasses.dataclass(frozen=True)
+class MeanState(nano.LayerState):
+    total: torch.Tensor                      # (b, d_model)
+    count: torch.Tensor                      # (b, 1)
+
+
+class RunningMean(torch.nn.Module):
+    """Each token becomes the mean of its document so far."""
+    name_in_file = "mixer"
+    float32 = ("scale",)
+
+    def __init__(self, config):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(config.d_model))
+
+    def new_state(self, batch, max_length):
+        return MeanState(self.scale.new_zeros(batch, len(self.scale)), self.scale.new_zeros(batch, 1))
+
+    def forward(self, x, state, place):
+        total, count = self.new_state(len(x), 0) if state is None else state
+        means = []
+        for i in range(x.shape[1]):
+            inside = 1 if place.position is None else (place.position[:, i, None] > 0)   # 0 at a document's start
+            total = total * inside + x[:, i]
+            count = count * inside + 1
+            means.append(self.scale * total / count)
+        return torch.stack(means, dim=1).to(x.dtype), MeanState(total, count)
+
+
+@pytest.mark.parametrize("layout", ["avg", "avg t m2 avg"])
+def test_another_mixer_is_its_class_and_a_line_in_mixers(layout, monkeypatch, tmp_path):
+    """Two places for all that a model does: a mixer in pieces, in ragged batches and packed rows, its state by rows,
+    cloned, resized and counted, generation, saved and loaded with its own float32 names. (Three more for what a script
+    may want of it: keys of its own in config.json, a letter and a colour in bench.py's pictures, weights from
+    attention in distill.py.)"""
+    monkeypatch.setitem(nano.MIXERS, "avg", RunningMean)
+    model = tiny(layout)
+    tokens, reset, documents = packed([3, 1, 6])
+    whole, state = model(tokens, model.new_state(2, 20))
+    for sizes in ([1], [4, 1]):
+        logits, other = in_pieces(model, tokens, sizes)
+        assert off(logits, whole) < 1e-10
+        assert_same_state(other, state)
+    logits, _ = in_pieces(model, tokens, [4], reset=reset)
+    for row, part in documents:
+        alone, _ = model(tokens[row:row + 1, part])
+        assert off(logits[row, part], alone[0]) < 1e-10
+
+    prompts = some_prompts(1, 7, 3)
+    together = collect(model, prompts, 9, {0, 5, 7})
+    assert together == [collect(model, [prompt], 9, {0, 5, 7})[0] for prompt in prompts]
+    _, fixed = state.nbytes()
+    assert fixed >= layout.count("avg") * 2 * 25 * 8                         # layers, rows, numbers, bytes
+    follow = some_tokens(2, 4, seed=9)
+    wanted, _ = model(follow, state.clone())
+    swapped, _ = model(follow[[1, 0]], state.resize(30).rows([1, 0]))
+    assert off(swapped[[1, 0]], wanted) < 1e-10
+
+    save_pretrained(nano.cast(model, "cpu", torch.bfloat16), tmp_path)
+    saved = load_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert saved.config.layout == tuple(layout.split())
+    assert saved.layers[0].mixer.scale.dtype == torch.float32
+    assert torch.equal(saved(tokens)[0], model(tokens)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # An independent model: plain NumPy in float64, written from the file format's description, one row of tokens, no cache.
 # It takes the dict of config.json and the tensors by their names in the file, so it checks the loading as well.
 
