@@ -40,8 +40,8 @@ import model as nano
 import sample
 import train_sft
 from distill import INITS, convert
-from model import (Config, GPT2_PATTERN, HybridLM, KV, SSM, UserError, ChunkedScan, choose, join_projections,
-                   load_pretrained, load_tokenizer, save_pretrained, scan_chunk, scan_loop,
+from model import (Config, GPT2_PATTERN, HybridLM, KV, SSM, UserError, choose, join_projections,
+                   load_pretrained, load_tokenizer, save_pretrained, scan_chunk,
                    selective_scan)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -2664,60 +2664,44 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(nano, "SCAN_PROGRAMS", 1 << 20, raising=False)
 
 
-def kernel_inputs(b, t, d, n, g, gc, dtype=torch.float32, reset=False):
-    """scan_inputs where the kernels run; the values of those in dtype are exact in it."""
-    inputs = scan_inputs(b, t, d, n, g, gc, dtype, reset=reset)
-    return {name: value.to(DEVICE) for name, value in inputs.items()}
+def kernel_inputs(*sizes, dtype=torch.float32, reset=False):
+    """scan_inputs (b, t, d, n, groups, c_groups) where the kernels run."""
+    return scan_inputs(*sizes, dtype=dtype, reset=reset, device=DEVICE)
 
 
-def random_cotangents(inputs):
-    """Of y and the last h, exact in their dtypes."""
-    u = inputs["u"]
-    h = torch.randn(len(u), *inputs["A"].shape, device=u.device)
-    return torch.randn_like(u), h
-
-
-def run_triton(inputs, cotangents):
-    """run_scan for the arguments of selective_scan, reset among them."""
-    inputs = dict(inputs)
-    return run_scan(selective_scan, inputs, inputs.pop("reset", None), cotangents, impl="triton")
-
-
-def check_scan(inputs, tolerance=None, reference=scan_loop, dtype=torch.float64):
-    """All values and gradients of the Triton scan against a reference that computes in dtype."""
-    cotangents = random_cotangents(inputs)
-    got = run_triton(inputs, cotangents)
+def check_triton(inputs, tolerance=None, impl="loop", dtype=torch.float64):
+    """The Triton scan gives the values, cells and gradients of another one that computes in dtype."""
+    got = run_scan(selective_scan, inputs, impl="triton")
+    wanted = run_scan(selective_scan, inputs, dtype, impl=impl)
     assert got["y"].dtype == inputs["u"].dtype
-    inputs = dict(inputs)
-    wanted = run_scan(reference, inputs, inputs.pop("reset", None), cotangents, dtype)
     for name, value in got.items():
         # 7 bits, cut off: the interpreter does not round to bfloat16.
         rounding = 2 ** -7 if value.dtype == torch.bfloat16 else 5e-6
-        assert_same({name: value.to(dtype)}, {name: wanted[name]}, tolerance or rounding)
+        assert_same(got, {name: wanted[name]}, tolerance or rounding)
 
 
 @needs_triton
-@pytest.mark.parametrize("b, t, d, n, g, gc", [
+@pytest.mark.parametrize("sizes", [
     # One segment, whole tiles and a rest.
     (2, 1, 8, 4, 2, 8), (1, 7, 64, 16, 1, 4), (1, 33, 16, 4, 4, 2),
-    # Channels that share a group of B: 64, 1, 48, 3; of C: 1, 64, 16, 24.
+    # b, t, d, n, groups, c_groups: 64, 1, 48, 3 channels share a group of B, and 1, 64, 16, 24 one of C.
     (1, 5, 64, 2, 1, 64), (1, 5, 64, 4, 64, 1), (1, 5, 48, 16, 1, 3), (1, 3, 24, 8, 8, 1)])
-def test_triton_scan_is_the_loop(b, t, d, n, g, gc):
-    check_scan(kernel_inputs(b, t, d, n, g, gc))
+def test_triton_scan_is_the_loop(sizes):
+    check_triton(kernel_inputs(*sizes))
 
 
 @needs_triton
-@pytest.mark.parametrize("b, t, d, n, g, gc", [
+@pytest.mark.parametrize("sizes", [
     (1, 8, 24, 4, 3, 1), (2, 11, 24, 4, 1, 3), (1, 19, 8, 8, 1, 8), (1, 5, 8, 64, 4, 1),
     (1, 9, 24, 1, 3, 3)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_triton_scan_in_segments_tiles_and_strips(small_blocks, b, t, d, n, g, gc, packed):
-    inputs = kernel_inputs(b, t, d, n, g, gc, reset=packed)
+def test_triton_scan_in_segments_tiles_and_strips(small_blocks, sizes, packed):
+    inputs = kernel_inputs(*sizes, reset=packed)
     if packed:
         # Documents of no step, of one, and of one at the end.
         inputs["reset"][0, [0, -1]] = True
         inputs["reset"][-1, 3:5] = True
-    check_scan(inputs)
+    check_triton(inputs)
 
 
 @needs_triton
@@ -2726,7 +2710,7 @@ def test_triton_scan_with_extreme_steps(small_blocks, shift):
     """dt near 0 forgets nothing and learns nothing; large dt forgets everything."""
     inputs = kernel_inputs(1, 9, 16, 4, 2, 4)
     inputs["dt"] += shift
-    check_scan(inputs, tolerance=1e-5)
+    check_triton(inputs, tolerance=1e-5)
 
 
 @needs_triton
@@ -2742,7 +2726,7 @@ def test_triton_softplus_is_exact_for_small_steps():
 @needs_triton
 def test_triton_scan_in_bfloat16_from_slices(small_blocks):
     """Inputs as the mixer makes them, slices of one wider tensor in half precision, and turned ones."""
-    inputs = kernel_inputs(2, 5, 16, 8, 1, 2, torch.bfloat16, reset=True)
+    inputs = kernel_inputs(2, 5, 16, 8, 1, 2, dtype=torch.bfloat16, reset=True)
     wide = torch.cat([inputs[name].flatten(2) for name in ("z", "B", "C", "u")], dim=2)
     z, B, C, u = wide.split([16, 8, 16, 16], dim=2)
     sliced = inputs | {"u": u, "z": z, "B": B.view(2, 5, 1, 8), "C": C.view(2, 5, 2, 8)}
@@ -2754,21 +2738,20 @@ def test_triton_scan_in_bfloat16_from_slices(small_blocks):
         if value.dim() > 1:
             inputs[name] = value.transpose(-1, -2).contiguous().transpose(-1, -2)
     assert not inputs["u"].is_contiguous()
-    check_scan(inputs)
+    check_triton(inputs)
 
 
 @needs_triton
 def test_triton_scan_without_the_optional_parts():
     inputs = kernel_inputs(1, 5, 16, 4, 2, 4)
-    check_scan({name: inputs[name] for name in ("u", "dt", "A", "B", "C")})
+    check_triton({name: inputs[name] for name in ("u", "dt", "A", "B", "C")})
 
 
 @needs_triton
 def test_triton_scan_repeats_bit_for_bit_and_continues(small_blocks):
     inputs = kernel_inputs(1, 12, 16, 4, 2, 4, reset=True)
-    cotangents = random_cotangents(inputs)
-    first = run_triton(inputs, cotangents)
-    again = run_triton(inputs, cotangents)
+    first = run_scan(selective_scan, inputs, impl="triton")
+    again = run_scan(selective_scan, inputs, impl="triton")
     assert all(torch.equal(first[name], again[name]) for name in first)
     ys = []
     h = inputs["h"]
@@ -2892,8 +2875,8 @@ def compile_launches(arch, folder):
     nano.triton.runtime.driver.set_active(PaperGPU(arch))
     nano.scan_backend = lambda *_: "triton"
     for packed in (False, True):
-        inputs = scan_inputs(1, 256, 4096, 16, 64, 256, torch.bfloat16, reset=packed)
-        with_gradients("triton", inputs)
+        inputs = scan_inputs(1, 256, 4096, 16, 64, 256, torch.bfloat16, packed)
+        run_scan(selective_scan, inputs, impl="triton")
     mixer = big_mixer("cpu")
     x = torch.zeros(2, 1, 512).bfloat16()
     for position in (None, torch.tensor([[0], [5]])):
@@ -2934,30 +2917,29 @@ def test_kernels_compile_without_spilling(arch, tmp_path):
 # Real sizes, on a GPU: python -m pytest -q -k gpu
 
 @needs_gpu
-@pytest.mark.parametrize("b, t, d, n, g, gc", [
+@pytest.mark.parametrize("sizes", [
     (1, 4096, 4096, 16, 64, 256), (8, 512, 4096, 16, 256, 256), (3, 1000, 1000, 16, 25, 125),
     (1, 777, 2048, 64, 8, 32), (40, 64, 4096, 16, 64, 256), (1, 2048, 96, 8, 1, 96)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_gpu_scan_is_chunk(b, t, d, n, g, gc, packed):
+def test_gpu_scan_is_chunk(sizes, packed):
     """Against scan_chunk in float64 (itself tested against the loop)."""
-    inputs = kernel_inputs(b, t, d, n, g, gc)
+    inputs = kernel_inputs(*sizes)
     if packed:
-        inputs["reset"] = torch.rand(b, t, device=DEVICE) < 0.01
-    check_scan(inputs, tolerance=2e-5, reference=scan_chunk)
+        inputs["reset"] = torch.rand(sizes[:2], device=DEVICE) < 0.01
+    check_triton(inputs, tolerance=2e-5, impl="chunk")
 
 
 @needs_gpu
 def test_gpu_scan_of_32k_tokens_in_bfloat16_is_chunk():
-    inputs = kernel_inputs(1, 32768, 4096, 16, 64, 256, torch.bfloat16)
-    check_scan(inputs, tolerance=6e-3, reference=scan_chunk, dtype=torch.float32)
+    inputs = kernel_inputs(1, 32768, 4096, 16, 64, 256, dtype=torch.bfloat16)
+    check_triton(inputs, tolerance=6e-3, impl="chunk", dtype=torch.float32)
 
 
 @needs_gpu
 def test_gpu_backward_repeats_bit_for_bit():
-    inputs = kernel_inputs(2, 2048, 4096, 16, 64, 256, torch.bfloat16)
-    cotangents = random_cotangents(inputs)
-    first = run_triton(inputs, cotangents)
-    again = run_triton(inputs, cotangents)
+    inputs = kernel_inputs(2, 2048, 4096, 16, 64, 256, dtype=torch.bfloat16)
+    first = run_scan(selective_scan, inputs, impl="triton")
+    again = run_scan(selective_scan, inputs, impl="triton")
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -2966,7 +2948,7 @@ def test_gpu_scan_of_equal_rows_beyond_31_bit_offsets_is_equal():
     """17 texts of 32768 steps and 4096 channels are 2.3e9 elements; equal rows must give equal results."""
     if torch.cuda.mem_get_info()[0] < 110e9:
         pytest.skip("needs 110 GB")
-    one = kernel_inputs(1, 32768, 4096, 16, 64, 256, torch.bfloat16)
+    one = kernel_inputs(1, 32768, 4096, 16, 64, 256, dtype=torch.bfloat16)
     many = dict(one)
     for name in ("u", "dt", "B", "C", "z", "h"):
         many[name] = one[name].repeat(17, *[1] * (one[name].dim() - 1)).requires_grad_(name != "h")
