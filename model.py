@@ -65,11 +65,19 @@ class UserError(ValueError):
 
 
 class RopeScaling(NamedTuple):
-    """Llama 3's way to stretch rotary positions to longer texts, see rotary_frequencies."""
+    """Llama 3's way to stretch rotary positions to longer texts."""
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_length: int                 # tokens of context before the stretch
+
+    def stretch(self, frequency):
+        """frequency: radians per token, one per pair. Pairs that turn less than low_freq_factor times within
+        the original context are slowed down by factor, those above high_freq_factor not, between them a blend."""
+        turns = self.original_max_length * frequency / (2 * math.pi)
+        width = self.high_freq_factor - self.low_freq_factor
+        keep = ((turns - self.low_freq_factor) / width).clamp(0, 1)          # 1: as it is, 0: slowed down
+        return frequency * keep + frequency / self.factor * (1 - keep)
 
 
 # ======================================================================================================================
@@ -153,12 +161,9 @@ class MLP(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where the tokens of one call stand.
-#
-# One forward serves a whole sequence, a prompt in pieces, one token. What differs is how many tokens the state already
-# holds (`past`) and where each row's document began: several may be packed into one row, and prompts of different
-# length are padded on the left, where the padding is an earlier document of its own. `reset` marks first tokens. From
-# it come positions (attention turns by them, conv and scan forget at position 0) and the attention mask.
+# Where the tokens of one call stand. One forward serves a whole text, pieces, one token. What differs is how many
+# tokens the state holds (`past`) and where each row's document began: a row may hold several, and padding left of a
+# short text is one. `reset` marks first tokens; from it come positions (conv and scan forget at 0) and the mask.
 class Place(NamedTuple):
     past: int                                # tokens in the state before this call
     position: torch.Tensor | None            # (b, t) position within the document; None: past ... past + t - 1
@@ -169,41 +174,35 @@ class Place(NamedTuple):
 
 
 def document_positions(tokens, past, origin, reset):
-    """tokens (b, t); origin (b,) where in its row each open document began, or None; reset (b, t) or None.
+    """tokens (b, t), reset (b, t) or None, origin (b,): where in its row each open document began, None: at 0
     -> position (b, t) within the document and the new origin; None and None for one document per row."""
     if reset is None and origin is None:
         return None, None
     index = torch.arange(past, past + tokens.shape[1], device=tokens.device)     # (t) places in the row
-    first = torch.zeros_like(tokens)                                             # (b, t) where the document began
-    if origin is not None:
-        first = first + origin[:, None]
+    first = tokens.new_zeros(len(tokens), 1) if origin is None else origin[:, None]
     if reset is not None:
         newest = torch.where(reset, index, 0).cummax(dim=1).values
-        first = torch.maximum(first, newest)
+        first = torch.maximum(first, newest)                                     # (b, t) where the document began
     return index - first, first[:, -1]
 
 
 def rotary_frequencies(config, device):
-    """-> (head_dim / 2) float32: the turn per token of each pair. With rope_scaling, pairs that turn less than `low`
-    times within the original context are slowed down by factor, those above `high` not, between them a blend."""
+    """-> (head_dim / 2) float32: the turn per token of each pair, in radians."""
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequency = config.rope_theta ** -exponent
-    if config.rope_scaling is None:
-        return frequency
-    factor, low, high, length = config.rope_scaling
-    turns = length * frequency / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)              # 1: as it is, 0: slowed down
-    return frequency * keep + frequency / factor * (1 - keep)
+    return frequency if config.rope_scaling is None else config.rope_scaling.stretch(frequency)
 
 
 def attention_mask(config, past, position, t, device):
-    """-> (1 or b, 1, t, past + t) True where a query may look: not ahead, not beyond the window, not into an earlier
-    document. None where "not ahead" says it all, and the tokens begin the text or are one token."""
+    """-> (1 or b, 1, t, past + t) True where a query may look: not ahead, nor beyond the window or its document. None
+    where "not ahead" says it all, and the tokens begin the text or are one token."""
     window = config.sliding_window
-    if position is None and (past == 0 or t == 1) and (window is None or past + t <= window):
+    plain = position is None and (past == 0 or t == 1)
+    if plain and (window is None or past + t <= window):
         return None
-    back = torch.arange(past, past + t, device=device)[:, None] - torch.arange(past + t, device=device)
-    mask = back >= 0                                               # (t, past + t) back: how far back each key is
+    query = torch.arange(past, past + t, device=device)
+    back = query[:, None] - torch.arange(past + t, device=device)  # (t, past + t) how far back each key is
+    mask = back >= 0
     if window is not None:
         mask &= back < window
     if position is not None:
@@ -215,8 +214,10 @@ def make_place(config, tokens, past, origin, reset, dtype, donated=False):
     """Arguments as in document_positions; dtype: that of cos and sin -> (Place, origin)."""
     t = tokens.shape[1]
     position, origin = document_positions(tokens, past, origin, reset)
-    where = torch.arange(past, past + t, device=tokens.device)[None] if position is None else position
-    angle = (where[..., None] * rotary_frequencies(config, tokens.device))[:, None]
+    where = position
+    if position is None:
+        where = torch.arange(past, past + t, device=tokens.device)[None]
+    angle = where[:, None, :, None] * rotary_frequencies(config, tokens.device)  # (1 or b, 1, t, head_dim / 2)
     cos = torch.cat([angle.cos(), angle.cos()], dim=-1).to(dtype)                # (1 or b, 1, t, head_dim)
     sin = torch.cat([-angle.sin(), angle.sin()], dim=-1).to(dtype)
     mask = attention_mask(config, past, position, t, tokens.device)
@@ -224,18 +225,15 @@ def make_place(config, tokens, past, origin, reset, dtype, donated=False):
 
 
 def rotary(x, cos, sin):
-    """x (b, heads, t, head_dim): turn each pair (x1, x2) = (i, i + head_dim / 2) by its angle, the split-half layout of
-    Llama: x1' = x1 cos - x2 sin, x2' = x2 cos + x1 sin."""
+    """x (b, heads, t, head_dim): each pair x1, x2 = x[i], x[i + head_dim / 2] to x1 cos - x2 sin, x2 cos + x1 sin."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([second, first], dim=-1) * sin
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Grouped-query attention with a key/value cache.
-#
-# Several query heads share one key and one value head. Still, a layer keeps 2 * n_kv_head * head_dim numbers of every
-# token and reads them all for each new one: the cost that the conversion removes. Keys are kept as rotated, and heads
-# come before tokens, so that what one head reads lies in one piece.
+# Grouped-query attention with a key/value cache: several query heads share one key and one value head. Still, a layer
+# keeps 2 * n_kv_head * head_dim numbers of every token and reads them all for each new one: the cost that the
+# conversion removes. Keys are kept as rotated; heads come before tokens, so what one head reads lies in one piece.
 class LayerState:
     """What one layer remembers: a dataclass of tensors (b, ...). Part 2 has the operations."""
     def __iter__(self):
@@ -270,9 +268,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=False)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def new_state(self, batch, max_length):
         shape = (batch, self.config.n_kv_head, max_length, self.config.head_dim)
@@ -281,12 +278,10 @@ class Attention(nn.Module):
     def project(self, x, place):
         """x (b, t, d_model) -> q (b, n_head, t, head_dim), k and v (b, n_kv_head, t, head_dim); q and k rotated."""
         b, t, _ = x.shape
-        q = self.q_proj(x).view(b, t, -1, self.config.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(b, t, -1, self.config.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(b, t, -1, self.config.head_dim).transpose(1, 2)
-        if self.config.qk_norm:
-            q = self.q_norm(q)
-            k = self.k_norm(k)
+        heads = (b, t, -1, self.config.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
         return rotary(q, place.cos, place.sin), rotary(k, place.cos, place.sin), v
 
     def attend(self, q, k, v, mask):
@@ -300,29 +295,34 @@ class Attention(nn.Module):
         b, t, _ = x.shape
         q, k, v = self.project(x, place)
         if state is not None:
-            state = KV(append(state.k, k, place.past), append(state.v, v, place.past))
-            k = state.k.narrow(2, 0, place.past + t)               # (b, n_kv_head, past + t, head_dim)
-            v = state.v.narrow(2, 0, place.past + t)
+            k = append(state.k, k, place.past)
+            v = append(state.v, v, place.past)
+            state = KV(k, v)
+            k = k.narrow(2, 0, place.past + t)                     # (b, n_kv_head, past + t, head_dim)
+            v = v.narrow(2, 0, place.past + t)
         y = self.attend(q, k, v, place.mask)
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1)), state           # heads side by side again
+        y = y.transpose(1, 2).reshape(b, t, -1)                    # heads side by side again
+        return self.o_proj(y), state
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The selective scan: the memory of a Mamba layer.
-#
-# Every channel owns d_state cells. At each token all cells decay by exp(dt * A), then dt * u is added to them under
-# the key B, and the query C reads them out. "Selective": dt, B and C are computed from the token, so the layer chooses
-# what to keep, and one must walk through time. dt is the one knob of a step: near 0 the token passes by, large it wipes
-# the cells and writes itself. The rates A = -1 ... -n of a channel's cells: some forget in a few steps, some in many.
+# The selective scan: the memory of a Mamba layer. Every channel owns d_state cells. At each token all decay by
+# exp(dt * A), then dt * u is added under the key B, and the query C reads them out. "Selective": dt, B and C come from
+# the token, so the layer chooses what to keep, and one must walk through time. dt near 0 lets a token pass by, a large
+# one wipes the cells and writes the token. The rates A = -1 ... -n: some cells forget in a few steps, some in many.
 def scan_loop(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None):
     """u, dt, z (b, t, d); A (d, n), negative; B (b, t, groups, n), C (b, t, other groups, n); D, dt_bias (d);
-    h (b, d, n): the cells before the first token, None means zeros; reset (b, t) bool: the cells are emptied before
-    that token -> y (b, t, d) in u's dtype, and the cells after the last token. All in float32 at least.
+    h (b, d, n): the cells before the first token, None: zeros; reset (b, t) bool: cells are emptied before that token
+    -> y (b, t, d) in u's dtype, and the cells after the last token. All in float32 at least.
     As selective_scan_ref in state-spaces/mamba e9594ce1, with time in the second place, groups, h and reset."""
     dtype = u.dtype
     wide = torch.promote_types(dtype, torch.float32)
     u = u.to(wide)
-    dt = F.softplus(dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide))
+    A = A.to(wide)
+    dt = dt.to(wide)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(wide)
+    dt = F.softplus(dt)
     B = B.to(wide).repeat_interleave(len(A) // B.shape[2], dim=2)  # (b, t, d, n): a row for every channel
     C = C.to(wide).repeat_interleave(len(A) // C.shape[2], dim=2)
     h = u.new_zeros(len(u), *A.shape) if h is None else h.to(wide)
@@ -330,7 +330,7 @@ def scan_loop(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None):
     for i in range(u.shape[1]):
         if reset is not None:
             h = h.masked_fill(reset[:, i, None, None], 0)
-        decay = torch.exp(dt[:, i, :, None] * A.to(wide))          # (b, d, n)
+        decay = torch.exp(dt[:, i, :, None] * A)                   # (b, d, n)
         write = (dt[:, i] * u[:, i])[..., None] * B[:, i]          # (b, d, n)
         h = decay * h + write
         ys.append((h * C[:, i]).sum(-1))                           # (b, d)
@@ -350,24 +350,23 @@ def causal_conv(u, before, weight, bias, position):
     """u (b, t, c), before (b, d_conv - 1, c) earlier inputs, weight (c, d_conv), position (b, t) or None -> (b, t, c).
     weight[:, -1] meets the newest input. An input from before the document began (position < distance) counts as 0."""
     inputs = torch.cat([before.to(u.dtype), u], dim=1)             # (b, d_conv - 1 + t, c)
-    y = bias
+    y = 0 if bias is None else bias
     for i in range(weight.shape[1]):
         distance = weight.shape[1] - 1 - i
         tap = inputs[:, i:i + u.shape[1]]                          # (b, t, c): the inputs from `distance` tokens back
         if position is not None and distance:
             tap = tap.masked_fill((position < distance)[..., None], 0)
-        y = tap * weight[:, i] if y is None else y + tap * weight[:, i]
+        y = y + tap * weight[:, i]
     return y
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The Mamba mixer ("m2" in the file format): Mamba-1 with grouped u and B, shaped so that attention weights fit into it.
-#
 # in_proj makes [z, u, B, C] in one product; dt has a low-rank path of its own. Everything is cut into chunks of d_state
 # (not of head_dim). With n = d_state, chunk j = c // n, lane p = c % n and r = d_inner / d_xb, channel c reads
 # z row c, u row (j // r) n + p, B rows (j // r) n ... (j // r) n + n - 1 and C rows j n ... j n + n - 1.
-# The trap of this format: dt_proj adds its bias, and the scan adds the same bias again, so dt = softplus(W r + 2 bias).
-# Every released checkpoint was trained that way and every reader must do it. New layers therefore store half a bias.
+# The trap of this format: dt_proj adds its bias, and the scan adds it again, so dt = softplus(W r + 2 bias). Every
+# released checkpoint was trained that way and every reader must do it. New layers therefore store half a bias.
 @dataclass(frozen=True)
 class SSM(LayerState):
     """The state of one Mamba layer: its size does not depend on the number of tokens."""
@@ -376,7 +375,6 @@ class SSM(LayerState):
 
 
 class Mamba(nn.Module):
-    """The mixer. Parameter names and shapes are those of the file format; sizes, see the glossary."""
     name_in_file = "mixer"
     float32 = ("A_log", "D")
     scan = staticmethod(scan_loop)
@@ -385,14 +383,14 @@ class Mamba(nn.Module):
         super().__init__()
         self.config = c = config
         if c.d_inner % c.d_xb or c.d_xb % c.d_state:
-            raise UserError(f"d_inner % d_xb and d_xb % d_state must be 0, got {c.d_inner} % {c.d_xb}, "
-                            f"{c.d_xb} % {c.d_state}")
+            raise UserError(f"d_xb {c.d_xb} must divide d_inner {c.d_inner}, d_state {c.d_state} d_xb")
         channels = c.d_inner if c.expand_before_conv else c.d_xb
         self.in_proj = nn.Linear(c.d_model, 2 * c.d_inner + 2 * c.d_xb, bias=c.proj_bias)        # rows [z, u, B, C]
         self.dt_in_proj = nn.Linear(c.d_model, c.dt_rank, bias=c.proj_bias)
         self.dt_proj = nn.Linear(c.dt_rank, c.d_inner, bias=c.dt_bias)
         self.conv1d = nn.Conv1d(channels, channels, c.d_conv, groups=channels, bias=c.conv_bias)  # holds weights only
-        self.A_log = nn.Parameter(torch.arange(1, c.d_state + 1).float().log().repeat(c.d_inner, 1))  # A = -1 ... -n
+        rates = torch.arange(1, c.d_state + 1).float()             # A = -1 ... -n
+        self.A_log = nn.Parameter(rates.log().repeat(c.d_inner, 1))
         self.D = nn.Parameter(torch.ones(c.d_inner))
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.proj_bias)
 
@@ -404,30 +402,33 @@ class Mamba(nn.Module):
 
     def expand(self, u):
         """(b, t, d_xb) -> (b, t, d_inner): each chunk of d_state lanes once for every query head that shares it."""
-        c = self.config
-        chunks = u.unflatten(-1, (-1, 1, c.d_state))               # (b, t, d_xb / n, 1, n)
-        return chunks.expand(-1, -1, -1, c.d_inner // c.d_xb, -1).reshape(*u.shape[:2], c.d_inner)
+        heads = self.config.d_inner // self.config.d_xb
+        chunks = u.unflatten(-1, (-1, 1, self.config.d_state))     # (b, t, d_xb / n, 1, n)
+        return chunks.expand(-1, -1, -1, heads, -1).flatten(2)
 
     def mix(self, u, dt, B, C, z, state, place):
         """The memory, between the projections. u, B (b, t, d_xb); dt, C, z (b, t, d_inner) -> y (b, t, d_inner), SSM"""
         c = self.config
-        before = u.new_zeros(len(u), c.d_conv - 1, c.d_xb) if state is None else state.conv
+        if state is None:
+            state = SSM(u.new_zeros(len(u), c.d_conv - 1, c.d_xb), None)
+        before = state.conv.to(u.dtype)
         # What the next call needs. A slice of all of u would keep all of u in memory.
-        new = min(u.shape[1], c.d_conv - 1)
-        conv = torch.cat([before.to(u.dtype), u[:, u.shape[1] - new:]], dim=1)[:, new:].contiguous()
+        newest = u[:, max(0, u.shape[1] - c.d_conv + 1):]
+        conv = torch.cat([before, newest], dim=1)[:, newest.shape[1]:].contiguous()
         if c.expand_before_conv:
             before = self.expand(before)
             u = self.expand(u)
-        u = F.silu(causal_conv(u, before, self.conv1d.weight[:, 0], self.conv1d.bias, place.position))
+        u = causal_conv(u, before, self.conv1d.weight[:, 0], self.conv1d.bias, place.position)
+        u = F.silu(u)
         if not c.expand_before_conv:
             u = self.expand(u)                                     # (b, t, d_inner)
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        A = -torch.exp(self.A_log.to(wide))
         B = B.unflatten(-1, (-1, c.d_state))                       # (b, t, d_xb / n, n)
         C = C.unflatten(-1, (-1, c.d_state))                       # (b, t, d_inner / n, n)
-        h = None if state is None else state.h
         reset = None if place.position is None else place.position == 0
         # Here the dt bias counts a second time.
-        y, h = self.scan(u, dt, A, B, C, self.D, z, self.dt_proj.bias, h, reset)
+        y, h = self.scan(u, dt, A, B, C, self.D, z, self.dt_proj.bias, state.h, reset)
         return y, SSM(conv, h)
 
     def forward(self, x, state, place):
@@ -450,8 +451,9 @@ class Block(nn.Module):
     """x + mixer(norm(x)), then x + MLP(norm(x))."""
     def __init__(self, config, kind):
         super().__init__()
-        if kind not in (*MIXERS, "i", "n"):
-            raise UserError(f"unsupported layer type {kind}; known: {', '.join([*MIXERS, 'i', 'n'])}")
+        known = [*MIXERS, "i", "n"]
+        if kind not in known:
+            raise UserError(f"unsupported layer type {kind}; known: {', '.join(known)}")
         self.kind = kind
         self.mixer = None
         self.mlp = None
@@ -474,9 +476,9 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class State:
-    """All that a model remembers of a batch of texts. A value: it belongs to the caller, and going on from it does not
-    change it (unless it is given away, see HybridLM.hidden). Two continuations share its key/value caches beyond its
-    position, so clone() before writing two texts in turns. Operations: part 2."""
+    """All that a model remembers of a batch of texts. A value: it belongs to the caller, and going on from it leaves it
+    as it is, unless it is given away. Two continuations share its key/value caches beyond its position, so clone()
+    before writing two texts in turns. Operations: part 2."""
     position: int                            # tokens seen so far, padding included
     max_length: int                          # tokens that fit into the key/value caches
     layers: tuple                            # per layer: LayerState, or None without a mixer
@@ -497,21 +499,22 @@ class HybridLM(nn.Module):
         self.recompute = False               # training: keep only each layer's input, compute the rest again going back
 
     def hidden(self, tokens, state=None, reset=None, donate=False):
-        """tokens (b, t) int64, state State or None, reset (b, t) bool or None (True: a new document begins here, which
-        sees nothing before it) -> (b, t, d_model) after the last norm, and the State after these tokens (None for
-        None). donate: the caller gives its state away, so the new one may be written over it."""
+        """tokens (b, t) int64, state State or None, reset (b, t) bool or None (True: here begins a document, which sees
+        nothing before it) -> (b, t, d_model) after the last norm, and the State after these tokens (None for None).
+        donate: the caller gives its state away, so the new one may be written over it."""
         b, t = tokens.shape
         past = 0 if state is None else state.position
         if state is not None and past + t > state.max_length:
-            raise UserError(f"{past} + {t} tokens do not fit into a state made for {state.max_length}")
+            raise UserError(f"{past} + {t} tokens do not fit into a state for {state.max_length}")
         x = self.embed_tokens(tokens)                              # (b, t, d_model)
         origin = None if state is None else state.origin
         place, origin = make_place(self.config, tokens, past, origin, reset, x.dtype, donate)
         layers = []
         for i, block in enumerate(self.layers):
             layer = None if state is None else state.layers[i]
-            if layer is not None and len(next(iter(layer))) != b:
-                raise UserError(f"the state holds {len(next(iter(layer)))} texts, the tokens {b}")
+            texts = b if layer is None else len(next(iter(layer)))
+            if texts != b:
+                raise UserError(f"the state holds {texts} texts, the tokens {b}")
             if self.recompute and torch.is_grad_enabled():
                 x, layer = checkpoint(block, x, layer, place, use_reentrant=False)
             else:
@@ -538,7 +541,8 @@ def new_state(model, batch, max_length):
     """Empty caches for `batch` texts of at most `max_length` tokens, on the model's device and in its dtype."""
     layers = []
     for block in model.layers:
-        layers.append(None if block.mixer is None else block.mixer.new_state(batch, max_length))
+        mixer = block.mixer
+        layers.append(None if mixer is None else mixer.new_state(batch, max_length))
     return State(0, max_length, tuple(layers))
 
 
@@ -602,8 +606,14 @@ def state_resize(state, max_length):
 
 def state_nbytes(state):
     """-> (bytes of key/value caches, bytes of states of fixed size), for the whole batch as allocated."""
-    sizes = [layer.nbytes() for layer in state.layers if layer is not None]
-    return sum(grows for grows, _ in sizes), sum(fixed for _, fixed in sizes)
+    grow = 0
+    fixed = 0
+    for layer in state.layers:
+        if layer is not None:
+            layer_grows, layer_fixed = layer.nbytes()
+            grow += layer_grows
+            fixed += layer_fixed
+    return grow, fixed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -785,8 +795,8 @@ def chunk_states(u, dt, A, B, h, keep):
     decay = torch.exp(dt[..., None] * A)
     if keep is not None:
         decay *= keep                                              # a document's first step forgets all
-    write = (dt * u).view(t, b, groups, d // groups, 1) * B[:, :, :, None]
-    states = write.view(t, b, d, n)
+    written = (dt * u).view(t, b, groups, d // groups, 1)
+    states = (written * B[:, :, :, None]).view(t, b, d, n)
     for i in range(t):
         h = states[i].addcmul_(decay[i], h)                        # in place: states[i] + decay[i] * h
     return decay, states
@@ -814,7 +824,8 @@ class ChunkedScan(torch.autograd.Function):
             kept = None if keep is None else keep[part]
             _, states = chunk_states(u[part], dt[part], A, B[part], h, kept)
             grouped = states.view(-1, b, groups, d // groups, n)
-            y[part] = torch.matmul(grouped, C[part][..., None]).view(-1, b, d)
+            read = torch.matmul(grouped, C[part][..., None])       # (steps, b, groups, d / groups, 1)
+            y[part] = read.view(-1, b, d)
             h = states[-1].clone()
         ctx.size = size
         ctx.save_for_backward(u, dt, A, B, C, keep, torch.stack(borders))
@@ -838,27 +849,31 @@ class ChunkedScan(torch.autograd.Function):
             part = slice(i, i + ctx.size)
             start = borders[i // ctx.size]
             kept = None if keep is None else keep[part]
-            decay, states = chunk_states(u[part], dt[part], A, B[part], start, kept)     # the same states once more
+            # The same states once more.
+            decay, states = chunk_states(u[part], dt[part], A, B[part], start, kept)
 
             read = grad_y[part].view(-1, b, c_groups, d // c_groups, 1)
             grouped = states.view(-1, b, c_groups, d // c_groups, n)
             grad_C[part] = torch.matmul(read.transpose(-1, -2), grouped).squeeze(-2)
 
-            grad_h = (read * C[part][:, :, :, None]).view(states.shape)                  # (t, b, d, n)
+            grad_h = read * C[part][:, :, :, None]
+            grad_h = grad_h.view(states.shape)                     # (steps, b, d, n)
             grad_h[-1] += carry                                    # from the chunk after this one
             for j in reversed(range(len(grad_h) - 1)):
                 grad_h[j].addcmul_(decay[j + 1], grad_h[j + 1])
             carry = decay[0] * grad_h[0]                           # for the chunk before
 
-            written = dt[part] * u[part]
             grouped = grad_h.view(-1, b, groups, d // groups, n)
-            grad_written = torch.matmul(grouped, B[part][..., None]).view(written.shape)
-            grad_B[part] = torch.matmul(written.view(-1, b, groups, 1, d // groups), grouped).squeeze(-2)
+            written = (dt[part] * u[part]).view(-1, b, groups, 1, d // groups)
+            grad_B[part] = torch.matmul(written, grouped).squeeze(-2)
+            grad_written = torch.matmul(grouped, B[part][..., None])
+            grad_written = grad_written.view(-1, b, d)
 
             previous = torch.cat([start[None], states[:-1]])
             grad_rate = previous.mul_(grad_h).mul_(decay)
             grad_A += (grad_rate * dt[part][..., None]).sum((0, 1))
-            grad_dt[part] = (grad_rate * A).sum(-1) + grad_written * u[part]
+            grad_dt[part] = grad_written * u[part]
+            grad_dt[part] += (grad_rate * A).sum(-1)
             grad_u[part] = grad_written * dt[part]
         return grad_u, grad_dt, grad_A, grad_B, grad_C, carry, None, None
 
@@ -873,14 +888,20 @@ def scan_chunk(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None)
     dtype = u.dtype
     wide = torch.promote_types(dtype, torch.float32)
     u = u.to(wide)
-    dt = F.softplus(dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide))
+    dt = dt.to(wide)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(wide)
+    dt = F.softplus(dt)
     h = u.new_zeros(len(u), *A.shape) if h is None else h.to(wide)
-    keep = None if reset is None else (~reset).T[:, :, None, None].to(wide)              # (t, b, 1, 1)
+    keep = None
+    if reset is not None:
+        keep = (~reset).T[:, :, None, None].to(wide)               # (t, b, 1, 1)
 
     def time_first(tensor):                                        # each step lies in one piece
         return tensor.to(wide).transpose(0, 1).contiguous()
-    y, h = ChunkedScan.apply(time_first(u), time_first(dt), A.to(wide), time_first(B), time_first(C), h, keep,
-                             chunk_size(len(u), *A.shape))
+    size = chunk_size(len(u), *A.shape)
+    y, h = ChunkedScan.apply(time_first(u), time_first(dt), A.to(wide), time_first(B), time_first(C),
+                             h, keep, size)
     y = y.transpose(0, 1)                                          # (b, t, d)
     if D is not None:
         y = y + D.to(wide) * u
@@ -895,15 +916,23 @@ def scan_chunk(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None)
 def check_scan_shapes(u, dt, A, B, C, D, z, dt_bias, h, reset):
     b, t, d = u.shape
     n = A.shape[1]
-    wanted = {"dt": (dt, (b, t, d)), "A": (A, (d, n)), "D": (D, (d,)), "z": (z, (b, t, d)), "h": (h, (b, d, n)),
-              "B": (B, (b, t, B.shape[2], n)), "C": (C, (b, t, C.shape[2], n)), "dt_bias": (dt_bias, (d,)),
+    groups = B.shape[2]
+    c_groups = C.shape[2]
+    wanted = {"dt": (dt, (b, t, d)),
+              "A": (A, (d, n)),
+              "B": (B, (b, t, groups, n)),
+              "C": (C, (b, t, c_groups, n)),
+              "D": (D, (d,)),
+              "z": (z, (b, t, d)),
+              "dt_bias": (dt_bias, (d,)),
+              "h": (h, (b, d, n)),
               "reset": (reset, (b, t))}
     for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise UserError(f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-    if t == 0 or d % B.shape[2] or d % C.shape[2]:
+        if tensor is not None and tensor.shape != shape:
+            raise UserError(f"selective_scan: {name} has shape {tuple(tensor.shape)}, not {shape}")
+    if t == 0 or d % groups or d % c_groups:
         raise UserError(f"selective_scan: need t > 0 and groups that divide d = {d}, got t = {t}, "
-                        f"{B.shape[2]} groups of B and {C.shape[2]} of C")
+                        f"{groups} groups of B and {c_groups} of C")
 
 
 def selective_scan(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None, impl="auto"):
@@ -937,8 +966,9 @@ def scan_backend(device, t=2, n=16, dtype=torch.float32, impl="auto"):
     if impl == "auto" and (triton is None or kind != "cuda"):
         return "loop" if t == 1 else "chunk"                       # one step needs no machinery
     if n > 64 or n & (n - 1) or dtype == torch.float64:
-        warnings.warn(f"scan: the Triton kernels want d_state a power of two up to 64 and at most float32, "
-                      f"not {n} and {dtype}: taking chunk")        # Python shows a warning once
+        # Python shows a warning once.
+        warnings.warn("scan: the Triton kernels want d_state a power of two up to 64 and at most "
+                      f"float32, not {n} and {dtype}: taking chunk")
         return "chunk"
     return "triton"
 
@@ -966,39 +996,45 @@ def scan_backend_reason(device):
 class Joined(NamedTuple):
     weight: torch.Tensor                     # (rows of all, d_model)
     bias: torch.Tensor | None
-    addresses: list                          # [(linear, address of its rows)]
+    addresses: list                          # [(linear, "weight" or "bias", address of its rows)]
 
 
 @torch.no_grad()
 def join(*linears):
     """-> Joined, of linear layers that read the same input."""
-    weight = torch.cat([linear.weight for linear in linears])
+    sizes = [linear.out_features for linear in linears]
+    joined = {"weight": None, "bias": None}
     addresses = []
-    start = 0
-    for linear in linears:
-        end = start + len(linear.weight)
-        linear.weight.data = weight[start:end]
-        addresses.append((linear, linear.weight.data_ptr()))
-        start = end
-    biases = [linear.bias for linear in linears]
-    return Joined(weight, None if biases[0] is None else torch.cat(biases), addresses)
+    for name in joined:
+        if getattr(linears[0], name) is None:
+            continue
+        joined[name] = torch.cat([getattr(linear, name) for linear in linears])
+        for linear, rows in zip(linears, joined[name].split(sizes)):
+            getattr(linear, name).data = rows
+            addresses.append((linear, name, rows.data_ptr()))
+    return Joined(joined["weight"], joined["bias"], addresses)
 
 
 def usable(joined):
-    """Is it there, are no gradients wanted, and are the weights still its rows?"""
+    """Is it there, are no gradients wanted, and are the weights and biases still its rows?"""
     if joined is None or torch.is_grad_enabled():
         return False
-    return all(linear.weight.data_ptr() == address for linear, address in joined.addresses)
+    for linear, name, address in joined.addresses:
+        if getattr(linear, name).data_ptr() != address:
+            return False
+    return True
 
 
 def join_projections(model):
     """For generation, which calls it. Does nothing where it is done already. -> the model."""
     with torch.inference_mode(False), torch.no_grad():             # the weights stay ordinary tensors
         for block in model.layers:
-            if isinstance(block.mlp, MLP) and not usable(block.mlp.joined):
-                block.mlp.joined = join(block.mlp.gate_proj, block.mlp.up_proj)
-            if isinstance(block.mixer, Attention) and not usable(block.mixer.joined):
-                block.mixer.joined = join(block.mixer.q_proj, block.mixer.k_proj, block.mixer.v_proj)
+            mlp = block.mlp
+            if isinstance(mlp, MLP) and not usable(mlp.joined):
+                mlp.joined = join(mlp.gate_proj, mlp.up_proj)
+            mixer = block.mixer
+            if isinstance(mixer, Attention) and not usable(mixer.joined):
+                mixer.joined = join(mixer.q_proj, mixer.k_proj, mixer.v_proj)
     return model
 
 
@@ -1034,7 +1070,8 @@ def project_joined(attention, x, place):
     if c.qk_norm:
         q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
         qk = torch.cat([attention.q_norm(q), attention.k_norm(k)], dim=1)
-    q, k = rotary_rolled(qk, place.cos, place.sin).split([c.n_head, c.n_kv_head], dim=1)
+    qk = rotary_rolled(qk, place.cos, place.sin)
+    q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
     return q, k, v
 
 
@@ -1060,7 +1097,8 @@ def norm_on_cpu(norm, x):
         return norm_by_definition(norm, x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n = x.shape[-1]
-    y = F.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=norm.eps)[..., :n]
+    both = torch.cat([wide, -wide], dim=-1)
+    y = F.layer_norm(both, (2 * n,), eps=norm.eps)[..., :n]
     return y.to(x.dtype) * norm.weight
 
 
@@ -1078,8 +1116,11 @@ def mix_one_token(mixer, u, dt, B, C, z, state, place):
 MLP.joined = None
 Attention.joined = None
 
-FASTER = [(RMSNorm, "forward", norm_on_cpu), (MLP, "forward", mlp_joined), (Attention, "project", project_joined),
-          (Attention, "attend", attend_fast), (Mamba, "mix", mix_one_token),
+FASTER = [(RMSNorm, "forward", norm_on_cpu),
+          (MLP, "forward", mlp_joined),
+          (Attention, "project", project_joined),
+          (Attention, "attend", attend_fast),
+          (Mamba, "mix", mix_one_token),
           (Mamba, "scan", staticmethod(selective_scan))]
 DEFINITIONS = [(owner, name, vars(owner)[name]) for owner, name, _ in FASTER]
 
