@@ -462,7 +462,8 @@ def pair_parts(prompt, response, record, codec):
     if not response.strip():
         raise UserError("an empty response")
     begin = codec.enc.decode(codec.begin)
-    end = codec.chat.end
+    # Without a template nobody knows how an answer ends.
+    end = "" if codec.chat.refusal else codec.chat.end
     return [("" if prompt.startswith(begin) else begin, False), (prompt, False),
             (response if response.endswith(end) else response + end, True)]
 
@@ -946,7 +947,6 @@ class Progress:
     def save(self, model, optimizers):
         """Write the file. Its tensors are named kind|parameter: parameter names hold dots, but no bar.
         Raises UserError if that fails, for a full disk mostly; the file that was there before is left."""
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
         meta = {key: getattr(self, key) for key in ("run", *self.SAVED)}
         tensors = {}
@@ -958,13 +958,10 @@ class Progress:
         header = {"meta": json.dumps(meta)}
         try:
             nano.write_atomic(self.path, lambda to: save_file(tensors, to, metadata=header))
-        except (OSError, SafetensorError) as e:
-            with contextlib.suppress(OSError):
-                os.remove(self.path + ".tmp")
-            kept = "nothing was saved yet"
-            if os.path.exists(self.path):
-                kept = "the last save is intact, --resume continues from it"
-            raise UserError(f"cannot write {self.path}: {e}; {kept}") from None
+        except UserError as e:
+            if not os.path.exists(self.path):
+                raise
+            raise UserError(f"{e}; the last save is intact, --resume continues from it") from None
 
     def load(self, model, optimizers, plan):
         """With resume: read the file, if there is one, into self, a model of the same shape and its optimisers.
