@@ -928,7 +928,8 @@ CHECKPOINTS = {
     "Llama 3, older spelling": {"model_type": "llama", "layout": "t t", "rope_scaling": LLAMA3_OLD},
     "Llama 3, transformers 5": {"model_type": "llama", "layout": "t t", "rope_theta": ...,
                                 "rope_parameters": LLAMA3 | {"rope_theta": 700.0}},
-    "Qwen2": {"model_type": "qwen2", "layout": "t t", "use_sliding_window": False, "sliding_window": 5},
+    "Qwen2": {"model_type": "qwen2", "layout": "t t", "use_sliding_window": False, "sliding_window": 5,
+              "max_window_layers": 1},
     "Qwen2, with a window": {"model_type": "qwen2", "layout": "t t", "use_sliding_window": True, "sliding_window": 5,
                              "layer_types": ["sliding_attention", "sliding_attention"]},
     "Qwen3": {"model_type": "qwen3", "layout": "t t", "shards": 2, "layer_types": ["full_attention"] * 2},
@@ -1395,6 +1396,7 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "a width of zero": ({"intermediate_size": 0}, "intermediate_size.*0"),
     "a width that is true": ({"intermediate_size": True}, "intermediate_size.*true"),
     "a width that no machine holds": ({"intermediate_size": 1 << 40}, "intermediate_size.*1 to 16777216"),
+    "more layers than any model": ({"num_hidden_layers": 10 ** 6}, "num_hidden_layers must be .* from 1 to 10000"),
     "more layers than tensors": ({"num_hidden_layers": 5000, "hybrid_block_layout": ["t"] * 5000}, "4997 layers of"),
     "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads.*0"),
     "theta in words": ({"rope_theta": "big"}, 'rope_theta must be a number above 0, got "big"'),
@@ -1614,6 +1616,20 @@ def test_out_is_never_an_input_however_it_is_spelled(spelling, overwrite, tmp_pa
         with pytest.raises(UserError, match="--out .* is .*, which this run reads"):
             nano.claim_out(path, [None, "elsewhere", other], overwrite, True)
     assert nano.claim_out("~/out", [out], overwrite, False) == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize("program, read, more", [
+    (distill, "--teacher", ("--replace", "1")),
+    (distill, "--student", ("--replace", "1", "--teacher", "{}")),
+    (train_sft, "--model", ()),
+    (train_sft, "--merge", ("--model", "{}"))])
+def test_no_script_writes_into_a_directory_that_it_reads(program, read, more, traces, tmp_path):
+    shutil.copytree(traces[0], tmp_path / "in")
+    before = small_files(tmp_path / "in")
+    more = [argument.format(traces[0]) for argument in more]
+    with pytest.raises(UserError, match="--out .* is .*, which this run reads"):
+        run(program, read, tmp_path / "in", *more, "--out", f"{tmp_path}/in/", "--overwrite", "--steps", 1)
+    assert small_files(tmp_path / "in") == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3477,7 +3493,7 @@ def mutate_json(text, rng):
             return to_json(rng.choice(STRANGE))
         where, i = rng.choice(spots)
         other, j = rng.choice(spots)
-        strange = rng.choice(STRANGE)
+        strange = copy.deepcopy(rng.choice(STRANGE))
         what = rng.choice(["replace", "replace", "replace", "swap", "rename", "delete", "double"])
         if what == "replace":
             where[i] = (where[i][0], strange) if isinstance(where, Pairs) else strange
