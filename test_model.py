@@ -1177,8 +1177,8 @@ def test_a_text_ends_at_the_end_tokens_of_both_files(config, generation, wanted,
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving: what is written is read back bit by bit, holds the agreed names and keys, and leaves no old file in the way.
 
-def small_files(tmp_path):
-    return {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+def small_files(path):
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -1361,6 +1361,22 @@ def test_tokenizer_files_are_copied_when_asked_for(tmp_path):
     save_pretrained(tiny("t"), tmp_path / "without")
     assert set(small_files(tmp_path / "with")) - set(small_files(tmp_path / "without")) == copied
     assert (tmp_path / "with" / "tokenizer.json").read_text() == "tokenizer.json"
+
+
+def test_tokenizer_files_of_another_model_do_not_stay(tmp_path):
+    """A chat template that this model never had would be used with it. Without tokenizer_from they are this one's."""
+    source = tmp_path / "from"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("new")
+    for file in "tokenizer.json", "chat_template.jinja", "generation_config.json", "notes.txt":
+        (tmp_path / file).write_text('{"eos_token_id": 9}')
+    save_pretrained(tiny("t"), tmp_path)
+    assert (tmp_path / "tokenizer.json").exists() and (tmp_path / "chat_template.jinja").exists()
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 2}
+    save_pretrained(tiny("t"), tmp_path, tokenizer_from=source)
+    assert (tmp_path / "tokenizer.json").read_text() == "new" and (tmp_path / "notes.txt").exists()
+    assert not (tmp_path / "chat_template.jinja").exists()
+    assert not (tmp_path / "generation_config.json").exists()
 
 
 def test_saving_where_a_file_stands_is_refused(tmp_path):
@@ -1642,7 +1658,7 @@ NEARLY = {                                   # files, the path to load, what the
         "holds an adapter.*merge_and_unload"),
     "pickles": (
         ["config.json", "pytorch_model.bin"], "",
-        "is missing; pytorch_model.bin is a pickle and not read"),
+        "is missing; pytorch_model.bin is a pickle, which is not read"),
     "an older pickle": (
         ["params.json", "consolidated.00.pth"], "",
         "no config.json; consolidated.00.pth is a pickle"),
@@ -1665,6 +1681,9 @@ def test_the_name_of_a_hub_model_and_a_tilde_are_understood(tmp_path, monkeypatc
     save_pretrained(tiny("t"), "~/model")
     load_pretrained("~/model")
     assert (tmp_path / "model" / "config.json").exists()
+    args = argparse.Namespace(device="cpu", dtype="float32", out="~/x", model=None, prompt="~/x")
+    nano.start_script(args)
+    assert (args.out, args.model, args.prompt) == (str(tmp_path / "x"), None, "~/x")
 
 
 def test_float16_is_refused(tmp_path):
