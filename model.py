@@ -1177,9 +1177,9 @@ def stored_dtype(name, dtype):
 #
 # An all-attention model is saved as its own family. A hybrid whose attention is Mistral's is saved in the format of
 # Apriel-H1. A hybrid whose attention has more (biases of q, k and v, norms of q and k, scaled rotary frequencies) must
-# not: readers of that format ignore keys that they do not know and would compute something else. It gets a model type of
-# its own, nanoh1_hybrid, which everybody else refuses: Apriel's format plus the keys base_model_type (the family of the
-# attention), qkv_bias, qk_norm (true or false) and rope_scaling (null, or Llama 3's object), none of them optional.
+# not: readers of that format ignore keys that they do not know and would compute something else. It gets a model type
+# of its own, nanoh1_hybrid, which everybody else refuses: Apriel's format plus the keys base_model_type (the family of
+# the attention), qkv_bias, qk_norm (true or false) and rope_scaling (null, or Llama 3's object), none optional.
 
 class Family(NamedTuple):
     """A model type of transformers: how its attention differs, and what absent keys of config.json mean to it."""
@@ -1264,12 +1264,13 @@ SSM_OTHERS = ("n_v_heads", "n_qk_heads", "chunk_size")
 
 # No real size is near these. A config.json that asks for more is damaged, and must not cost memory or time first.
 LARGEST = 1 << 24
+LONGEST = 1 << 40
 MOST_LAYERS = 10_000
 
 
 def checkpoint_dir(path):
-    """path -> the same with ~ expanded, if it is a directory with a config.json. Raises UserError otherwise, with a hint
-    where the user is nearly right."""
+    """path -> the same with ~ expanded, if it is a directory with a config.json. Raises UserError otherwise, with a
+    hint where the user is nearly right."""
     path = os.path.expanduser(os.fspath(path))
     if os.path.isfile(path):
         more = ": GGUF is not read" if path.endswith(".gguf") else "; give the directory that holds config.json"
@@ -1291,7 +1292,7 @@ def nearly(path):
         return "; it holds an adapter, not a model: merge it into its base first (peft: merge_and_unload)"
     for file in files:
         if file.endswith((".bin", ".pth", ".pt")):
-            return f"; {file} is a pickle and not read: save the model again with transformers' save_pretrained"
+            return f"; {file} is a pickle, which is not read: save it again with transformers' save_pretrained"
         if file.endswith(".gguf"):
             return f"; {file} is a GGUF, which is not read: take the model in the safetensors format"
     return ""
@@ -1389,8 +1390,9 @@ def config_fields(raw):
     if not isinstance(raw, dict):
         refuse_value("it", raw, "a JSON object")
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in [*FAMILIES, *HYBRIDS]:
-        raise UserError(f"model_type {brief(model_type)} is not supported; known: {', '.join([*FAMILIES, *HYBRIDS])}")
+    known = [*FAMILIES, *HYBRIDS]
+    if model_type not in known:
+        raise UserError(f"model_type {brief(model_type)} is not supported; known: {', '.join(known)}")
     needed = list(SIZES)
     family = model_type
     if model_type in HYBRIDS:
@@ -1404,7 +1406,7 @@ def config_fields(raw):
     # Null is a value of this one.
     if model_type == "nanoh1_hybrid" and "rope_scaling" not in raw:
         raise UserError("the key 'rope_scaling' is missing")
-    if not isinstance(family, str) or family not in FAMILIES:
+    if family not in list(FAMILIES):
         refuse_value("base_model_type", family, f"one of {', '.join(FAMILIES)}")
     refuse_settings(raw, NEUTRAL)
 
@@ -1412,7 +1414,8 @@ def config_fields(raw):
     whole("num_hidden_layers", raw["num_hidden_layers"], MOST_LAYERS)
     fields["norm_eps"] = number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6))
     fields["tie_embeddings"] = flag("tie_word_embeddings", raw.get("tie_word_embeddings", False))
-    fields["max_length"] = whole("max_position_embeddings", raw.get("max_position_embeddings", 4096), 1 << 40)
+    length = raw.get("max_position_embeddings", 4096)
+    fields["max_length"] = whole("max_position_embeddings", length, LONGEST)
     fields["sliding_window"] = window_of(raw, model_type)
     fields |= attention_fields(raw, family)
     fields |= rope_fields(raw)
@@ -1463,10 +1466,11 @@ def window_of(raw, model_type):
     window = raw.get("sliding_window", 4096)
     types = raw.get("layer_types")
     is_qwen = model_type in ("qwen2", "qwen3")
-    if model_type == "llama" or is_qwen and not flag("use_sliding_window", raw.get("use_sliding_window", False)):
+    switch = flag("use_sliding_window", raw.get("use_sliding_window", not is_qwen))
+    if model_type == "llama" or is_qwen and not switch:
         window = None
     if window is not None:
-        whole("sliding_window", window, 1 << 40)
+        whole("sliding_window", window, LONGEST)
     # A hybrid's layers are what hybrid_block_layout says, and Fast-LLM writes other names into layer_types.
     if model_type in HYBRIDS:
         return window
@@ -1501,7 +1505,8 @@ def rope_fields(raw):
         theta = rope.get("rope_theta", theta)
     if len(scalings) == 2 and scalings[0] != scalings[1]:
         raise UserError("rope_scaling and rope_parameters contradict each other")
-    return {"rope_theta": number("rope_theta", theta), "rope_scaling": scalings[0] if scalings else None}
+    scaling = scalings[0] if scalings else None
+    return {"rope_theta": number("rope_theta", theta), "rope_scaling": scaling}
 
 
 def rope_scaling_from_json(rope, name):
@@ -1530,21 +1535,23 @@ def rope_scaling_to_json(scaling):
     """RopeScaling or None -> the dict for config.json, as transformers 4 and 5 read it, or None."""
     if scaling is None:
         return None
-    return {"rope_type": "llama3"} | {key: getattr(scaling, field) for key, field in LLAMA3_ROPE.items()}
+    numbers = {key: getattr(scaling, field) for key, field in LLAMA3_ROPE.items()}
+    return {"rope_type": "llama3"} | numbers
 
 
 def token_fields(raw, family):
-    """config.json -> the tokens that begin and end a text, and the one that pads. family: a Family, for the defaults."""
+    """config.json -> the tokens that begin and end a text, and the one that pads; family: the Family, for defaults.
+    Some files pad with -1, which is no token."""
     return {
         "bos_id": token_id("bos_token_id", raw.get("bos_token_id", family.bos_id)),
         "eos_ids": token_ids("eos_token_id", raw.get("eos_token_id", family.eos_id)),
-        "pad_id": token_id("pad_token_id", raw.get("pad_token_id")),
+        "pad_id": token_id("pad_token_id", raw.get("pad_token_id"), least=-1),
     }
 
 
-def token_id(name, value):
-    """value, if it is an id or None. Some files say -1 where they mean none."""
-    if value is not None and (type(value) is not int or not -1 <= value <= LARGEST):
+def token_id(name, value, least=0):
+    """value, if it is an id or None."""
+    if value is not None and (type(value) is not int or not least <= value <= LARGEST):
         refuse_value(name, value, "a token id, or null")
     return value
 
@@ -1636,7 +1643,8 @@ def config_to_json(config, dtype):
         raw["attention_bias"] = False
     if model_type in HYBRIDS:
         raw["hybrid_block_layout"] = list(c.layout)
-        raw["ssm_cfg"] = {key: getattr(c, field) for key, (field, _) in SSM_KEYS.items()} | SSM_IGNORED
+        ssm = {key: getattr(c, field) for key, (field, _) in SSM_KEYS.items()}
+        raw["ssm_cfg"] = ssm | SSM_IGNORED
         if c.family != "mistral" or model_type == "nanoh1_hybrid":
             raw["base_model_type"] = c.family
     if model_type == "nanoh1_hybrid":
@@ -1650,10 +1658,10 @@ GENERATION = "generation_config.json"
 
 class Source(NamedTuple):
     """Where the numbers of one parameter lie."""
-    file: object              # an open safetensors file
-    name: str                 # the tensor's name in it
-    shape: tuple              # of the parameter
-    rows: slice | None = None # the rows of the tensor that are meant; None: all of it
+    file: object                         # an open safetensors file
+    name: str                            # the tensor's name in it
+    shape: tuple                         # of the parameter
+    rows: slice | None = None            # the rows of the tensor that are meant; None: all of it
 
     def read(self):
         """-> the tensor, in the dtype of the file."""
@@ -1675,7 +1683,8 @@ def open_tensors(path):
             raise UserError(f"{single} is missing{nearly(path)}")
         return open_file(single)
     if os.path.exists(single):
-        print(f"warning: {path} holds both model.safetensors and {INDEX}: reading the first", file=sys.stderr)
+        print(f"warning: {path} holds both model.safetensors and {INDEX}: reading the first",
+              file=sys.stderr)
         return open_file(single)
     where = read_index(index)
     sources = {}
@@ -1706,8 +1715,9 @@ def open_file(path):
         file = safe_open(path, framework="pt")
         for name in file.keys():
             tensor = file.get_slice(name)
-            if tensor.get_dtype() not in DTYPES:
-                raise UserError(f"{path}: {name} is stored as {tensor.get_dtype()}; known: {', '.join(DTYPES)}")
+            dtype = tensor.get_dtype()
+            if dtype not in DTYPES:
+                raise UserError(f"{path}: {name} is stored as {dtype}; known: {', '.join(DTYPES)}")
             sources[name] = Source(file, name, tuple(tensor.get_shape()))
     except (SafetensorError, OSError) as e:
         refuse_pointer(path)
@@ -1739,7 +1749,8 @@ def find_sources(path, config):
     # A tied model may hold its head a second time. It must then be the embedding.
     if config.tie_embeddings and head is not None and embedding is not None:
         if not is_copy(head, embedding):
-            raise UserError(f"{path}: config.json ties the embeddings, but lm_head.weight is not the embedding")
+            raise UserError(f"{path}: config.json ties the embeddings, but lm_head.weight is not the "
+                            f"embedding")
         del sources["lm_head.weight"]
     return sources
 
@@ -1769,7 +1780,7 @@ def some(names, most=5):
 
 
 def file_name(name, layout):
-    """A parameter's name in the module -> its name in the file: a mixer is called self_attn there, if it is attention."""
+    """A parameter's name in the module -> its name in the file: a mixer that is attention is called self_attn there."""
     parts = name.split(".")
     if parts[0] == "layers" and parts[2] == "mixer":
         parts[2] = MIXERS[layout[int(parts[1])]].name_in_file
@@ -1780,7 +1791,8 @@ def load_pretrained(path, device="cpu", dtype=torch.float32):
     """A checkpoint directory -> HybridLM in eval mode. Tensors are read one by one straight into device and dtype.
     Raises UserError for a missing or broken file, unknown settings, and missing, unexpected or mis-shaped tensors."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise UserError(f"dtype {dtype} is not supported (float16 overflows in the scan): use float32 or bfloat16")
+        raise UserError(f"dtype {dtype} is not supported (float16 overflows in the scan): use float32 or "
+                        f"bfloat16")
     path = checkpoint_dir(path)
     config = read_config(path)
     sources = find_sources(path, config)
@@ -1876,19 +1888,6 @@ def write_json(path, value):
     write_atomic(path, json_writer(value))
 
 
-def deal_out(parameters, shard_bytes):
-    """{name: tensor} -> [{name: tensor}, ...] in the same order, each of at most shard_bytes (or a single tensor)."""
-    shards = [{}]
-    size = 0
-    for name, p in parameters.items():
-        if shards[-1] and size + p.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = p
-        size += p.nbytes
-    return shards
-
-
 @torch.no_grad()
 def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30, dtype=None):
     """Write model to the directory path: config.json and model.safetensors, or shards of at most shard_bytes with an
@@ -1904,16 +1903,20 @@ def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30, dtype
     tensors = {}
     # A tied head appears as the embedding.
     for name, p in model.named_parameters():
-        tensors[file_name(name, model.config.layout)] = p.detach().to("cpu", stored_dtype(name, dtype)).contiguous()
-    writers = weight_writers(tensors, shard_bytes)
-    stale = old_weights(path) - set(writers)
+        tensor = p.detach().to("cpu", stored_dtype(name, dtype)).contiguous()
+        tensors[file_name(name, model.config.layout)] = tensor
     raw = config_to_json(model.config, dtype)
+    writers = weight_writers(tensors, shard_bytes)
     writers["config.json"] = json_writer(raw)
+    old = old_weights(path)
     source = os.path.expanduser(os.fspath(tokenizer_from or path))
-    writers |= copies(source, path)
-    writers |= generation_writer([source, path], raw["eos_token_id"])
+    if not same_place(source, path):
+        writers |= copies(source)
+        old |= {file for file in (*TOKENIZER_FILES, GENERATION) if os.path.exists(os.path.join(path, file))}
+    writers |= generation_writer(source, raw["eos_token_id"])
     write_together({os.path.join(path, file): write for file, write in writers.items()})
-    for file in stale:
+    # What another model left here and this one does not bring.
+    for file in old - set(writers):
         os.remove(os.path.join(path, file))
 
 
@@ -1942,39 +1945,41 @@ def weight_writers(tensors, shard_bytes):
 
 
 def old_weights(path):
-    """The directory `path` -> the names of the weight files of a checkpoint that lies there: a new one replaces them."""
+    """The directory `path` -> the names of the weight files in it, those of an index among them: a new checkpoint
+    replaces them."""
     files = set(os.listdir(path))
-    old = {file for file in files if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", file)}
+    old = {"model.safetensors", INDEX}
+    old |= {file for file in files if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", file)}
     if INDEX in files:
         try:
-            old |= {file for file in read_index(os.path.join(path, INDEX)).values() if file.endswith(".safetensors")}
+            named = read_index(os.path.join(path, INDEX)).values()
+            old |= {file for file in named if file.endswith(".safetensors")}
         except UserError:
             pass                             # a broken one names nothing
-    return files & (old | {"model.safetensors", INDEX})
+    return files & old
 
 
-def copies(source, path):
-    """-> {file: write} for the tokenizer files of the directory `source`, unless that is the directory `path`."""
+def copies(source):
+    """-> {file: write} for the tokenizer files of the directory `source`."""
     writers = {}
-    for file in TOKENIZER_FILES if os.path.realpath(source) != os.path.realpath(path) else ():
+    for file in TOKENIZER_FILES:
         original = os.path.join(source, file)
         if os.path.exists(original):
             writers[file] = file_writer(original)
     return writers
 
 
-def generation_writer(folders, eos):
-    """-> {file: write} for the first generation_config.json in these directories, with the end tokens of config.json:
-    a reader that asks either file, or both, stops at the same tokens. Nothing where there is none."""
-    for folder in folders:
-        file = os.path.join(folder, GENERATION)
-        if os.path.exists(file):
-            try:
-                raw = read_json(file, dict)
-            except UserError:
-                raw = {}                     # nobody could read it, and a save must not fail for it
-            return {GENERATION: json_writer(raw | {"eos_token_id": eos})}
-    return {}
+def generation_writer(source, eos):
+    """-> {file: write} for generation_config.json of the directory `source`, if there is one, with the end tokens of
+    config.json: a reader that asks either file, or both, stops at the same tokens."""
+    file = os.path.join(source, GENERATION)
+    if not os.path.exists(file):
+        return {}
+    try:
+        raw = read_json(file, dict)
+    except UserError:
+        raw = {}                             # nobody could read it, and a save must not fail for it
+    return {GENERATION: json_writer(raw | {"eos_token_id": eos})}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2556,6 +2561,10 @@ def pick_dtype(name, device):
 def start_script(args):
     """args with device and dtype, as the flags of every script -> (torch.device, dtype of matrix products)."""
     torch.set_flush_denormal(True)           # a state that has decayed to 1e-40 costs 100 cycles an operation
+    # A shell expands ~ in "--out ~/x", and not in "--out=~/x".
+    for name in ("model", "teacher", "student", "merge", "data", "rank", "out"):
+        if isinstance(getattr(args, name, None), str):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
     device = pick_device(args.device)
     return device, pick_dtype(args.dtype, device)
 
@@ -2636,7 +2645,8 @@ def claim_out(path, inputs, overwrite, resume, done="report.json"):
             raise UserError(f"--out {path} is {other}, which this run reads: choose another --out")
     there = [file for file in ("config.json", done, "progress.safetensors") if os.path.exists(os.path.join(path, file))]
     if there == ["config.json"] and not overwrite:
-        raise UserError(f"{path} holds a model that this script did not make: choose another --out, or pass --overwrite")
+        raise UserError(f"{path} holds a model that this script did not make: choose another --out, or pass "
+                        f"--overwrite")
     if there and not (overwrite or resume):
         if there == ["progress.safetensors"]:
             raise UserError(f"{path} holds an unfinished run: pass --resume to continue it, or --overwrite")

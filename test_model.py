@@ -1271,9 +1271,9 @@ def write_checkpoint(path, raw, tensors=None, shards=1):
 
 
 # Over a context of 128 two of the four pairs of lanes turn often and stay, one turns rarely, one is between.
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 4.0,
+ROPE_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 128}
-LLAMA3_OLD = {"type" if key == "rope_type" else key: value for key, value in LLAMA3.items()}
+ROPE_LLAMA3_OLD = {"type" if key == "rope_type" else key: value for key, value in ROPE_LLAMA3.items()}
 NANO = {"model_type": "nanoh1_hybrid", "qkv_bias": False, "qk_norm": False, "rope_scaling": None}
 CHECKPOINTS = {
     "single file": {},
@@ -1304,15 +1304,16 @@ CHECKPOINTS = {
     "Mistral, tied": {"model_type": "mistral", "layout": "t t", "tie_word_embeddings": True},
     "Llama": {"model_type": "llama", "layout": "t t"},
     "Llama, a window of another model": {"model_type": "llama", "layout": "t t", "sliding_window": 5},
-    "Llama 3": {"model_type": "llama", "layout": "t t", "rope_scaling": LLAMA3, "tie_word_embeddings": True},
-    "Llama 3, older spelling": {"model_type": "llama", "layout": "t t", "rope_scaling": LLAMA3_OLD},
+    "Llama 3": {"model_type": "llama", "layout": "t t", "rope_scaling": ROPE_LLAMA3, "tie_word_embeddings": True},
+    "Llama 3, older spelling": {"model_type": "llama", "layout": "t t", "rope_scaling": ROPE_LLAMA3_OLD},
     "Llama 3, transformers 5": {"model_type": "llama", "layout": "t t", "rope_theta": ...,
-                                "rope_parameters": LLAMA3 | {"rope_theta": 700.0}},
-    "Qwen2": {"model_type": "qwen2", "layout": "t t", "use_sliding_window": False, "sliding_window": 5},
+                                "rope_parameters": ROPE_LLAMA3 | {"rope_theta": 700.0}},
+    "Qwen2": {"model_type": "qwen2", "layout": "t t", "use_sliding_window": False, "sliding_window": 5,
+              "max_window_layers": 1},
     "Qwen2, with a window": {"model_type": "qwen2", "layout": "t t", "use_sliding_window": True, "sliding_window": 5,
                              "layer_types": ["sliding_attention", "sliding_attention"]},
     "Qwen3": {"model_type": "qwen3", "layout": "t t", "shards": 2, "layer_types": ["full_attention"] * 2},
-    "hybrid of Llama 3": NANO | {"base_model_type": "llama", "rope_scaling": LLAMA3},
+    "hybrid of Llama 3": NANO | {"base_model_type": "llama", "rope_scaling": ROPE_LLAMA3},
     "hybrid of Qwen2": NANO | {"base_model_type": "qwen2", "qkv_bias": True},
     "hybrid of Qwen3": NANO | {"base_model_type": "qwen3", "qk_norm": True, "shards": 2},
 }
@@ -1448,28 +1449,41 @@ def test_a_log_and_d_are_float32_whatever_the_file_and_the_model_are(dtype, tmp_
     assert not torch.equal(model(tokens, model.new_state(1, 19))[1].layers[0].h, cells)
 
 
-# model type, what config.json says (...: nothing), the fields it must give
+ONE_MAMBA = {"hybrid_block_layout": ["m2"], "num_hidden_layers": 1}
+# model type, what config.json says beside the sizes, the fields it must give
 DEFAULTS = {
-    "Mistral": ("mistral", {"num_attention_heads": 8, "hidden_size": 32, "eos_token_id": [2, 7]},
-                {"n_kv_head": 8, "head_dim": 4, "sliding_window": 4096, "rope_theta": 10000.0, "norm_eps": 1e-6,
-                 "tie_embeddings": False, "bos_id": 1, "eos_ids": (2, 7)}),
-    "Mistral, nulls": ("mistral", {"num_key_value_heads": None, "head_dim": None, "sliding_window": None,
-                                   "eos_token_id": None, "bos_token_id": None},
-                       {"n_kv_head": 4, "head_dim": 6, "sliding_window": None, "bos_id": None, "eos_ids": ()}),
-    "Llama": ("llama", {}, {"n_kv_head": 4, "head_dim": 6, "sliding_window": None, "bos_id": 1, "eos_ids": (2,)}),
-    "Qwen2": ("qwen2", {"num_attention_heads": 32, "hidden_size": 128},
-              {"n_kv_head": 32, "head_dim": 4, "sliding_window": None, "bos_id": None, "eos_ids": (), "qkv_bias": True}),
-    "Qwen3": ("qwen3", {"num_attention_heads": 32}, {"n_kv_head": 32, "head_dim": 128, "eos_ids": (), "qk_norm": True}),
-    "Qwen3, windows": ("qwen3", {"num_attention_heads": 32, "use_sliding_window": True, "max_window_layers": 0},
-                       {"sliding_window": 4096}),
+    "Mistral": (
+        "mistral", {"num_attention_heads": 8, "hidden_size": 32, "eos_token_id": [2, 7]},
+        {"n_kv_head": 8, "head_dim": 4, "sliding_window": 4096, "rope_theta": 10000.0, "norm_eps": 1e-6,
+         "tie_embeddings": False, "bos_id": 1, "eos_ids": (2, 7), "pad_id": None}),
+    "Mistral, nulls": (
+        "mistral",
+        {"num_key_value_heads": None, "head_dim": None, "sliding_window": None, "eos_token_id": None,
+         "bos_token_id": None},
+        {"n_kv_head": 4, "head_dim": 6, "sliding_window": None, "bos_id": None, "eos_ids": ()}),
+    "Llama": (
+        "llama", {"pad_token_id": 0},
+        {"n_kv_head": 4, "head_dim": 6, "sliding_window": None, "bos_id": 1, "eos_ids": (2,), "pad_id": 0}),
+    "Qwen2": (
+        "qwen2", {"num_attention_heads": 32, "hidden_size": 128},
+        {"n_kv_head": 32, "head_dim": 4, "sliding_window": None, "bos_id": None, "eos_ids": (),
+         "qkv_bias": True}),
+    "Qwen3": (
+        "qwen3", {"num_attention_heads": 32},
+        {"n_kv_head": 32, "head_dim": 128, "eos_ids": (), "qk_norm": True}),
+    "Qwen3, windows": (
+        "qwen3", {"num_attention_heads": 32, "use_sliding_window": True, "max_window_layers": 0},
+        {"sliding_window": 4096}),
     "Qwen3, windows from a layer that is not there": (
         "qwen3", {"num_attention_heads": 32, "use_sliding_window": True}, {"sliding_window": None}),
-    "Mamba": (HYBRID, {"hybrid_block_layout": ["m2"], "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 8},
-              {"d_state": 64, "d_inner": 4096, "d_xb": 64, "d_conv": 4, "dt_rank": 4, "expand_before_conv": True,
-               "conv_bias": True, "dt_bias": True, "proj_bias": False}),
-    "Mamba, nulls": (HYBRID, {"hybrid_block_layout": ["m2"], "num_hidden_layers": 1, "num_key_value_heads": 2,
-                              "ssm_cfg": {"d_inner": None, "d_xb": None, "dt_rank": "auto", "d_state": 8, "expand": 2}},
-                     {"d_inner": 48, "d_xb": 24, "dt_rank": 2}),
+    "Mamba": (
+        HYBRID, ONE_MAMBA | {"hidden_size": 64, "num_attention_heads": 8},
+        {"d_state": 64, "d_inner": 4096, "d_xb": 64, "d_conv": 4, "dt_rank": 4, "expand_before_conv": True,
+         "conv_bias": True, "dt_bias": True, "proj_bias": False}),
+    "Mamba, nulls": (
+        HYBRID, ONE_MAMBA | {"num_key_value_heads": 2, "ssm_cfg": {
+            "d_inner": None, "d_xb": None, "dt_rank": "auto", "d_state": 8, "expand": 2}},
+        {"d_inner": 48, "d_xb": 24, "dt_rank": 2}),
 }
 
 
@@ -1510,8 +1524,8 @@ def test_a_text_ends_at_the_end_tokens_of_both_files(config, generation, wanted,
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving: what is written is read back bit by bit, holds the agreed names and keys, and leaves no old file in the way.
 
-def small_files(tmp_path):
-    return {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+def small_files(path):
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -1541,45 +1555,46 @@ SHARED_KEYS = {
     "architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rope_theta", "rms_norm_eps",
     "tie_word_embeddings", "bos_token_id", "eos_token_id", "max_position_embeddings", "torch_dtype"}
+QWEN_KEYS = {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2}
+LLAMA_KEYS = {"attention_bias": False, "mlp_bias": False}
 HYBRID_KEYS = {"sliding_window": None, "hybrid_block_layout": ["m2", "t"]}
+NANO_KEYS = HYBRID_KEYS | {"qkv_bias": False, "qk_norm": False, "rope_scaling": None}
 SCALING = nano.RopeScaling(8.0, 0.5, 4.0, 128)
 
-# fields of Config -> architecture, model_type, and the keys beyond SHARED_KEYS and ssm_cfg
+# layout and fields of Config -> model_type, and the keys beyond SHARED_KEYS and ssm_cfg
 WRITTEN = {
-    "Mistral": ("t t", {}, "MistralForCausalLM", "mistral", {"sliding_window": None}),
-    "Mistral with a pad token": ("t t", {"pad_id": 7}, "MistralForCausalLM", "mistral",
-                                 {"sliding_window": None, "pad_token_id": 7}),
-    "Llama": ("t t", {"family": "llama"}, "LlamaForCausalLM", "llama", {"attention_bias": False, "mlp_bias": False}),
-    "Llama 3": ("t t", {"family": "llama", "rope_scaling": SCALING}, "LlamaForCausalLM", "llama",
-                {"attention_bias": False, "mlp_bias": False, "rope_scaling": LLAMA3}),
-    "Qwen2": ("t t", {"family": "qwen2", "qkv_bias": True}, "Qwen2ForCausalLM", "qwen2",
-              {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2}),
-    "Qwen2 with windows": ("t t", {"family": "qwen2", "qkv_bias": True, "sliding_window": 9}, "Qwen2ForCausalLM", "qwen2",
-                           {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}),
-    "Qwen3": ("t t", {"family": "qwen3", "qk_norm": True}, "Qwen3ForCausalLM", "qwen3",
-              {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2, "attention_bias": False}),
-    "hybrid": ("m2 t", {}, "AprielHybridSSMForCausalLM", HYBRID, HYBRID_KEYS),
-    "hybrid of Llama": ("m2 t", {"family": "llama"}, "AprielHybridSSMForCausalLM", HYBRID,
-                        HYBRID_KEYS | {"base_model_type": "llama"}),
-    "hybrid of Llama 3": ("m2 t", {"family": "llama", "rope_scaling": SCALING}, "NanoH1HybridForCausalLM",
-                          "nanoh1_hybrid", HYBRID_KEYS | {"base_model_type": "llama", "rope_scaling": LLAMA3,
-                                                          "qkv_bias": False, "qk_norm": False}),
-    "hybrid of Qwen2": ("m2 t", {"family": "qwen2", "qkv_bias": True}, "NanoH1HybridForCausalLM", "nanoh1_hybrid",
-                        HYBRID_KEYS | {"base_model_type": "qwen2", "rope_scaling": None, "qkv_bias": True,
-                                       "qk_norm": False}),
-    "hybrid of Qwen3": ("m2 t", {"family": "qwen3", "qk_norm": True}, "NanoH1HybridForCausalLM", "nanoh1_hybrid",
-                        HYBRID_KEYS | {"base_model_type": "qwen3", "rope_scaling": None, "qkv_bias": False,
-                                       "qk_norm": True}),
-    "all attention, of no family": ("t t", {"qkv_bias": True, "qk_norm": True}, "NanoH1HybridForCausalLM",
-                                    "nanoh1_hybrid", HYBRID_KEYS | {"hybrid_block_layout": ["t", "t"],
-                                                                    "base_model_type": "mistral", "rope_scaling": None,
-                                                                    "qkv_bias": True, "qk_norm": True}),
-    "all attention, a Llama with a window": ("t t", {"family": "llama", "sliding_window": 9}, "NanoH1HybridForCausalLM",
-                                             "nanoh1_hybrid", HYBRID_KEYS | {
-                                                 "hybrid_block_layout": ["t", "t"], "base_model_type": "llama",
-                                                 "sliding_window": 9, "rope_scaling": None, "qkv_bias": False,
-                                                 "qk_norm": False}),
+    "Mistral": ("t t", {}, "mistral", {"sliding_window": None}),
+    "Mistral with a pad token": ("t t", {"pad_id": 7}, "mistral", {"sliding_window": None, "pad_token_id": 7}),
+    "Llama": ("t t", {"family": "llama"}, "llama", LLAMA_KEYS),
+    "Llama 3": (
+        "t t", {"family": "llama", "rope_scaling": SCALING}, "llama", LLAMA_KEYS | {"rope_scaling": ROPE_LLAMA3}),
+    "Qwen2": ("t t", {"family": "qwen2", "qkv_bias": True}, "qwen2", QWEN_KEYS),
+    "Qwen2 with windows": (
+        "t t", {"family": "qwen2", "qkv_bias": True, "sliding_window": 9}, "qwen2",
+        {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}),
+    "Qwen3": ("t t", {"family": "qwen3", "qk_norm": True}, "qwen3", QWEN_KEYS | {"attention_bias": False}),
+    "hybrid": ("m2 t", {}, HYBRID, HYBRID_KEYS),
+    "hybrid of Llama": ("m2 t", {"family": "llama"}, HYBRID, HYBRID_KEYS | {"base_model_type": "llama"}),
+    "hybrid of Llama 3": (
+        "m2 t", {"family": "llama", "rope_scaling": SCALING}, "nanoh1_hybrid",
+        NANO_KEYS | {"base_model_type": "llama", "rope_scaling": ROPE_LLAMA3}),
+    "hybrid of Qwen2": (
+        "m2 t", {"family": "qwen2", "qkv_bias": True}, "nanoh1_hybrid",
+        NANO_KEYS | {"base_model_type": "qwen2", "qkv_bias": True}),
+    "hybrid of Qwen3": (
+        "m2 t", {"family": "qwen3", "qk_norm": True}, "nanoh1_hybrid",
+        NANO_KEYS | {"base_model_type": "qwen3", "qk_norm": True}),
+    "all attention, of no family": (
+        "t t", {"qkv_bias": True, "qk_norm": True}, "nanoh1_hybrid",
+        NANO_KEYS | {"hybrid_block_layout": ["t", "t"], "base_model_type": "mistral", "qkv_bias": True,
+                     "qk_norm": True}),
+    "all attention, a Llama with a window": (
+        "t t", {"family": "llama", "sliding_window": 9}, "nanoh1_hybrid",
+        NANO_KEYS | {"hybrid_block_layout": ["t", "t"], "base_model_type": "llama", "sliding_window": 9}),
 }
+ARCHITECTURES = {
+    "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", HYBRID: "AprielHybridSSMForCausalLM", "nanoh1_hybrid": "NanoH1HybridForCausalLM"}
 
 
 @pytest.mark.parametrize("case", WRITTEN)
@@ -1587,14 +1602,14 @@ def test_written_config_holds_exactly_the_agreed_keys(case, tmp_path):
     """Explicit where a default would be wrong (head_dim, the null window), numbers where "auto" is ambiguous, flat
     theta, and no layer_types, which transformers refuses to read. It is read back as the same Config, and a family
     that a reader of Apriel's format would compute wrongly does not get its name."""
-    layout, change, architecture, model_type, more = WRITTEN[case]
+    layout, change, model_type, more = WRITTEN[case]
     model = tiny(layout, **change)
     save_pretrained(model, tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     ssm = raw.pop("ssm_cfg", None)
     assert {key: raw[key] for key in raw if key not in SHARED_KEYS} == more
     assert SHARED_KEYS <= set(raw)
-    assert (raw["model_type"], raw["architectures"]) == (model_type, [architecture])
+    assert (raw["model_type"], raw["architectures"]) == (model_type, [ARCHITECTURES[model_type]])
     assert (raw["head_dim"], raw["rope_theta"], raw["eos_token_id"], raw["torch_dtype"]) == (8, 10000.0, 2, "float64")
     assert (ssm is not None) == ("hybrid_block_layout" in raw)
     assert ssm is None or ssm == SSM_CFG | {
@@ -1695,6 +1710,22 @@ def test_tokenizer_files_are_copied_when_asked_for(tmp_path):
     assert (tmp_path / "with" / "tokenizer.json").read_text() == "tokenizer.json"
 
 
+def test_tokenizer_files_of_another_model_do_not_stay(tmp_path):
+    """A chat template that this model never had would be used with it. Without tokenizer_from they are this one's."""
+    source = tmp_path / "from"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("new")
+    for file in "tokenizer.json", "chat_template.jinja", "generation_config.json", "notes.txt":
+        (tmp_path / file).write_text('{"eos_token_id": 9}')
+    save_pretrained(tiny("t"), tmp_path)
+    assert (tmp_path / "tokenizer.json").exists() and (tmp_path / "chat_template.jinja").exists()
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 2}
+    save_pretrained(tiny("t"), tmp_path, tokenizer_from=source)
+    assert (tmp_path / "tokenizer.json").read_text() == "new" and (tmp_path / "notes.txt").exists()
+    assert not (tmp_path / "chat_template.jinja").exists()
+    assert not (tmp_path / "generation_config.json").exists()
+
+
 def test_saving_where_a_file_stands_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
@@ -1730,9 +1761,12 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "discrete Mamba-2 layers": ({"hybrid_block_layout": ["m2d", "t", "m2"]}, "m2d"),
     "sliding-window layers": ({"hybrid_block_layout": ["m2", "swa", "m2"]}, "swa"),
     "gated delta layers": ({"hybrid_block_layout": ["m2", "t", "gdn"]}, "gdn"),
-    "a layout of another length": ({"hybrid_block_layout": ["m2", "t"]}, "2 layers, the model has 3"),
-    "a layout that is no list": ({"hybrid_block_layout": 3}, "hybrid_block_layout must be a list, got 3"),
-    "another model type": ({"model_type": "gemma"}, 'model_type "gemma" is not supported; known: mistral, llama'),
+    "a layout of another length": (
+        {"hybrid_block_layout": ["m2", "t"]}, "2 layers, the model has 3"),
+    "a layout that is no list": (
+        {"hybrid_block_layout": 3}, "hybrid_block_layout must be a list, got 3"),
+    "another model type": (
+        {"model_type": "gemma"}, 'model_type "gemma" is not supported; known: mistral, llama'),
     "no model type": ({"model_type": ...}, "model_type null"),
     "no layout": ({"hybrid_block_layout": ...}, "'hybrid_block_layout' is missing"),
     "no hidden size": ({"hidden_size": ...}, "'hidden_size' is missing"),
@@ -1740,47 +1774,70 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "no heads": ({"num_attention_heads": ...}, "'num_attention_heads' is missing"),
     "no MLP width": ({"intermediate_size": ...}, "'intermediate_size' is missing"),
     "no vocabulary size": ({"vocab_size": None}, "'vocab_size' is missing"),
-    "linear rope scaling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
+    "linear rope scaling": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
     "yarn": ({"rope_parameters": YARN}, "rope_parameters.*yarn"),
     "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.*dynamic"),
-    "longrope": ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling.*longrope"),
-    "yarn beside default rope": ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, "rope_scaling.*yarn"),
-    "scaling without its numbers": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),
-    "scaling the wrong way round": ({"rope_scaling": LLAMA3 | {"high_freq_factor": 0.25}}, "high_freq_factor must be"),
-    "two scalings": ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1e4}}, "contradict each other"),
-    "an original length outside": ({"original_max_position_embeddings": 64}, "original_max_position_embeddings = 64"),
-    "mixed windows": ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-                      "either every layer has the window or none"),
-    "mixed layer types": ({"model_type": "qwen2", "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
-                          "layer_types = .*either every layer has the window or none"),
-    "windows for some layer types": ({"model_type": "mistral", "layer_types": ["full_attention"] * 3, "sliding_window": 5},
-                                     "layer_types = .*sliding_window = 5"),
-    "windows that Llama has not": ({"model_type": "llama", "layer_types": ["sliding_attention"] * 3, "sliding_window": 5},
-                                   "layer_types = .*sliding_window = None"),
+    "longrope": (
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling.*longrope"),
+    "yarn beside default rope": (
+        {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, "rope_scaling.*yarn"),
+    "scaling without its numbers": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),
+    "scaling the wrong way round": (
+        {"rope_scaling": ROPE_LLAMA3 | {"high_freq_factor": 0.25}}, "high_freq_factor must be"),
+    "two scalings": (
+        {"rope_scaling": ROPE_LLAMA3, "rope_parameters": {"rope_theta": 1e4}},
+        "contradict each other"),
+    "an original length outside": (
+        {"original_max_position_embeddings": 64}, "original_max_position_embeddings = 64"),
+    "mixed windows": (
+        {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        "either every layer has the window or none"),
+    "mixed layer types": (
+        {"model_type": "qwen2", "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+        "layer_types = .*either every layer has the window or none"),
+    "windows for some layer types": (
+        {"model_type": "mistral", "layer_types": ["full_attention"] * 3, "sliding_window": 5},
+        "layer_types = .*sliding_window = 5"),
+    "windows that Llama has not": (
+        {"model_type": "llama", "layer_types": ["sliding_attention"] * 3, "sliding_window": 5},
+        "layer_types = .*sliding_window = None"),
     "own type without a family": (NANO | {"base_model_type": ...}, "'base_model_type' is missing"),
-    "own type of no known family": (NANO | {"base_model_type": "gemma"}, "base_model_type must be one of mistral, llama"),
-    "own type without its scaling": (NANO | {"base_model_type": "llama", "rope_scaling": ...}, "'rope_scaling' is missing"),
-    "rope per layer type": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
+    "own type of no known family": (
+        NANO | {"base_model_type": "gemma"}, "base_model_type must be one of mistral, llama"),
+    "own type without its scaling": (
+        NANO | {"base_model_type": "llama", "rope_scaling": ...}, "'rope_scaling' is missing"),
+    "rope per layer type": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
     "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-    "partial rope, newer spelling": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
+    "partial rope, newer spelling": (
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
     "gelu": ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
     "attention bias": ({"attention_bias": True}, "attention_bias = true"),
     "MLP bias": ({"mlp_bias": True}, "mlp_bias = true"),
     "quantisation": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
     "an unknown key of ssm_cfg": ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate"),
     "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "16 % 5"),
-    "d_state null": ({"ssm_cfg": {"d_state": None}}, "ssm_cfg.d_state must be a whole number .*null"),
+    "d_state null": (
+        {"ssm_cfg": {"d_state": None}}, "ssm_cfg.d_state must be a whole number .*null"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "4 % 3"),
     "a width in words": ({"hidden_size": "twenty-four"}, "hidden_size.*twenty-four"),
     "a width of zero": ({"intermediate_size": 0}, "intermediate_size.*0"),
     "a width that is true": ({"intermediate_size": True}, "intermediate_size.*true"),
-    "a width that no machine holds": ({"intermediate_size": 1 << 40}, "intermediate_size.*1 to 16777216"),
-    "more layers than tensors": ({"num_hidden_layers": 5000, "hybrid_block_layout": ["t"] * 5000}, "4997 layers of"),
+    "a width that no machine holds": (
+        {"intermediate_size": 1 << 40}, "intermediate_size.*1 to 16777216"),
+    "more layers than any model": (
+        {"num_hidden_layers": 10 ** 6}, "num_hidden_layers must be .* from 1 to 10000"),
+    "more layers than tensors": (
+        {"num_hidden_layers": 5000, "hybrid_block_layout": ["t"] * 5000}, "4997 layers of"),
     "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads.*0"),
     "theta in words": ({"rope_theta": "big"}, 'rope_theta must be a number above 0, got "big"'),
-    "theta without an end": ({"rope_theta": math.inf}, "rope_theta must be a number above 0, got Infinity"),
+    "theta without an end": (
+        {"rope_theta": math.inf}, "rope_theta must be a number above 0, got Infinity"),
     "rope as a list": ({"rope_scaling": [1, 2]}, "rope_scaling must be a JSON object or null"),
-    "an end token in words": ({"eos_token_id": ["</s>"]}, 'eos_token_id must be a token id, or null, got "</s>"'),
+    "an end token in words": (
+        {"eos_token_id": ["</s>"]}, 'eos_token_id must be a token id, or null, got "</s>"'),
 }
 
 
@@ -1869,40 +1926,57 @@ DT_IN = "model.layers.0.mixer.dt_in_proj.weight"
 WEIGHTS = "model.safetensors"
 BROKEN = {                                   # shards, damage, what the message must name
     "no config": (1, without("config.json"), "has no config.json$"),
-    "broken JSON": (1, text_in("config.json", '{"model_type": "mistral", '), "config.json is not valid JSON"),
-    "deep JSON": (1, text_in("config.json", "[" * 100_000), "config.json is not valid JSON: it is nested too deeply"),
+    "broken JSON": (
+        1, text_in("config.json", '{"model_type": "mistral", '), "config.json is not valid JSON"),
+    "deep JSON": (
+        1, text_in("config.json", "[" * 100_000),
+        "config.json is not valid JSON: it is nested too deeply"),
     "config is a list": (1, text_in("config.json", "[]"), "config.json holds a list"),
-    "config is not text": (1, text_in("config.json", "\xff\xfe\0"), "config.json is not valid JSON"),
-    "config is a pointer": (1, text_in("config.json", POINTER), "config.json is a git LFS pointer.*git lfs pull"),
+    "config is not text": (
+        1, text_in("config.json", "\xff\xfe\0"), "config.json is not valid JSON"),
+    "config is a pointer": (
+        1, text_in("config.json", POINTER), "config.json is a git LFS pointer.*git lfs pull"),
     "no weights": (1, without(WEIGHTS), "model.safetensors is missing$"),
     "empty weights": (1, cut_to(0), "model.safetensors is not a readable"),
     "weights cut in the header": (1, cut_to(100), "model.safetensors is not a readable"),
     "weights cut in the data": (1, cut_to(-10), "model.safetensors is not a readable"),
     "pickle in disguise": (1, pickled, "not a readable safetensors"),
-    "weights are a pointer": (1, text_in(WEIGHTS, POINTER), "model.safetensors is a git LFS pointer.*git lfs pull"),
+    "weights are a pointer": (
+        1, text_in(WEIGHTS, POINTER), "model.safetensors is a git LFS pointer.*git lfs pull"),
     "weights are integers": (1, integers, "is stored as I64; known: F64, F32, F16, BF16"),
     "missing shard": (3, without("part_1.safetensors"), "part_1.safetensors is missing"),
-    "shard is a pointer": (3, text_in("part_1.safetensors", POINTER), "part_1.safetensors is a git LFS pointer"),
+    "shard is a pointer": (
+        3, text_in("part_1.safetensors", POINTER), "part_1.safetensors is a git LFS pointer"),
     "index without a map": (3, text_in(INDEX, "{}"), "no weight_map"),
     "index with odd values": (3, index_with(IN_PROJ, 3), "weight_map"),
     "index is broken": (3, text_in(INDEX, "{"), "index.json is not"),
     "index is a list": (3, text_in(INDEX, "[]"), "index.json holds a"),
     "index names an absent tensor": (3, index_with("ghost", "part_0.safetensors"), "ghost"),
-    "index names the wrong file": (3, index_with("model.norm.weight", "part_2.safetensors"), "model.norm.weight"),
+    "index names the wrong file": (
+        3, index_with("model.norm.weight", "part_2.safetensors"), "model.norm.weight"),
     "index leaves a tensor out": (3, index_with(IN_PROJ, None), f"missing {IN_PROJ}"),
     "missing tensor": (1, without_tensor(IN_PROJ), f"missing {IN_PROJ}"),
     "missing dt rows": (1, without_tensor(DT_IN), f"missing {DT_IN}"),
     "missing head": (1, without_tensor("lm_head.weight"), "missing lm_head.weight"),
     "unexpected tensor": (1, with_tensor("stray", 2), "unexpected stray"),
-    "a bias that is not announced": (1, with_tensor("model.layers.1.self_attn.q_proj.bias", 32), "unexpected .*q_proj"),
-    "a layer too many": (1, with_tensor("model.layers.3.mixer.D", 32), "unexpected model.layers.3.mixer.D"),
-    "mis-shaped tensor": (1, with_tensor("model.norm.weight", 23), r"norm.weight has shape \(23,\), expected \(24,\)"),
-    "too few rows in in_proj": (1, with_tensor(IN_PROJ, 95, 24), r"in_proj.weight has shape \(95, 24\)"),
-    "rows too many beside dt rows": (1, with_tensor(IN_PROJ, 99, 24), r"in_proj.weight has shape \(99, 24\)"),
+    "a bias that is not announced": (
+        1, with_tensor("model.layers.1.self_attn.q_proj.bias", 32), "unexpected .*q_proj"),
+    "a layer too many": (
+        1, with_tensor("model.layers.3.mixer.D", 32), "unexpected model.layers.3.mixer.D"),
+    "mis-shaped tensor": (
+        1, with_tensor("model.norm.weight", 23), r"norm.weight has shape \(23,\), expected \(24,\)"),
+    "too few rows in in_proj": (
+        1, with_tensor(IN_PROJ, 95, 24), r"in_proj.weight has shape \(95, 24\)"),
+    "rows too many beside dt rows": (
+        1, with_tensor(IN_PROJ, 99, 24), r"in_proj.weight has shape \(99, 24\)"),
     "flat in_proj": (1, with_tensor(IN_PROJ, 96 * 24), r"in_proj.weight has shape \(2304,\)"),
     "scalar in_proj": (1, with_tensor(IN_PROJ), r"in_proj.weight has shape \(\)"),
-    "scalar dt rows": (1, with_tensor("model.layers.2.mixer.dt_in_proj.weight"), r"dt_in_proj.weight has shape \(\)"),
-    "ranks that differ": (1, with_tensor("model.layers.2.mixer.dt_in_proj.weight", 5, 24), "dt_in_proj.weight has shape"),
+    "scalar dt rows": (
+        1, with_tensor("model.layers.2.mixer.dt_in_proj.weight"),
+        r"dt_in_proj.weight has shape \(\)"),
+    "ranks that differ": (
+        1, with_tensor("model.layers.2.mixer.dt_in_proj.weight", 5, 24),
+        "dt_in_proj.weight has shape"),
 }
 
 
@@ -1920,12 +1994,21 @@ def test_damaged_checkpoint_is_refused_by_name(case, tmp_path):
 
 NEARLY = {                                   # files, the path to load, what the message must name
     "nowhere": ([], "nowhere", "no such directory: .*nowhere$"),
-    "a file": (["model.safetensors"], "model.safetensors", "is a file.*give the directory that holds config.json"),
+    "a file": (
+        ["model.safetensors"], "model.safetensors",
+        "is a file.*give the directory that holds config.json"),
     "a GGUF file": (["m.gguf"], "m.gguf", "m.gguf is a file.*GGUF is not read"),
-    "a directory with a GGUF": (["m.gguf"], "", "no config.json; m.gguf is a GGUF, which is not read"),
-    "an adapter": (["adapter_config.json", "adapter_model.safetensors"], "", "holds an adapter.*merge_and_unload"),
-    "pickles": (["config.json", "pytorch_model.bin"], "", "is missing; pytorch_model.bin is a pickle and not read"),
-    "an older pickle": (["params.json", "consolidated.00.pth"], "", "no config.json; consolidated.00.pth is a pickle"),
+    "a directory with a GGUF": (
+        ["m.gguf"], "", "no config.json; m.gguf is a GGUF, which is not read"),
+    "an adapter": (
+        ["adapter_config.json", "adapter_model.safetensors"], "",
+        "holds an adapter.*merge_and_unload"),
+    "pickles": (
+        ["config.json", "pytorch_model.bin"], "",
+        "is missing; pytorch_model.bin is a pickle, which is not read"),
+    "an older pickle": (
+        ["params.json", "consolidated.00.pth"], "",
+        "no config.json; consolidated.00.pth is a pickle"),
 }
 
 
@@ -1945,6 +2028,9 @@ def test_the_name_of_a_hub_model_and_a_tilde_are_understood(tmp_path, monkeypatc
     save_pretrained(tiny("t"), "~/model")
     load_pretrained("~/model")
     assert (tmp_path / "model" / "config.json").exists()
+    args = argparse.Namespace(device="cpu", dtype="float32", out="~/x", model=None, prompt="~/x")
+    nano.start_script(args)
+    assert (args.out, args.model, args.prompt) == (str(tmp_path / "x"), None, "~/x")
 
 
 def test_float16_is_refused(tmp_path):
@@ -1956,17 +2042,23 @@ def test_float16_is_refused(tmp_path):
 CLAIMS = {
     "nothing there": ([], {}, None),
     "tokenizer files": (["tokenizer.json"], {}, None),
-    "a stranger's model": (["config.json", "model.safetensors"], {}, "a model that this script did not make"),
-    "another script's result": (["config.json", "training.json"], {}, "a model that this script did not make"),
-    "a stranger's model, --resume": (["config.json"], {"resume": True}, "a model that this script did not make"),
+    "a stranger's model": (
+        ["config.json", "model.safetensors"], {}, "a model that this script did not make"),
+    "another script's result": (
+        ["config.json", "training.json"], {}, "a model that this script did not make"),
+    "a stranger's model, --resume": (
+        ["config.json"], {"resume": True}, "a model that this script did not make"),
     "a stranger's model, --overwrite": (["config.json"], {"overwrite": True}, None),
-    "a result": (["config.json", "report.json"], {}, "holds a result: choose another --out, or pass --overwrite"),
+    "a result": (
+        ["config.json", "report.json"], {},
+        "holds a result: choose another --out, or pass --overwrite"),
     "a result, --resume": (["config.json", "report.json"], {"resume": True}, None),
     "a result, --overwrite": (["config.json", "report.json"], {"overwrite": True}, None),
     "an unfinished run": (["progress.safetensors"], {}, "an unfinished run: pass --resume"),
     "an unfinished run, --resume": (["progress.safetensors"], {"resume": True}, None),
     "an unfinished run, --overwrite": (["progress.safetensors"], {"overwrite": True}, None),
-    "a run that ended while saving": (["progress.safetensors", "config.json"], {"resume": True}, None),
+    "a run that ended while saving": (
+        ["progress.safetensors", "config.json"], {"resume": True}, None),
 }
 
 
@@ -1994,6 +2086,20 @@ def test_out_is_never_an_input_however_it_is_spelled(spelling, overwrite, tmp_pa
         with pytest.raises(UserError, match="--out .* is .*, which this run reads"):
             nano.claim_out(path, [None, "elsewhere", other], overwrite, True)
     assert nano.claim_out("~/out", [out], overwrite, False) == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize("program, read, more", [
+    (distill, "--teacher", ("--replace", "1")),
+    (distill, "--student", ("--replace", "1", "--teacher", "{}")),
+    (train_sft, "--model", ()),
+    (train_sft, "--merge", ("--model", "{}"))])
+def test_no_script_writes_into_a_directory_that_it_reads(program, read, more, traces, tmp_path):
+    shutil.copytree(traces[0], tmp_path / "in")
+    before = small_files(tmp_path / "in")
+    more = [argument.format(traces[0]) for argument in more]
+    with pytest.raises(UserError, match="--out .* is .*, which this run reads"):
+        run(program, read, tmp_path / "in", *more, "--out", f"{tmp_path}/in/", "--overwrite", "--steps", 1)
+    assert small_files(tmp_path / "in") == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4843,7 +4949,7 @@ def mutate_json(text, rng):
             return to_json(rng.choice(STRANGE))
         where, i = rng.choice(spots)
         other, j = rng.choice(spots)
-        strange = rng.choice(STRANGE)
+        strange = copy.deepcopy(rng.choice(STRANGE))
         what = rng.choice(["replace", "replace", "replace", "swap", "rename", "delete", "double"])
         if what == "replace":
             where[i] = (where[i][0], strange) if isinstance(where, Pairs) else strange
@@ -4991,7 +5097,7 @@ def read_progress_with_meta(path):
 # name -> (make(directory) writes good files, which of them are damaged, load(directory))
 READERS = {
     "config.json of a hybrid": (good_checkpoint(), ["config.json"], load_pretrained),
-    "config.json of Llama 3": (good_checkpoint(model_type="llama", rope_scaling=LLAMA3), ["config.json"],
+    "config.json of Llama 3": (good_checkpoint(model_type="llama", rope_scaling=ROPE_LLAMA3), ["config.json"],
                                load_pretrained),
     "config.json of Qwen3": (good_checkpoint(model_type="qwen3", use_sliding_window=True, max_window_layers=3),
                              ["config.json"], load_pretrained),
