@@ -1847,6 +1847,7 @@ def swap_merges(raw):
 # What ByteTokenizer cannot hold: where the package tokenizers is missing, the reason and what to install.
 NEEDS_LIBRARY = {
     "a normalizer": (edit_file(normalizer={"type": "NFKC"}), r"a normalizer \(NFKC\)"),
+    "a special token that is a byte": (edit_added(content="t", id=121), "'t' is the token of a byte, too"),
     "a special token that strips": (edit_added(lstrip=True), r"'\[INST\]' strips"),
     "a special token between word borders": (edit_added(single_word=True), r"'\[INST\]' .* word borders"),
     "removed separators": (edit_step(0, behavior="Removed"), "Split, behavior Removed"),
@@ -2009,7 +2010,7 @@ CHATML = """{% for message in messages %}
     {%- endif %}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}
 {% endfor %}
-{% if add_generation_prompt %}
+    {% if add_generation_prompt %}
 {{ '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
