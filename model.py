@@ -1607,8 +1607,9 @@ class LibraryTokenizer:
             return text.encode()
         if self.fallback and re.fullmatch("<0x[0-9A-F]{2}>", text):
             return bytes.fromhex(text[3:5])
-        if self.table and all(character in self.table for character in text):
-            return bytes(self.table[character] for character in text)
+        if self.table:
+            known = all(character in self.table for character in text)
+            return bytes(self.table[character] for character in text) if known else text.encode()
         # U+2581 is the space of SentencePiece.
         return text.replace("\u2581", " ").encode()
 
