@@ -1917,10 +1917,11 @@ def test_unreadable_tokenizer_files_are_refused(tmp_path):
 
 def sentencepiece(metaspace=False):
     """The dict of a tokenizer.json like Llama 2's: byte fallback, a space before every text."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    tokens = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
     merges = [("\u2581", "t"), ("h", "e"), ("\u2581t", "he"), ("a", "a"), ("\u2581", "\u2581")]
     tokens += [*"abcdefghijklmnopqrstuvwxyz\u4f60", *(left + right for left, right in merges)]
-    raw = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None, "post_processor": None}
+    raw = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None}
+    raw["post_processor"] = template_processor("<s>")
     raw["added_tokens"] = [added_token(i, tokens[i]) for i in range(3)]
     prepend = {"type": "Prepend", "prepend": "\u2581"}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
@@ -1946,7 +1947,7 @@ def test_sentencepiece_goes_through_the_library_with_the_same_four_methods(metas
     text = "the caf\u00e9 \u4f60\u597d \U0001f600</s>"
     ids = enc.encode(text, allowed_special="all")
     assert b"".join(map(enc.decode_single_token_bytes, ids)).decode() == " " + text
-    assert enc.decode_single_token_bytes(3 + 0xC3) == b"\xc3" and enc.decode_single_token_bytes(1) == b"<s>"
+    assert enc.decode_single_token_bytes(3 + 0xC3) == b"\xc3" and enc.decode_single_token_bytes(0) == b"<s>"
     assert enc.max_token_value == len(raw["model"]["vocab"]) - 1
     with pytest.raises(KeyError):
         enc.decode_single_token_bytes(enc.max_token_value + 1)
