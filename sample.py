@@ -106,7 +106,8 @@ def answer(model, enc, args, logits, state, streams, show=None):
     stop, rows = set(model.config.eos_ids), len(logits)
     outputs, done, times = [[] for _ in range(rows)], [False] * rows, []
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")           # holds back the bytes of a cut character
-    tokens = model.decode(logits, state, args.temperature, args.top_k, args.top_p, (args.seed, streams))
+    tokens = model.decode(logits, state, args.temperature, args.top_k, args.top_p,
+                          args.seed, streams)
     bar = tqdm(total=args.max_new_tokens, unit="step", leave=False, disable=bool(show) or not sys.stderr.isatty())
     while not all(done):
         token, state = next(tokens)
@@ -154,7 +155,7 @@ def sample(model, enc, args, device):
     seconds, n_prompt = time.perf_counter() - start, sum(map(len, ids))
     if n > 1:                                                                # each prompt is read once, then copied
         rows = [row for row in range(len(ids)) for _ in range(n)]
-        logits, state = logits[rows], state.take(rows)
+        logits, state = logits[rows], state.rows(rows)
     single = len(ids) * n == 1 and not args.json
     outputs, state, _, timing = answer(model, enc, args, logits, state, [i % n for i in range(len(ids) * n)],
                                        show_text if single else None)
