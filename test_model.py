@@ -2107,9 +2107,10 @@ def bpe_model(vocab, merges, named=True, **change):
 def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merges=False,
                    all_splits=False, as_strings=True, extra=(), merges=None, special=SPECIAL,
                    normalizer=None, missing="", byte_regex=False, named=True):
-    """The dict of a tokenizer.json. steps: names in PATTERNS, or "digits"; byte_regex: ByteLevel splits, too.
-    all_splits: list every way to make a token, as files converted from tiktoken do. extra: tokens without any merge,
-    found only when a whole piece is looked up. missing: bytes without a token. named: the model names its type."""
+    """The dict of a tokenizer.json. steps: names in PATTERNS, "digits", or a text to split by.
+    byte_regex: ByteLevel splits, too. all_splits: list every way to make a token, as files converted
+    from tiktoken do. extra: tokens without any merge, found only when a whole piece is looked up.
+    missing: bytes without a token. named: the model names its type."""
     first = PATTERNS.get(steps[0] if steps else "", GPT2_PATTERN)
     merges = train_merges(first, count) if merges is None else merges
     letters = [letter for byte, letter in enumerate(byte_letters()) if chr(byte) not in missing]
@@ -2125,7 +2126,7 @@ def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merg
         if name == "digits":
             pre.append({"type": "Digits", "individual_digits": True})
         else:
-            pattern = {"Regex": PATTERNS[name]}
+            pattern = {"Regex": PATTERNS[name]} if name in PATTERNS else {"String": name}
             pre.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": byte_regex}
     merges = [" ".join(merge) if as_strings else list(merge) for merge in merges]
@@ -2160,6 +2161,7 @@ TOKENIZERS = {
     "Qwen kind": dict(steps=("llama3",), normalizer={"type": "NFC"}),
     "DeepSeek kind": dict(steps=("up to three digits", "CJK", "DeepSeek"),
                           normalizer={"type": "Sequence", "normalizers": []}),
+    "a split by a text, and by two patterns": dict(steps=("? ", "words only"), byte_regex=True),
     "special tokens that begin alike": dict(special=("<s>", "<s>>", "<s", "</s>", "[INST]", "[[INST]")),
 }
 
