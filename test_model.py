@@ -2337,7 +2337,7 @@ def drop_byte(letter, **change):
 
 def swap_merges(raw):
     merges = raw["model"]["merges"]
-    merges[3], merges[90] = merges[90], merges[3]
+    merges.insert(3, merges.pop())
 
 
 # What ByteTokenizer cannot hold: where the package tokenizers is missing, the reason and what to install.
