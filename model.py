@@ -2010,6 +2010,21 @@ class Unfit(Exception):
     """A tokenizer.json may be sound, but ByteTokenizer cannot represent it exactly. The text says why."""
 
 
+@contextlib.contextmanager
+def refusing(file, outcome="not understood"):
+    """Turn whatever a damaged file raises inside into a UserError that names the file."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{file}: {e}") from None
+    except (KeyboardInterrupt, SystemExit, MemoryError, TimeoutError):
+        raise
+    except BaseException as e:
+        # Rust's panics, of tiktoken or tokenizers, are not Exceptions.
+        first_line = str(e).strip().partition("\n")[0]
+        raise UserError(f"{file}: {outcome} ({type(e).__name__}: {first_line})") from None
+
+
 def byte_characters():
     """GPT-2's table {character in tokenizer.json: byte}.
     Printable bytes are themselves, the others follow from U+0100 on."""
@@ -2293,8 +2308,9 @@ class LibraryTokenizer:
             return text.encode()
         if self.fallback and re.fullmatch("<0x[0-9A-F]{2}>", text):
             return bytes.fromhex(text[3:5])
-        if self.table and all(character in self.table for character in text):
-            return bytes(self.table[character] for character in text)
+        if self.table:
+            known = all(character in self.table for character in text)
+            return bytes(self.table[character] for character in text) if known else text.encode()
         # U+2581 is the space of SentencePiece.
         return text.replace("\u2581", " ").encode()
 
@@ -2337,21 +2353,6 @@ def other_tokenizer(file, raw, reason):
         raise UserError(f"{reason}; it needs the package tokenizers: pip install tokenizers") from None
     with refusing(f"{reason}; with the package tokenizers"):
         return LibraryTokenizer(tokenizers.Tokenizer.from_file(file), raw)
-
-
-@contextlib.contextmanager
-def refusing(file, outcome="not understood"):
-    """Turn whatever a damaged file raises inside into a UserError that names the file."""
-    try:
-        yield
-    except UserError as e:
-        raise UserError(f"{file}: {e}") from None
-    except (KeyboardInterrupt, SystemExit, MemoryError, TimeoutError):
-        raise
-    except BaseException as e:
-        # Rust's panics, of tiktoken or tokenizers, are not Exceptions.
-        first_line = str(e).strip().partition("\n")[0]
-        raise UserError(f"{file}: {outcome} ({type(e).__name__}: {first_line})") from None
 
 
 def begin_tokens(path, enc):

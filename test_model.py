@@ -2560,9 +2560,10 @@ def bpe_model(vocab, merges, named=True, **change):
 def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merges=False,
                    all_splits=False, as_strings=True, extra=(), merges=None, special=SPECIAL,
                    normalizer=None, missing="", byte_regex=False, named=True):
-    """The dict of a tokenizer.json. steps: names in PATTERNS, or "digits"; byte_regex: ByteLevel splits, too.
-    all_splits: list every way to make a token, as files converted from tiktoken do. extra: tokens without any merge,
-    found only when a whole piece is looked up. missing: bytes without a token. named: the model names its type."""
+    """The dict of a tokenizer.json. steps: names in PATTERNS, "digits", or a text to split by.
+    byte_regex: ByteLevel splits, too. all_splits: list every way to make a token, as files converted
+    from tiktoken do. extra: tokens without any merge, found only when a whole piece is looked up.
+    missing: bytes without a token. named: the model names its type."""
     first = PATTERNS.get(steps[0] if steps else "", GPT2_PATTERN)
     merges = train_merges(first, count) if merges is None else merges
     letters = [letter for byte, letter in enumerate(byte_letters()) if chr(byte) not in missing]
@@ -2578,7 +2579,7 @@ def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merg
         if name == "digits":
             pre.append({"type": "Digits", "individual_digits": True})
         else:
-            pattern = {"Regex": PATTERNS[name]}
+            pattern = {"Regex": PATTERNS[name]} if name in PATTERNS else {"String": name}
             pre.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": byte_regex}
     merges = [" ".join(merge) if as_strings else list(merge) for merge in merges]
@@ -2613,6 +2614,7 @@ TOKENIZERS = {
     "Qwen kind": dict(steps=("llama3",), normalizer={"type": "NFC"}),
     "DeepSeek kind": dict(steps=("up to three digits", "CJK", "DeepSeek"),
                           normalizer={"type": "Sequence", "normalizers": []}),
+    "a split by a text, and by two patterns": dict(steps=("? ", "words only"), byte_regex=True),
     "special tokens that begin alike": dict(special=("<s>", "<s>>", "<s", "</s>", "[INST]", "[[INST]")),
 }
 
@@ -2788,12 +2790,13 @@ def drop_byte(letter, **change):
 
 def swap_merges(raw):
     merges = raw["model"]["merges"]
-    merges[3], merges[90] = merges[90], merges[3]
+    merges.insert(3, merges.pop())
 
 
 # What ByteTokenizer cannot hold: where the package tokenizers is missing, the reason and what to install.
 NEEDS_LIBRARY = {
     "a normalizer": (edit_file(normalizer={"type": "NFKC"}), r"a normalizer \(NFKC\)"),
+    "a special token that is a byte": (edit_added(content="t", id=121), "'t' is the token of a byte, too"),
     "a special token that strips": (edit_added(lstrip=True), r"'\[INST\]' strips"),
     "a special token between word borders": (edit_added(single_word=True), r"'\[INST\]' .* word borders"),
     "removed separators": (edit_step(0, behavior="Removed"), "Split, behavior Removed"),
@@ -2863,10 +2866,11 @@ def test_unreadable_tokenizer_files_are_refused(tmp_path):
 
 def sentencepiece(metaspace=False):
     """The dict of a tokenizer.json like Llama 2's: byte fallback, a space before every text."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    tokens = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
     merges = [("\u2581", "t"), ("h", "e"), ("\u2581t", "he"), ("a", "a"), ("\u2581", "\u2581")]
     tokens += [*"abcdefghijklmnopqrstuvwxyz\u4f60", *(left + right for left, right in merges)]
-    raw = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None, "post_processor": None}
+    raw = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None}
+    raw["post_processor"] = template_processor("<s>")
     raw["added_tokens"] = [added_token(i, tokens[i]) for i in range(3)]
     prepend = {"type": "Prepend", "prepend": "\u2581"}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
@@ -2892,7 +2896,7 @@ def test_sentencepiece_goes_through_the_library_with_the_same_four_methods(metas
     text = "the caf\u00e9 \u4f60\u597d \U0001f600</s>"
     ids = enc.encode(text, allowed_special="all")
     assert b"".join(map(enc.decode_single_token_bytes, ids)).decode() == " " + text
-    assert enc.decode_single_token_bytes(3 + 0xC3) == b"\xc3" and enc.decode_single_token_bytes(1) == b"<s>"
+    assert enc.decode_single_token_bytes(3 + 0xC3) == b"\xc3" and enc.decode_single_token_bytes(0) == b"<s>"
     assert enc.max_token_value == len(raw["model"]["vocab"]) - 1
     with pytest.raises(KeyError):
         enc.decode_single_token_bytes(enc.max_token_value + 1)
@@ -2956,7 +2960,7 @@ CHATML = """{% for message in messages %}
     {%- endif %}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}
 {% endfor %}
-{% if add_generation_prompt %}
+    {% if add_generation_prompt %}
 {{ '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
