@@ -2776,7 +2776,8 @@ ASKED = said("q")
 THOUGHT = "[U]q[E][A]>>><think>\nt\n</think>\n\na[E]<<<"
 RECORDS = [
     ({"prompt": "q ", "response": " a"}, "q >>> a[E]<<<"),
-    ({"prompt": "q", "completion": "a[E]", "response": None, "id": 7, "tools": []}, "q>>>a[E]<<<"),
+    ({"prompt": "q", "completion": "a[E]\n", "response": None, "id": 7, "tools": []}, "q>>>a[E]\n<<<"),
+    ({"prompt": "q", "messages": said("q", "a")}, "[U]q[E][A]>>>a[E]<<<"),
     ({"messages": said("q", "a\n")}, "[U]q[E][A]>>>a\n[E]<<<"),
     ({"messages": said("s", roles=("system",)) + said("q", "a")}, "[S]s[E][U]q[E][A]>>>a[E]<<<"),
     ({"messages": said("q", "a", "r", "b")}, "[U]q[E][A]>>>a[E]<<<[U]r[E][A]>>>b[E]<<<"),
@@ -2832,7 +2833,8 @@ REFUSED = [
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference pair"),
     ({"prompt": "q", "response": ""}, "empty response"),
     ({"prompt": "q", "completion": said("a", roles=("assistant",))}, "same kind"),
-    ({"prompt": "q", "response": "a", "thinking": "t"}, "thoughts"),
+    ({"prompt": "q", "response": "a", "thinking": "t"}, "thinking"),
+    ({"prompt": "q", "response": "a", "system": "s"}, "system"),
     ({"messages": "q"}, "not a list"), ({"messages": []}, "last message"), ({"messages": ["q"]}, 'message that is "q"'),
     ({"messages": said("q", None)}, "content null"), ({"messages": said("q", 3)}, "content 3"),
     ({"messages": said("q", " ")}, "empty response"), ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
