@@ -1097,6 +1097,7 @@ use(FASTER)
 # Part 4. Files, and running a script.
 
 import contextlib
+import datetime
 import json
 import platform
 import re
@@ -1104,6 +1105,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 
 
 def cast(module, device, dtype):
@@ -1931,106 +1933,559 @@ def generation_writer(folders, eos):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer: a byte-level BPE tokenizer.json becomes a tiktoken.Encoding with the same ids for every text.
+# Tokenizer: a tokenizer.json becomes an object that gives the same ids as the library `tokenizers`. It has
 #
-# tiktoken joins two neighbours whenever the joined bytes are in the vocabulary, lowest id first, and takes a whole
-# pre-token that is in the vocabulary as it is. tokenizer.json lists the allowed merges instead. The two agree if merges
-# come in the order of ids and no token can be reached in one way only by the one rule: that is checked token by token.
+#     encode(text, allowed_special="all")   ids; without "all", special tokens that stand in the text are plain text
+#     decode(ids)                           text
+#     decode_single_token_bytes(id)         bytes, to print while generating; KeyError for an id without a token
+#     max_token_value                       the largest id
+#     special, begin                        {text: id} of the added tokens; the ids that belong before a raw text
+#
+# A text takes four steps. Added tokens ("<s>") are cut out; the rest is normalised; patterns cut it into pieces (words,
+# mostly); byte pair encoding turns the bytes of a piece into ids. ByteTokenizer leaves the last step to tiktoken, which
+# joins two neighbours whenever the joined bytes are in the vocabulary, lowest id first, and takes a whole piece that is
+# in the vocabulary as it is. tokenizer.json lists the allowed merges instead. The two agree if merges come in the order
+# of ids and no token can be reached in one way only by the one rule: that is checked token by token.
+#
+# "The same ids" has one limit that no test can lift: the libraries know different versions of Unicode. A letter that is
+# a few years old is one to this, and a sign without a kind to that.
+#
+# A tokenizer that is nearly right gives other ids and a model that is nearly right. So what ByteTokenizer cannot hold
+# exactly goes through the package `tokenizers` where that is installed (LibraryTokenizer), and is refused where not.
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
+class Unfit(Exception):
+    """A tokenizer.json may be sound, but ByteTokenizer cannot represent it exactly. The text says why."""
+
+
 def byte_characters():
-    """GPT-2's table {character in tokenizer.json: byte}: printable bytes are themselves, others from U+0100 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    """GPT-2's table {character in tokenizer.json: byte}.
+    Printable bytes are themselves, the others follow from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(byte): byte for byte in printable}
+    for byte in range(256):
+        if byte not in printable:
+            table[chr(256 + len(table) - len(printable))] = byte
+    return table
 
 
 def bpe(parts, rank):
     """Join neighbours in parts (a list of bytes), lowest rank[left, right] first, until none is left to join."""
     while len(parts) > 1:
-        best = min(range(len(parts) - 1), key=lambda i: rank.get((parts[i], parts[i + 1]), math.inf))
-        if (parts[best], parts[best + 1]) not in rank:
+        pairs = list(zip(parts, parts[1:]))
+        ranks = [rank.get(pair, math.inf) for pair in pairs]
+        best = ranks.index(min(ranks))
+        if pairs[best] not in rank:
             break
         parts = parts[:best] + [parts[best] + parts[best + 1]] + parts[best + 2:]
     return parts
 
 
-def split_pattern(pre, refuse):
-    """The pre_tokenizer of a tokenizer.json -> the regular expression for tiktoken."""
-    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
-    level = steps[-1] if steps else {}
+def steps_of(part, key):
+    """A part of a tokenizer.json: nothing, one step, or a Sequence of such parts under this key -> its steps."""
+    if not part:
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    steps = []
+    for inner in part[key]:
+        steps += steps_of(inner, key)
+    return steps
+
+
+def is_composed(normalizer):
+    """The normalizer of a tokenizer.json -> whether it turns letters and their accents into one character (NFC)."""
+    kinds = [step.get("type") for step in steps_of(normalizer, "normalizers")]
+    for kind in kinds:
+        # The tables for other forms differ too much between Python and `tokenizers`.
+        if kind != "NFC":
+            raise Unfit(f"it has a normalizer ({kind})")
+    return len(kinds) > 0
+
+
+def split_patterns(pre_tokenizer):
+    """The pre_tokenizer of a tokenizer.json -> regular expressions. The first cuts the text, the next its pieces."""
+    import regex
+    *splits, level = steps_of(pre_tokenizer, "pretokenizers") or [{}]
     if level.get("type") != "ByteLevel" or level.get("add_prefix_space", True):
-        refuse("the pre-tokenizer does not end with ByteLevel without a prefix space")
-    if len(steps) == 1 and level.get("use_regex", True):
-        return GPT2_PATTERN
-    split = steps[0]
-    if len(steps) != 2 or split.get("type") != "Split" or level.get("use_regex", True):
-        refuse("the pre-tokenizer is not one Split followed by ByteLevel")
-    if split.get("behavior") != "Isolated" or split.get("invert") or "Regex" not in split.get("pattern", {}):
-        refuse(f"Split with behavior {split.get('behavior')}, invert {split.get('invert')}, "
-               f"pattern {split.get('pattern')}")
-    pattern = split["pattern"]["Regex"]
-    return f"{pattern}|(?:(?!{pattern})(?s:.))+"                             # what the pattern skips is a piece too
+        raise Unfit("the pre-tokenizer does not end with ByteLevel without a prefix space")
+    patterns = []
+    for step in splits:
+        kind = step.get("type")
+        if kind == "Digits":
+            patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+        elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            pattern = step["pattern"]
+            patterns.append(pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"]))
+        else:
+            how = f", behavior {step.get('behavior')}, invert {step.get('invert')}" if kind == "Split" else ""
+            raise Unfit(f"the pre-tokenizer has a step {kind}{how}")
+    if level.get("use_regex", True):
+        patterns.append(GPT2_PATTERN)
+    try:
+        # What a pattern skips is a piece too.
+        return [regex.compile(f"{pattern}|(?:(?!{pattern})(?s:.))+") for pattern in patterns]
+    except regex.error as e:
+        raise Unfit(f"the package regex does not read its pattern: {e}") from None
+
+
+def check_ids(ids):
+    """Raises UserError where these cannot be the ids of different tokens."""
+    for token in ids:
+        if type(token) is not int or not 0 <= token < 2**31:
+            raise UserError(f"{token!r} is no token id")
+    if len(set(ids)) < len(ids):
+        raise UserError("two tokens have the same id")
+
+
+def check_added(added, vocab_size, id_of):
+    """added: the added_tokens of a tokenizer.json; id_of(text): the id in the vocabulary itself, or None. `tokenizers`
+    goes by the texts and ignores the ids in added_tokens: a new token gets the next free one. Raises UserError where
+    the file says another."""
+    following = vocab_size
+    seen = set()
+    for token in added:
+        text = token["content"]
+        expected = id_of(text)
+        if expected is None:
+            expected = following
+        if not text or text in seen:
+            raise UserError(f"the added token {text!r} stands there twice, or is empty")
+        if token["id"] != expected:
+            raise UserError(f"the added token {text!r} has the id {token['id']}; "
+                            f"by the vocabulary it is {expected}")
+        seen.add(text)
+        following = max(following, expected + 1)
+
+
+def byte_merges(model, special):
+    """The model of a tokenizer.json -> {bytes: id}, and its merges in order as a list of (left bytes, right bytes)."""
+    if model.get("dropout"):
+        raise UserError(f"model.dropout = {model['dropout']!r}: the ids of a text are random")
+    if "merges" in model and model.get("continuing_subword_prefix"):
+        # `tokenizers` ends the whole process where a merge lacks the prefix.
+        raise UserError(f"model.continuing_subword_prefix = {model['continuing_subword_prefix']!r}")
+    # GPT-2's own file names no type.
+    if model.get("type", "BPE") != "BPE" or "vocab" not in model or "merges" not in model:
+        raise Unfit(f"model type {model.get('type')}, not byte-level BPE")
+    if model.get("end_of_word_suffix"):
+        raise Unfit(f"model.end_of_word_suffix = {model['end_of_word_suffix']!r}")
+    table = byte_characters()
+    for text in special:
+        if text in table:
+            raise Unfit(f"the added token {text!r} is the token of a byte, too")
+
+    def as_bytes(text):
+        return bytes(table[character] for character in text)
+
+    try:
+        ranks = {as_bytes(text): token for text, token in model["vocab"].items() if text not in special}
+        pairs = []
+        for merge in model["merges"]:
+            texts = merge.split(" ") if isinstance(merge, str) else merge
+            pairs.append(tuple(map(as_bytes, texts)))
+    except KeyError as e:
+        raise Unfit(f"{e.args[0]!r} is not a character of byte-level BPE") from None
+    if any(len(pair) != 2 for pair in pairs):
+        raise UserError("a merge does not name two tokens")
+    return ranks, pairs
+
+
+def check_merges(ranks, pairs, ignore_merges):
+    """Raises Unfit where tiktoken, which knows ids alone, could join otherwise than these merges do."""
+    ids = [ranks.get(left + right, -1) for left, right in pairs]
+    parts = {part for pair in pairs for part in pair}
+    if min(ids, default=0) < 0 or not parts <= ranks.keys():
+        raise Unfit("a merge names a token that is not in the vocabulary")
+    if ids != sorted(ids):
+        raise Unfit("its merges are not in the order of ids")
+    rank = {pair: i for i, pair in enumerate(pairs)}
+    for token in ranks:
+        if len(token) > 1000:
+            # bpe() takes time that grows with the square of the length.
+            raise Unfit(f"a token has {len(token)} bytes")
+        letters = [token[i:i + 1] for i in range(len(token))]
+        known = all(letter in ranks for letter in letters)
+        whole = ignore_merges and all(pair in rank for pair in ways_to_join(token, ranks))
+        if not known or not (whole or bpe(letters, rank) == [token]):
+            raise Unfit(f"the token {token!r} is not what its merges give; "
+                        "tiktoken would use it elsewhere")
+
+
+def ways_to_join(token, ranks):
+    """All (left, right) in the vocabulary that tiktoken would join to this token."""
+    cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+    return [(left, right) for left, right in cuts if left in ranks and right in ranks]
+
+
+def find_longest(texts):
+    """-> a regular expression that finds these texts, the longest where several begin; None for no texts."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+
+def cut(pattern, text):
+    """Cut text by a pattern of find_longest -> [(part, whether it was found or stands between)]."""
+    if pattern is None:
+        return [(text, False)]
+    return [(part, i % 2 == 1) for i, part in enumerate(pattern.split(text))]
+
+
+def valid_unicode(text):
+    """text with two surrogates as the character that they mean, and a lone one as U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class ByteTokenizer:
+    """Byte-level BPE: GPT-2, Llama 3, Mistral Nemo, Qwen, SmolLM, DeepSeek. raw: the dict in a tokenizer.json.
+    Raises Unfit, or UserError if the file contradicts itself."""
+
+    def __init__(self, raw):
+        import tiktoken
+        model = raw.get("model") or {}
+        added = raw.get("added_tokens") or []
+        self.special = {token["content"]: token["id"] for token in added}
+        ranks, pairs = byte_merges(model, self.special)
+        check_added(added, len(model["vocab"]), model["vocab"].get)
+        check_ids([*ranks.values(), *self.special.values()])
+        for token in added:
+            if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+                raise Unfit(f"the added token {token['content']!r} strips or needs word borders")
+        self.composed = is_composed(raw.get("normalizer"))
+        self.patterns = split_patterns(raw.get("pre_tokenizer"))
+        check_merges(ranks, pairs, model.get("ignore_merges"))
+        # A vocabulary may lack bytes that its training text never had. `tokenizers` drops them without a word.
+        self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+        if self.missing and (model.get("unk_token") or model.get("byte_fallback")):
+            raise Unfit("bytes without a token become other tokens")
+        # Tokens that are "normalized" are found in the normalised text, after all others.
+        late = [token for token in added if token.get("normalized")]
+        self.late = {self.normalise(token["content"]): token["id"] for token in late}
+        if len(self.late) < len(late):
+            raise Unfit("two added tokens are the same once they are normalised")
+        self.find_late = find_longest(self.late)
+        self.find_early = find_longest([token["content"] for token in added if token not in late])
+        # The pattern is not used: tiktoken gets piece by piece. (Its own patterns fail at 500,000 spaces in a row.)
+        self.core = tiktoken.Encoding("tokenizer.json", pat_str="(?s:.+)", mergeable_ranks=ranks,
+                                      special_tokens=self.special)
+        self.decode = self.core.decode
+        self.decode_single_token_bytes = self.core.decode_single_token_bytes
+        self.max_token_value = self.core.max_token_value
+
+    def normalise(self, text):
+        return unicodedata.normalize("NFC", text) if self.composed else text
+
+    def encode_plain(self, text):
+        """A normalised text without added tokens -> ids."""
+        pieces = [text]
+        for pattern in self.patterns:
+            pieces = [match.group() for piece in pieces for match in pattern.finditer(piece)]
+        ids = []
+        for piece in pieces:
+            known = piece.encode().translate(None, self.missing)
+            if known:
+                ids += self.core._encode_single_piece(known)
+        return ids
+
+    def encode(self, text, allowed_special=()):
+        text = valid_unicode(text)
+        if allowed_special != "all":
+            return self.encode_plain(self.normalise(text))
+        ids = []
+        for part, early in cut(self.find_early, text):
+            if early:
+                ids.append(self.special[part])
+                continue
+            for smaller, late in cut(self.find_late, self.normalise(part)):
+                ids += [self.late[smaller]] if late else self.encode_plain(smaller)
+        return ids
+
+
+class LibraryTokenizer:
+    """Any other tokenizer.json, by the package `tokenizers`: Llama 2, Mistral 7B, Gemma (SentencePiece), Unigram.
+    Kinds that put a space before a text put it before every text that they are given."""
+
+    def __init__(self, library, raw):
+        self.library = library
+        self.library.no_truncation()
+        self.library.no_padding()
+        added = raw.get("added_tokens") or []
+        check_added(added, self.library.get_vocab_size(False), self.library.token_to_id)
+        self.special = {token["content"]: token["id"] for token in added}
+        self.find = find_longest(self.special)
+        self.max_token_value = max(self.library.get_vocab().values())
+        steps = steps_of(raw.get("decoder"), "decoders")
+        kinds = [step.get("type") for step in steps]
+        if not {"ByteLevel", "ByteFallback", "Metaspace"}.intersection(kinds):
+            raise UserError(f"the decoder {kinds} does not say which bytes a token has")
+        self.table = byte_characters() if "ByteLevel" in kinds else {}
+        self.fallback = "ByteFallback" in kinds
+
+    def encode(self, text, allowed_special=()):
+        text = valid_unicode(text)
+        if allowed_special != "all" and self.find and self.find.search(text):
+            raise UserError("this tokenizer cannot read a special token in a text as plain text")
+        with refusing("the package tokenizers"):
+            return self.library.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.library.decode(ids, skip_special_tokens=False)
+
+    def decode_single_token_bytes(self, token):
+        text = self.library.id_to_token(token)
+        if text is None:
+            raise KeyError(token)
+        if text in self.special:
+            return text.encode()
+        if self.fallback and re.fullmatch("<0x[0-9A-F]{2}>", text):
+            return bytes.fromhex(text[3:5])
+        if self.table and all(character in self.table for character in text):
+            return bytes(self.table[character] for character in text)
+        # U+2581 is the space of SentencePiece.
+        return text.replace("\u2581", " ").encode()
+
+
+def begin_ids(post_processor):
+    """The post_processor of a tokenizer.json -> ids that it puts before a text. What it appends is not wanted here:
+    a text that goes on has no end."""
+    ids = []
+    for step in steps_of(post_processor, "processors"):
+        if step.get("type") != "TemplateProcessing":
+            continue
+        for item in step["single"]:
+            if "Sequence" in item:
+                break
+            name = item["SpecialToken"]["id"]
+            ids += step["special_tokens"][name]["ids"]
+    check_ids([*set(ids)])
+    return ids
 
 
 def load_tokenizer(path):
-    """path/tokenizer.json -> tiktoken.Encoding. Encode with allowed_special="all" to cut special tokens out of a text.
-    Raises UserError, with the reason, for a tokenizer that tiktoken cannot represent exactly."""
-    import tiktoken
+    """path/tokenizer.json -> a tokenizer. Encode with allowed_special="all" to cut special tokens out of a text.
+    Raises UserError, with the reason, for a tokenizer that cannot be represented exactly."""
     file = os.path.join(os.fspath(path), "tokenizer.json")
-    raw, table = read_json(file, dict), byte_characters()
+    raw = read_json(file, dict)
+    with refusing(file):
+        try:
+            enc = ByteTokenizer(raw)
+        except Unfit as e:
+            enc = other_tokenizer(file, raw, e)
+        enc.begin = begin_ids(raw.get("post_processor"))
+        return enc
 
-    def refuse(reason):
-        """A tokenizer that is nearly right gives other ids and a model that is nearly right: refuse it by name."""
-        raise UserError(f"{file}: {reason}")
 
-    model, added = raw.get("model") or {}, raw.get("added_tokens") or []
-    if model.get("type") != "BPE" or "vocab" not in model or "merges" not in model:
-        refuse(f"model type {model.get('type')}, only byte-level BPE is supported")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            refuse(f"model.{key} = {model[key]!r}")
-    if raw.get("normalizer"):
-        refuse(f"it has a normalizer ({raw['normalizer'].get('type')})")
-    for token in added:
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            refuse(f"the added token {token['content']!r} strips or needs word borders")
-    special = {token["content"]: token["id"] for token in added}
-    for a, b in zip(sorted(special), sorted(special)[1:]):                   # a prefix sorts right before its extension
-        if b.startswith(a):
-            refuse(f"the special token {a!r} is a prefix of {b!r}")
+def other_tokenizer(file, raw, reason):
+    """What ByteTokenizer refused for this reason -> a LibraryTokenizer."""
     try:
-        as_bytes = lambda text: bytes(table[character] for character in text)
-        ranks = {as_bytes(text): i for text, i in model["vocab"].items() if text not in special}
-        pairs = [tuple(map(as_bytes, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
-    except KeyError as e:
-        refuse(f"{e.args[0]!r} is not a character of byte-level BPE")
-    if any(len(pair) != 2 for pair in pairs):
-        refuse("a merge does not name two tokens")
-    ids = [ranks.get(left + right, -1) for left, right in pairs]
-    if min(ids, default=0) < 0 or ids != sorted(ids) or any(bytes([byte]) not in ranks for byte in range(256)):
-        refuse("its merges are not in the order of ids, or a byte or a merged token is not in the vocabulary")
-    rank = {pair: i for i, pair in enumerate(pairs)}
-    for token in ranks:
-        every = all((token[:i], token[i:]) in rank for i in range(1, len(token))
-                    if token[:i] in ranks and token[i:] in ranks)
-        if not (every and model.get("ignore_merges")) and bpe([bytes([x]) for x in token], rank) != [token]:
-            refuse(f"the token {token!r} is not what its merges give; tiktoken would use it elsewhere")
+        import tokenizers
+    except ImportError:
+        raise UserError(f"{reason}; it needs the package tokenizers: pip install tokenizers") from None
+    with refusing(f"{reason}; with the package tokenizers"):
+        return LibraryTokenizer(tokenizers.Tokenizer.from_file(file), raw)
+
+
+@contextlib.contextmanager
+def refusing(file, outcome="not understood"):
+    """Turn whatever a damaged file raises inside into a UserError that names the file."""
     try:
-        pattern = split_pattern(raw.get("pre_tokenizer") or {}, refuse)
-        return tiktoken.Encoding(os.path.basename(os.path.normpath(path)), pat_str=pattern, mergeable_ranks=ranks,
-                                 special_tokens=special)
-    except UserError:
+        yield
+    except UserError as e:
+        raise UserError(f"{file}: {e}") from None
+    except (KeyboardInterrupt, SystemExit, MemoryError, TimeoutError):
         raise
-    except ValueError as e:
-        refuse(f"tiktoken refused the pattern: {e}")
+    except BaseException as e:
+        # Rust's panics, of tiktoken or tokenizers, are not Exceptions.
+        first_line = str(e).strip().partition("\n")[0]
+        raise UserError(f"{file}: {outcome} ({type(e).__name__}: {first_line})") from None
 
+
+def begin_tokens(path, enc):
+    """Ids that the tokenizer of the checkpoint at path puts before a raw text: [] mostly, [128000] for Llama 3.
+    The end token that some append as well is left out."""
+    return list(enc.begin)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chat: messages become the text that the model was trained on.
+#
+# A checkpoint brings its own template, a program in the language of jinja2. It writes the marks of the roles, often a
+# system message of its own, and the begin token. One that brings none gets Mistral's form, <s>[INST] question [/INST]
+# answer</s>, if its tokenizer knows those marks: where they fall into letters, a model would learn to write letters and
+# never to stop. What the model is to learn (the answer, and the token that ends it) is never searched for in rendered
+# text: a prompt ends where the answer begins, and answer + chat.end follows.
 
 def format_prompt(question):
     """The template of Mistral's instruct models. [INST] and <s> are single tokens."""
     return f"<s>[INST] {question} [/INST]"
+
+
+class Chat:
+    """What load_chat returns. render(messages, add_generation_prompt) -> text; end: the text of the token that ends an
+    answer; refusal: why there is no template, or None."""
+
+    def __init__(self, render=None, end=None, refusal=None):
+        self.render = render
+        self.refusal = refusal
+        self.known_end = end
+
+    @property
+    def end(self):
+        if self.refusal is not None:
+            raise UserError(self.refusal)
+        return self.known_end
+
+    def prompt(self, messages):
+        """messages: [{"role": "system", "user" or "assistant", "content": text}] -> the text before the answer."""
+        if self.refusal is not None:
+            raise UserError(self.refusal)
+        return self.render(messages, add_generation_prompt=True)
+
+
+def load_chat(path, enc):
+    """The chat template of the checkpoint at path, or Mistral's form. Where there is neither, or none that works here,
+    chat.refusal says why; prompt() and end raise it as a UserError."""
+    path = os.fspath(path)
+    try:
+        template = find_template(path)
+        return built_in_chat(enc) if template is None else template_chat(path, template, enc)
+    except UserError as e:
+        return Chat(refusal=f"{path}: {e}")
+
+
+def built_in_chat(enc):
+    """Mistral's form, for a tokenizer that knows its marks."""
+    for mark in ("<s>", "[INST]", "[/INST]", "</s>"):
+        if len(enc.encode(mark, allowed_special="all")) != 1:
+            raise UserError("it has no chat template, and Mistral's form does not fit: "
+                            f"{mark} is not a single token of its tokenizer")
+    return Chat(built_in_render, "</s>")
+
+
+def built_in_render(messages, add_generation_prompt):
+    """Mistral's form. A system message goes in front of the first user message."""
+    text = "<s>"
+    system = ""
+    for message in messages:
+        role = message["role"]
+        content = message["content"]
+        if role == "system":
+            system = content + "\n\n"
+        elif role == "user":
+            text += f"[INST] {system}{content} [/INST]"
+            system = ""
+        elif role == "assistant":
+            text += content + "</s>"
+        else:
+            raise UserError(f"the role {role!r} is not system, user or assistant")
+    return text
+
+
+def read_if_there(path, file):
+    """The JSON object in path/file, or {} if there is no such file."""
+    file = os.path.join(path, file)
+    return read_json(file, dict) if os.path.exists(file) else {}
+
+
+def find_template(path):
+    """The text of a checkpoint's chat template, or None. The file chat_template.jinja has the first word."""
+    file = os.path.join(path, "chat_template.jinja")
+    if os.path.exists(file):
+        try:
+            with open(file, encoding="utf-8") as f:
+                return f.read()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"cannot read chat_template.jinja: {e}") from None
+    template = read_if_there(path, "tokenizer_config.json").get("chat_template")
+    with refusing("chat_template"):
+        if isinstance(template, list):
+            named = {entry["name"]: entry["template"] for entry in template}
+            if "default" not in named:
+                raise UserError(f"of the templates {', '.join(named)} none is named default")
+            template = named["default"]
+        if not isinstance(template, str | None):
+            raise UserError(f"expected a text, found {type(template).__name__}")
+    return template
+
+
+def token_texts(path):
+    """The tokens that a checkpoint names, as its template sees them -> {"eos_token": "</s>", ...}."""
+    texts = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        for name, value in read_if_there(path, file).items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(text, str):
+                texts[name] = text
+    return texts
+
+
+def compile_template(text):
+    """A chat template -> a jinja2 template that knows what transformers lets templates use, and nothing else."""
+    try:
+        import jinja2
+        from jinja2.ext import Extension
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UserError("its chat template needs the package jinja2: pip install jinja2") from None
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %} marks what is trained; here it is only read over."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(form):
+        return datetime.datetime.now().strftime(form)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols", Generation])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    with refusing("its chat template"):
+        return environment.from_string(text)
+
+
+def template_chat(path, text, enc):
+    """A checkpoint's own template, with the names of its tokens in it."""
+    template = compile_template(text)
+    names = token_texts(path)
+
+    def render(messages, add_generation_prompt):
+        with refusing(f"{path}: its chat template", "failed"):
+            return template.render(messages=messages, add_generation_prompt=add_generation_prompt,
+                                   tools=None, documents=None, **names)
+
+    return Chat(render, end_of_answer(render, names, enc))
+
+
+def end_of_answer(render, names, enc):
+    """The token that a template writes after an answer, or else the checkpoint's eos_token."""
+    answer = "the answer"
+    messages = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": answer}]
+    try:
+        after = render(messages, add_generation_prompt=False).partition(answer)[2].lstrip()
+    except UserError:
+        # Some want more: tools, or a system message.
+        after = ""
+    ends = [special for special in enc.special if after.startswith(special)]
+    end = max(ends, key=len, default=names.get("eos_token"))
+    if end not in enc.special:
+        raise UserError(f"no single token ends an answer: the chat template writes none, and eos_token is {end!r}")
+    return end
 
 
 # ----------------------------------------------------------------------------------------------------------------------

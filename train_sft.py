@@ -282,27 +282,6 @@ def tokenizer_json(ranks):
 # writes is trained, its end token included. The parts of a text are encoded one by one, so the border is exact by
 # construction, and what a part means is never searched for in a finished text.
 
-if not hasattr(nano, "load_chat"):           # STAND-IN until the template reader is merged
-    class BuiltIn:
-        end = "</s>"
-        refusal = None
-
-        def prompt(self, messages):
-            text, system = "<s>", ""
-            for m in messages:
-                if m["role"] == "system":
-                    system = m["content"] + "\n\n"
-                elif m["role"] == "user":
-                    text += f"[INST] {system}{m['content']} [/INST]"
-                    system = ""
-                else:
-                    text += m["content"] + "</s>"
-            return text
-
-    nano.load_chat = lambda path, enc: BuiltIn()
-    nano.begin_tokens = lambda path, enc: []
-
-
 class Codec(NamedTuple):
     """How texts become ids."""
     enc: object                                          # the tokenizer
