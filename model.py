@@ -1359,6 +1359,9 @@ def config_fields(raw):
     for key in needed:
         if raw.get(key) is None:
             raise UserError(f"the key {key!r} is missing")
+    # Null is a value of this one.
+    if model_type == "nanoh1_hybrid" and "rope_scaling" not in raw:
+        raise UserError("the key 'rope_scaling' is missing")
     if not isinstance(family, str) or family not in FAMILIES:
         refuse_value("base_model_type", family, f"one of {', '.join(FAMILIES)}")
     refuse_settings(raw, NEUTRAL)
@@ -1437,8 +1440,8 @@ def window_of(raw, model_type):
         return None
     if types == ["sliding_attention"] * n_layer and window is not None:
         return window
-    raise UserError(f"layer_types = {brief(types)} with sliding_window = {window} is not implemented: either every layer "
-                    f"has the window or none")
+    raise UserError(f"layer_types = {brief(types)} with sliding_window = {window} is not implemented: "
+                    f"either every layer has the window or none")
 
 
 def rope_fields(raw):

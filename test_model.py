@@ -157,60 +157,80 @@ LAYOUTS = ["t t", "m2 m2", "m2 t", "t m2 t m2", "m2 i n t m2"]
 # The selective scan. The loop is the definition, itself compared with an explicit sum over the past and with finite
 # differences; every other scan must give the loop's values, states and gradients.
 
-def scan_inputs(b=2, t=9, d=6, n=3, g=2, gc=3, dtype=torch.float64, seed=0, reset=True):
-    """Random arguments for selective_scan, all of them used; resets at a fifth of the steps."""
-    rng = torch.Generator().manual_seed(seed)
-    def draw(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+OVER_TIME = ("u", "dt", "B", "C", "z", "reset")                              # arguments of the scan with a time
+
+
+def scan_inputs(b=2, t=9, d=6, n=3, groups=2, c_groups=3, dtype=torch.float64, reset=True, device="cpu"):
+    """Random arguments of selective_scan by name, all that there are; resets, if any, at a fifth of the steps."""
+    rng = torch.Generator(device).manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
-    out = dict(u=draw(b, t, d).to(dtype), dt=draw(b, t, d).to(dtype), A=-draw(d, n).exp().to(wide),
-               B=draw(b, t, g, n).to(dtype), C=draw(b, t, gc, n).to(dtype), D=draw(d).to(wide),
-               z=draw(b, t, d).to(dtype), dt_bias=draw(d).to(wide), h=draw(b, d, n).to(wide))
-    return out | dict(reset=torch.rand(b, t, generator=rng) < 0.2) if reset else out
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=rng, device=device, dtype=wide)
+    inputs = {}
+    for name, shape in dict(u=(b, t, d), dt=(b, t, d), B=(b, t, groups, n), C=(b, t, c_groups, n), z=(b, t, d)).items():
+        inputs[name] = draw(*shape).to(dtype)
+    for name, shape in dict(A=(d, n), D=(d,), dt_bias=(d,), h=(b, d, n)).items():
+        inputs[name] = draw(*shape)
+    inputs["A"] = -inputs["A"].exp()
+    if reset:
+        inputs["reset"] = torch.rand(b, t, generator=rng, device=device) < 0.2
+    return inputs
 
 
-def run_scan(scan, inputs, reset, cotangents, dtype=None, **kw):
-    """-> {name: tensor}: y, the state, and the gradient of every input for these cotangents of both. A plain sum in
-    place of random cotangents would not see permuted or rescaled gradients."""
-    leaves = {k: v.detach().clone().to(dtype or v.dtype).requires_grad_() for k, v in inputs.items()}
-    y, h = scan(**leaves, reset=reset, **kw)
-    torch.autograd.backward([y, h], [m.to(like.dtype) for m, like in zip(cotangents, (y, h))])
-    return {"y": y.detach(), "h": h.detach()} | {f"d{k}": v.grad for k, v in leaves.items()}
-
-
-def with_gradients(impl, inputs):
-    """The same for the arguments of selective_scan, reset among them, and cotangents drawn here."""
-    inputs, rng = dict(inputs), torch.Generator().manual_seed(1)
-    (b, t, d), reset = inputs["u"].shape, inputs.pop("reset", None)
-    draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
-    return run_scan(selective_scan, inputs, reset, (draw(b, t, d), draw(b, *inputs["A"].shape)), impl=impl)
+def run_scan(scan, inputs, dtype=None, **options):
+    """-> {name: tensor}: y, the last cells h, and the gradient of every input as grad_u, grad_dt, ...; dtype: compute in
+    this one. The gradients that enter at y and h are random: a plain sum would not see permuted or rescaled ones."""
+    leaves = {}
+    for name, value in inputs.items():
+        if value is not None and value.is_floating_point():
+            value = value.detach().to(dtype or value.dtype, copy=True).requires_grad_()
+        leaves[name] = value
+    y, h = scan(**leaves, **options)
+    rng = torch.Generator(y.device).manual_seed(1)
+    grads = []
+    for result, like in ((y, inputs["u"]), (h, inputs["A"])):
+        # Drawn in the dtype of the inputs, so that the same values enter when a wider dtype computes.
+        drawn = torch.randn(result.shape, generator=rng, device=y.device, dtype=inputs["A"].dtype)
+        grads.append(drawn.to(like.dtype).to(result.dtype))
+    torch.autograd.backward([y, h], grads)
+    results = {"y": y.detach(), "h": h.detach()}
+    for name, leaf in leaves.items():
+        if leaf is not None and leaf.requires_grad:
+            results["grad_" + name] = leaf.grad
+    return results
 
 
 def assert_same(got, wanted, tolerance):
-    for name in wanted:
-        assert torch.isfinite(got[name]).all(), name
-        assert off(got[name], wanted[name]) < tolerance, (name, off(got[name], wanted[name]))
+    """Results of run_scan, name by name, in the wanted dtype."""
+    for name, value in wanted.items():
+        difference = off(got[name].to(value.dtype), value)
+        assert difference < tolerance, (name, difference)
+
+
+def check_chunk(tolerance=1e-10, **change):
+    """The chunked scan gives the loop's values, cells and gradients, for scan_inputs(**change)."""
+    inputs = scan_inputs(**change)
+    wanted = run_scan(selective_scan, inputs, impl="loop")
+    assert_same(run_scan(selective_scan, inputs, impl="chunk"), wanted, tolerance)
 
 
 @pytest.mark.parametrize("t", [1, 2, 7, 63, 64, 65, 131, 192])
 def test_chunk_equals_loop_at_any_length(t):
-    """Values, state and all gradients: one step, primes, around one chunk of 64 steps, several chunks."""
-    inputs = scan_inputs(t=t)
-    assert_same(with_gradients("chunk", inputs), with_gradients("loop", inputs), 1e-10)
+    """One step, primes, around one chunk of 64 steps, several chunks."""
+    check_chunk(t=t)
 
 
 def test_chunk_equals_loop_when_chunks_are_short():
     """Wide layers get chunks of 8 steps: the number of borders grows, and 17 steps end in a chunk of one."""
-    inputs = scan_inputs(b=1, t=17, d=1024, n=64, g=4, gc=8)
-    assert_same(with_gradients("chunk", inputs), with_gradients("loop", inputs), 1e-10)
+    check_chunk(b=1, t=17, d=1024, n=64, groups=4, c_groups=8)
 
 
-@pytest.mark.parametrize("g", [1, 2, 3, 4, 6, 12])
-@pytest.mark.parametrize("gc", [1, 2, 3, 4, 6, 12])
-def test_chunk_equals_loop_for_every_grouping(g, gc):
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("c_groups", [1, 2, 3, 4, 6, 12])
+def test_chunk_equals_loop_for_every_grouping(groups, c_groups):
     """B and C may be shared by any number of channels, each in its own way."""
-    inputs = scan_inputs(t=5, d=12, g=g, gc=gc)
-    assert_same(with_gradients("chunk", inputs), with_gradients("loop", inputs), 1e-10)
+    check_chunk(t=5, d=12, groups=groups, c_groups=c_groups)
 
 
 @pytest.mark.parametrize("dt, A", [(-60.0, 1.0), (60.0, 1e3), (60.0, 1e-9), (-60.0, 1e9)])
@@ -218,158 +238,161 @@ def test_extreme_steps_neither_overflow_nor_differ(dt, A):
     """Everything remembered (decay 1), everything forgotten at once (decay underflows to 0), for 150 steps. A scan that
     divides by a product of decays gives inf or nan here."""
     inputs = scan_inputs(t=150)
-    inputs |= {"dt": inputs["dt"] + dt, "A": inputs["A"] * A}
-    assert_same(with_gradients("chunk", inputs), with_gradients("loop", inputs), 1e-10)
+    inputs["dt"] += dt
+    inputs["A"] *= A
+    wanted = run_scan(selective_scan, inputs, impl="loop")
+    assert_same(run_scan(selective_scan, inputs, impl="chunk"), wanted, 1e-10)
 
 
-@pytest.mark.parametrize("left_out", ["D", "z", "dt_bias", "h", "reset"])
-def test_optional_arguments_may_be_left_out(left_out):
-    inputs = {k: v for k, v in scan_inputs(t=70).items() if k != left_out}
-    neutral = {"D": 0.0, "dt_bias": 0.0, "h": 0.0, "reset": False}
-    wanted = with_gradients("loop", inputs)
-    assert_same(with_gradients("chunk", inputs), wanted, 1e-10)
-    if left_out in neutral:
-        full = scan_inputs(t=70)
-        full[left_out] = torch.full_like(full[left_out], neutral[left_out])
-        assert_same(with_gradients("loop", full), wanted, 1e-12)
+@pytest.mark.parametrize("name, neutral", [("D", 0.0), ("z", None), ("dt_bias", 0.0), ("h", 0.0), ("reset", False)])
+def test_optional_arguments_may_be_left_out(name, neutral):
+    inputs = scan_inputs(t=70)
+    without = run_scan(selective_scan, inputs | {name: None}, impl="loop")
+    assert_same(run_scan(selective_scan, inputs | {name: None}, impl="chunk"), without, 1e-10)
+    if neutral is not None:
+        inputs[name].fill_(neutral)
+        assert_same(run_scan(selective_scan, inputs, impl="loop"), without, 1e-12)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-def test_low_precision_inputs_are_summed_in_float32(dtype, tolerance):
-    """y comes back in the input's dtype, the state in float32 and exact to float32 whatever the inputs are."""
+@pytest.mark.parametrize("impl", ["loop", "chunk"])
+def test_low_precision_inputs_are_summed_in_float32(impl, dtype, tolerance):
+    """y comes back in the input's dtype, the cells in float32 and exact to float32 whatever the inputs are."""
     inputs = scan_inputs(t=131, dtype=dtype, reset=False)
-    wide = {k: v.double() for k, v in inputs.items()}
-    exact = with_gradients("loop", wide)
-    for impl in ("loop", "chunk"):
-        got = with_gradients(impl, inputs)
-        assert got["y"].dtype == got["du"].dtype == dtype and got["h"].dtype == torch.float32
-        assert off(got["h"].double(), exact["h"]) < 1e-5, impl
-        assert_same({k: v.double() for k, v in got.items()}, exact, tolerance)
+    exact = run_scan(selective_scan, inputs, dtype=torch.float64, impl="loop")
+    got = run_scan(selective_scan, inputs, impl=impl)
+    assert got["y"].dtype == got["grad_u"].dtype == dtype
+    assert got["h"].dtype == torch.float32
+    assert off(got["h"].double(), exact["h"]) < 1e-5
+    assert_same(got, exact, tolerance)
 
 
 def closed_form(u, dt, A, B, C, D, z, dt_bias, h, reset):
-    """y_t as an explicit sum over the past, in plain Python: no recurrence, no shared code."""
-    (b, t, d), n = u.shape, A.shape[1]
-    y, last = np.zeros((b, t, d)), np.zeros((b, d, n))
-    for i, c, k in np.ndindex(b, d, n):
-        step = [math.log1p(math.exp(float(dt[i, s, c] + dt_bias[c]))) for s in range(t)]
-        key, query = c // (d // B.shape[2]), c // (d // C.shape[2])
+    """y and the last cells as explicit sums over the past, in plain Python: no recurrence, no shared code."""
+    b, t, d = u.shape
+    y = torch.zeros(u.shape, dtype=torch.float64)
+    last = torch.zeros(h.shape, dtype=torch.float64)
+    for row, c, lane in np.ndindex(*h.shape):
+        step = [math.log1p(math.exp(dt[row, i, c] + dt_bias[c])) for i in range(t)]
         for now in range(t):
             cell = 0.0
-            for then in range(-1, now + 1):                                  # -1: the state before the first step
-                if any(reset[i, s] for s in range(then + 1, now + 1)):
+            for then in range(-1, now + 1):                                  # -1: the cells before the first step
+                if reset[row, then + 1:now + 1].any():
                     continue                                                 # wiped out on the way
-                decay = math.exp(float(A[c, k]) * sum(step[then + 1:now + 1]))
-                written = step[then] * float(B[i, then, key, k] * u[i, then, c]) if then >= 0 else float(h[i, c, k])
-                cell += decay * written
-            y[i, now, c] += float(C[i, now, query, k]) * cell
-        last[i, c, k] = cell
-    gate = z.numpy() / (1 + np.exp(-z.numpy()))
-    return torch.from_numpy((y + D.numpy() * u.numpy()) * gate), torch.from_numpy(last)
+                written = h[row, c, lane].item()
+                if then >= 0:
+                    key = B[row, then, c // (d // B.shape[2]), lane]
+                    written = step[then] * float(key * u[row, then, c])
+                cell += math.exp(A[c, lane] * sum(step[then + 1:now + 1])) * written
+            y[row, now, c] += cell * C[row, now, c // (d // C.shape[2]), lane]
+        last[row, c, lane] = cell
+    gate = z / (1 + torch.exp(-z))
+    return (y + D * u) * gate, last
 
 
 @pytest.mark.parametrize("impl", ["loop", "chunk"])
 def test_scan_is_the_sum_over_the_past(impl):
     inputs = scan_inputs(t=8)
     assert inputs["reset"].any()
-    y, state = selective_scan(**inputs, impl=impl)
-    wanted_y, wanted_state = closed_form(**inputs)
-    assert off(y, wanted_y) < 1e-12 and off(state, wanted_state) < 1e-12
+    y, h = selective_scan(**inputs, impl=impl)
+    wanted_y, wanted_h = closed_form(**inputs)
+    assert off(y, wanted_y) < 1e-12
+    assert off(h, wanted_h) < 1e-12
 
 
 @pytest.mark.parametrize("t", [1, 2, 5, 8, 31, 70])
 def test_chunk_equals_a_blelloch_scan(t):
     """Another algorithm altogether, the tree of bench.py, with its own backward."""
     inputs = scan_inputs(t=t, reset=False)
-    del inputs["h"]
-    rng = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(inputs["u"].shape, generator=rng, dtype=torch.float64)
-    blelloch = lambda reset, **i: (bench.blelloch_scan(**i), i["u"].new_zeros((), requires_grad=True) * 1)
-    wanted = run_scan(blelloch, inputs, None, (cotangent, torch.zeros(())))
-    wanted.pop("h")
-    none = torch.zeros(2, *inputs["A"].shape)
-    assert_same(run_scan(selective_scan, inputs, None, (cotangent, none), impl="chunk"), wanted, 1e-10)
+    inputs["h"].zero_()
+
+    def blelloch(h, **inputs):
+        return bench.blelloch_scan(**inputs), h                              # it has no cells to give
+    wanted = run_scan(blelloch, inputs)
+    chunk = run_scan(lambda h, **rest: (selective_scan(**rest, impl="chunk")[0], h), inputs)
+    assert_same(chunk, wanted, 1e-10)
 
 
-@pytest.mark.parametrize("impl", ["loop", "chunk"])
-def test_scan_gradients_are_those_of_finite_differences(impl):
-    inputs = scan_inputs(b=2, t=4, d=2, n=2, g=1, gc=2)
-    inputs["reset"][0, 2] = True
-    names = [k for k in inputs if k != "reset"]
-    f = lambda *values: selective_scan(**dict(zip(names, values)), reset=inputs["reset"], impl=impl)
-    assert torch.autograd.gradcheck(f, [inputs[k].requires_grad_() for k in names])
+@pytest.mark.parametrize("impl, size", [("loop", 0), ("chunk", 1), ("chunk", 2), ("chunk", 3), ("chunk", 7)])
+@pytest.mark.parametrize("reset", [True, False])
+def test_scan_gradients_are_those_of_finite_differences(impl, size, reset, monkeypatch):
+    """Also where they cross the borders of chunks of a few steps."""
+    monkeypatch.setattr(nano, "chunk_size", lambda b, d, n: size)
+    inputs = scan_inputs(b=2, t=5, d=2, n=2, groups=1, c_groups=2, reset=reset)
+    names = [name for name in inputs if name != "reset"]
 
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_gradients_cross_chunk_borders(size):
-    """The hand-written backward at chunks of a few steps, against finite differences, with and without resets."""
-    i = scan_inputs(b=2, t=5, d=2, n=2, g=2, gc=1)
-    first = lambda m: m.transpose(0, 1).contiguous().requires_grad_()
-    keep = (~i["reset"]).T[:, :, None, None].double()
-    for keep in (None, keep):
-        f = lambda x, dt, A, B, C, h: ChunkedScan.apply(x, dt, A, B, C, h, keep, size)
-        args = [first(i["u"]), first(i["dt"].exp()), i["A"].clone().requires_grad_(), first(i["B"]), first(i["C"]),
-                i["h"].clone().requires_grad_()]
-        assert torch.autograd.gradcheck(f, args)
+    def scan(*values):
+        return selective_scan(**inputs | dict(zip(names, values)), impl=impl)
+    assert torch.autograd.gradcheck(scan, [inputs[name].requires_grad_() for name in names])
 
 
 @pytest.mark.parametrize("impl", ["loop", "chunk"])
 def test_scan_hands_its_state_on_from_every_split_point(impl):
     inputs = scan_inputs(t=20)
-    y, state = selective_scan(**inputs, impl=impl)
-    over_time = ("u", "dt", "B", "C", "z", "reset")
+    y, h = selective_scan(**inputs, impl=impl)
+
+    def piece(part, **change):
+        cut = {name: inputs[name][:, part] for name in OVER_TIME}
+        return selective_scan(**inputs | cut | change, impl=impl)
     for cut in range(1, 20):
-        piece = lambda part: {k: v[:, part] if k in over_time else v for k, v in inputs.items()}
-        y1, middle = selective_scan(**piece(slice(0, cut)), impl=impl)
-        y2, last = selective_scan(**piece(slice(cut, 20)) | {"h": middle}, impl=impl)
-        assert off(torch.cat([y1, y2], dim=1), y) < 1e-12 and off(last, state) < 1e-12, cut
+        first, middle = piece(slice(0, cut))
+        second, last = piece(slice(cut, 20), h=middle)
+        assert off(torch.cat([first, second], dim=1), y) < 1e-12, cut
+        assert off(last, h) < 1e-12, cut
 
 
-def test_scan_does_not_change_its_inputs():
+@pytest.mark.parametrize("impl", ["loop", "chunk"])
+def test_scan_does_not_change_its_inputs(impl):
     inputs = scan_inputs(t=70)
-    before = {k: v.clone() for k, v in inputs.items()}
-    for impl in ("loop", "chunk"):
-        selective_scan(**inputs, impl=impl)
-        assert all(torch.equal(inputs[k], before[k]) for k in inputs)
+    before = copy.deepcopy(inputs)
+    selective_scan(**inputs, impl=impl)
+    for name in inputs:
+        assert torch.equal(inputs[name], before[name]), name
 
 
-def saved_bytes(impl, t, n, d=64):
-    """Bytes that autograd keeps between the forward and the backward of one scan."""
-    inputs = {k: v.requires_grad_() for k, v in scan_inputs(b=1, t=t, d=d, n=n, g=1, gc=1, reset=False).items()}
+def saved_bytes(impl, t, n):
+    """Bytes that autograd keeps between the forward and the backward of one scan of 64 channels."""
+    inputs = scan_inputs(b=1, t=t, d=64, n=n, groups=1, c_groups=1, reset=False)
     kept = {}
-    def keep(m):
-        kept[m.untyped_storage().data_ptr()] = m.untyped_storage().nbytes()
-        return m
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda m: m):
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    inputs["u"].requires_grad_()
+    inputs["dt"].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y, _ = selective_scan(**inputs, impl=impl)
     return sum(kept.values())
 
 
 def test_memory_for_backward_does_not_hold_the_cells_of_every_step():
     """It grows with t * d; t * d * n, which the loop keeps, is what makes plain Mamba code run out of memory."""
-    t, n, d = 512, 64, 64
-    cells = t * d * n * 8
+    t = 512
+    n = 64
+    cells = t * 64 * n * 8
+    chunk = saved_bytes("chunk", t, n)
     assert saved_bytes("loop", t, n) > cells                                 # the control: the ruler measures
-    assert saved_bytes("chunk", t, n) < cells / 4
-    assert saved_bytes("chunk", 2 * t, n) < 2.1 * saved_bytes("chunk", t, n)
-    assert saved_bytes("chunk", t, 2 * n) < 1.5 * saved_bytes("chunk", t, n)  # the rest: B, C and the chunk borders
+    assert chunk < cells / 4
+    assert saved_bytes("chunk", 2 * t, n) < 2.1 * chunk
+    assert saved_bytes("chunk", t, 2 * n) < 1.5 * chunk                      # the rest: B, C and the chunk borders
 
 
 @pytest.mark.parametrize("impl", ["loop", "chunk"])
 def test_scan_stays_float32_under_autocast(impl):
     inputs = scan_inputs(t=70, dtype=torch.float32)
-    y, state = selective_scan(**inputs, impl=impl)
+    plain = selective_scan(**inputs, impl=impl)
     with torch.autocast("cpu", torch.bfloat16):
-        y16, state16 = selective_scan(**inputs, impl=impl)
-    assert torch.equal(y, y16) and torch.equal(state, state16)
+        mixed = selective_scan(**inputs, impl=impl)
+    assert torch.equal(mixed[0], plain[0])
+    assert torch.equal(mixed[1], plain[1])
 
 
 @pytest.mark.parametrize("name, shape", [("dt", (2, 9, 5)), ("A", (5, 3)), ("B", (2, 9, 2, 4)), ("C", (2, 8, 3, 3)),
                                          ("D", (5,)), ("z", (2, 9, 1)), ("h", (2, 3, 6)), ("reset", (9, 2))])
 def test_shapes_that_do_not_fit_are_refused_by_name(name, shape):
-    inputs = scan_inputs() | {name: torch.zeros(shape, dtype=torch.bool if name == "reset" else torch.float64)}
+    inputs = scan_inputs()
     with pytest.raises(UserError, match=f": {name} has shape"):
-        selective_scan(**inputs)
+        selective_scan(**inputs | {name: inputs[name].new_zeros(shape)})
 
 
 def test_unknown_impl_is_refused():
@@ -970,6 +993,42 @@ def test_logits_of_a_checkpoint_are_those_of_the_independent_model(case, tmp_pat
     assert off(model.prefill(prompts, 1)[0], wanted[[24, 8]]) < 1e-4
 
 
+# What transformers 5.24 gives for four of these checkpoints: the last token's first logits.
+STORED = {
+    "Mistral, sliding window": [-0.0835, -0.1323, 1.3886, 1.5063, 1.042],
+    "Llama 3": [-10.3669, -4.4519, 7.3847, -15.7689, 7.0823],
+    "Qwen2": [-1.4219, -0.652, 0.9148, 0.5873, 0.8804],
+    "Qwen3": [-0.68, 0.351, 1.0047, 0.8229, 0.8957],
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_logits_of_each_family_are_the_stored_ones_of_transformers(case, tmp_path):
+    raw = raw_config(**CHECKPOINTS[case])
+    model = load_pretrained(write_checkpoint(tmp_path / "model", raw))
+    logits = model(some_tokens(1, 25))[0][0, -1, :5]
+    assert torch.allclose(logits, torch.tensor(STORED[case]), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [name for name, change in CHECKPOINTS.items() if change.get("layout") == "t t"
+                                  and "model_type" in change])
+def test_logits_of_each_family_are_those_of_transformers(case, tmp_path):
+    """Of the file as it came, and of the file that is saved again: it is of the same family, and of the same config."""
+    transformers = pytest.importorskip("transformers")
+    change = {key: value for key, value in CHECKPOINTS[case].items() if key != "shards"}
+    raw = raw_config(**change, max_position_embeddings=512)
+    path = write_checkpoint(tmp_path / "model", raw)
+    model = load_pretrained(path)
+    tokens = some_tokens(1, 25)
+    logits = model(tokens)[0]
+    save_pretrained(model, tmp_path / "copy")
+    for where in path, tmp_path / "copy":
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+        assert theirs.config.model_type == raw["model_type"]
+        assert (theirs(tokens).logits - logits).abs().max() < 1e-4
+    assert load_pretrained(tmp_path / "copy").config == model.config
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_copies_in_a_file_are_accepted_if_they_are_copies(shards, tmp_path):
     """Real files hold rotary frequencies as buffers, and tied models their head a second time."""
@@ -1134,29 +1193,69 @@ def test_load_save_load_is_bit_equal(layout, dtype, change, tmp_path):
 SHARED_KEYS = {
     "architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rope_theta", "rms_norm_eps",
-    "sliding_window", "tie_word_embeddings", "bos_token_id", "eos_token_id", "max_position_embeddings", "torch_dtype"}
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "max_position_embeddings", "torch_dtype"}
+HYBRID_KEYS = {"sliding_window": None, "hybrid_block_layout": ["m2", "t"]}
+SCALING = nano.RopeScaling(8.0, 0.5, 4.0, 128)
+
+# fields of Config -> architecture, model_type, and the keys beyond SHARED_KEYS and ssm_cfg
+WRITTEN = {
+    "Mistral": ("t t", {}, "MistralForCausalLM", "mistral", {"sliding_window": None}),
+    "Mistral with a pad token": ("t t", {"pad_id": 7}, "MistralForCausalLM", "mistral",
+                                 {"sliding_window": None, "pad_token_id": 7}),
+    "Llama": ("t t", {"family": "llama"}, "LlamaForCausalLM", "llama", {"attention_bias": False, "mlp_bias": False}),
+    "Llama 3": ("t t", {"family": "llama", "rope_scaling": SCALING}, "LlamaForCausalLM", "llama",
+                {"attention_bias": False, "mlp_bias": False, "rope_scaling": LLAMA3}),
+    "Qwen2": ("t t", {"family": "qwen2", "qkv_bias": True}, "Qwen2ForCausalLM", "qwen2",
+              {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2}),
+    "Qwen2 with windows": ("t t", {"family": "qwen2", "qkv_bias": True, "sliding_window": 9}, "Qwen2ForCausalLM", "qwen2",
+                           {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}),
+    "Qwen3": ("t t", {"family": "qwen3", "qk_norm": True}, "Qwen3ForCausalLM", "qwen3",
+              {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2, "attention_bias": False}),
+    "hybrid": ("m2 t", {}, "AprielHybridSSMForCausalLM", HYBRID, HYBRID_KEYS),
+    "hybrid of Llama": ("m2 t", {"family": "llama"}, "AprielHybridSSMForCausalLM", HYBRID,
+                        HYBRID_KEYS | {"base_model_type": "llama"}),
+    "hybrid of Llama 3": ("m2 t", {"family": "llama", "rope_scaling": SCALING}, "NanoH1HybridForCausalLM",
+                          "nanoh1_hybrid", HYBRID_KEYS | {"base_model_type": "llama", "rope_scaling": LLAMA3,
+                                                          "qkv_bias": False, "qk_norm": False}),
+    "hybrid of Qwen2": ("m2 t", {"family": "qwen2", "qkv_bias": True}, "NanoH1HybridForCausalLM", "nanoh1_hybrid",
+                        HYBRID_KEYS | {"base_model_type": "qwen2", "rope_scaling": None, "qkv_bias": True,
+                                       "qk_norm": False}),
+    "hybrid of Qwen3": ("m2 t", {"family": "qwen3", "qk_norm": True}, "NanoH1HybridForCausalLM", "nanoh1_hybrid",
+                        HYBRID_KEYS | {"base_model_type": "qwen3", "rope_scaling": None, "qkv_bias": False,
+                                       "qk_norm": True}),
+    "all attention, of no family": ("t t", {"qkv_bias": True, "qk_norm": True}, "NanoH1HybridForCausalLM",
+                                    "nanoh1_hybrid", HYBRID_KEYS | {"hybrid_block_layout": ["t", "t"],
+                                                                    "base_model_type": "mistral", "rope_scaling": None,
+                                                                    "qkv_bias": True, "qk_norm": True}),
+    "all attention, a Llama with a window": ("t t", {"family": "llama", "sliding_window": 9}, "NanoH1HybridForCausalLM",
+                                             "nanoh1_hybrid", HYBRID_KEYS | {
+                                                 "hybrid_block_layout": ["t", "t"], "base_model_type": "llama",
+                                                 "sliding_window": 9, "rope_scaling": None, "qkv_bias": False,
+                                                 "qk_norm": False}),
+}
 
 
-def written_config(tmp_path, layout, **change):
-    """-> config.json as it is saved for tiny(layout, **change)."""
-    save_pretrained(tiny(layout, **change), tmp_path)
-    return json.loads((tmp_path / "config.json").read_text())
-
-
-def test_written_config_holds_exactly_the_agreed_keys(tmp_path):
+@pytest.mark.parametrize("case", WRITTEN)
+def test_written_config_holds_exactly_the_agreed_keys(case, tmp_path):
     """Explicit where a default would be wrong (head_dim, the null window), numbers where "auto" is ambiguous, flat
-    theta, and no layer_types, which transformers refuses to read."""
-    hybrid = written_config(tmp_path / "hybrid", "m2 t")
-    mistral = written_config(tmp_path / "mistral", "t t")
-    assert set(mistral) == SHARED_KEYS
-    assert set(hybrid) == SHARED_KEYS | {"hybrid_block_layout", "ssm_cfg"}
-    for raw in hybrid, mistral:
-        assert (raw["head_dim"], raw["sliding_window"], raw["rope_theta"], raw["eos_token_id"]) == (8, None, 10000.0, 2)
-    assert (mistral["model_type"], mistral["architectures"]) == ("mistral", ["MistralForCausalLM"])
-    assert (hybrid["model_type"], hybrid["architectures"]) == (HYBRID, ["AprielHybridSSMForCausalLM"])
-    assert hybrid["hybrid_block_layout"] == ["m2", "t"] and hybrid["torch_dtype"] == "float64"
-    assert hybrid["ssm_cfg"] == SSM_CFG | {
+    theta, and no layer_types, which transformers refuses to read. It is read back as the same Config, and a family
+    that a reader of Apriel's format would compute wrongly does not get its name."""
+    layout, change, architecture, model_type, more = WRITTEN[case]
+    model = tiny(layout, **change)
+    save_pretrained(model, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    ssm = raw.pop("ssm_cfg", None)
+    assert {key: raw[key] for key in raw if key not in SHARED_KEYS} == more
+    assert SHARED_KEYS <= set(raw)
+    assert (raw["model_type"], raw["architectures"]) == (model_type, [architecture])
+    assert (raw["head_dim"], raw["rope_theta"], raw["eos_token_id"], raw["torch_dtype"]) == (8, 10000.0, 2, "float64")
+    assert (ssm is not None) == ("hybrid_block_layout" in raw)
+    assert ssm is None or ssm == SSM_CFG | {
         "dt_min": 0.001, "dt_max": 0.1, "dt_scale": 1.0, "dt_init_floor": 1e-4, "dt_init": "random"}
+    config = load_pretrained(tmp_path).config
+    # Attention files do not speak of Mamba.
+    mamba = {name: getattr(config, name) for name in ("d_state", "dt_rank")}
+    assert config == dataclasses.replace(model.config, **mamba)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -1299,6 +1398,21 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.*dynamic"),
     "longrope": ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling.*longrope"),
     "yarn beside default rope": ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, "rope_scaling.*yarn"),
+    "scaling without its numbers": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),
+    "scaling the wrong way round": ({"rope_scaling": LLAMA3 | {"high_freq_factor": 0.25}}, "high_freq_factor must be"),
+    "two scalings": ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1e4}}, "contradict each other"),
+    "an original length outside": ({"original_max_position_embeddings": 64}, "original_max_position_embeddings = 64"),
+    "mixed windows": ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+                      "either every layer has the window or none"),
+    "mixed layer types": ({"model_type": "qwen2", "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+                          "layer_types = .*either every layer has the window or none"),
+    "windows for some layer types": ({"model_type": "mistral", "layer_types": ["full_attention"] * 3, "sliding_window": 5},
+                                     "layer_types = .*sliding_window = 5"),
+    "windows that Llama has not": ({"model_type": "llama", "layer_types": ["sliding_attention"] * 3, "sliding_window": 5},
+                                   "layer_types = .*sliding_window = None"),
+    "own type without a family": (NANO | {"base_model_type": ...}, "'base_model_type' is missing"),
+    "own type of no known family": (NANO | {"base_model_type": "gemma"}, "base_model_type must be one of mistral, llama"),
+    "own type without its scaling": (NANO | {"base_model_type": "llama", "rope_scaling": ...}, "'rope_scaling' is missing"),
     "rope per layer type": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
     "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "partial rope, newer spelling": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
@@ -1536,36 +1650,96 @@ def test_out_is_never_an_input_however_it_is_spelled(spelling, overwrite, tmp_pa
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Conversion: every copied row lies where the table in model.py says, fresh parts start in their ranges, nothing else
+# Conversion: every copied row lies where the table in distill.py says, fresh parts start in their ranges, nothing else
 # changes, and a converted layer with its fresh parts neutral is linear attention.
 
-def rows_of(linear, first=0, columns=False):
-    """Make every row (or column) of a Linear's weight recognisable: row i holds the value first + i."""
-    weight = linear.weight.data
-    weight.copy_((first + torch.arange(weight.shape[columns])).view((1, -1) if columns else (-1, 1)))
+def converted(init, layers=(0,), layout="t", seed=5, batch=None, dtype=torch.float64, **shape):
+    """-> a teacher, and a student (other weights, same shape) whose layers were converted under this seed."""
+    teacher = tiny(layout, dtype, **shape)
+    student = tiny(layout, dtype, seed=1, **shape)
+    torch.manual_seed(seed)
+    return teacher, convert(student, teacher, layers, init, batch)
 
 
-@pytest.mark.parametrize("init", ["aligned", "plain"])
+def number_rows(linear, first=0):
+    """Make every row of a Linear's weight recognisable: row i holds the value first + i."""
+    rows, _ = linear.weight.shape
+    linear.weight.data.copy_((first + torch.arange(rows))[:, None])
+
+
+def all_real(*shape):
+    """A calibration batch without padding."""
+    return some_tokens(*shape), torch.ones(*shape, dtype=torch.bool)
+
+
+# 4 query heads, 2 key/value heads of width 8, d_state 4: 2 chunks per head, 2 query heads share a key/value head.
+# plain keeps the order of heads (kv head, member, chunk), aligned lays out (kv head, chunk, member).
+CHUNK_ORDER = {"plain": [0, 1, 2, 3, 4, 5, 6, 7], "aligned": [0, 2, 1, 3, 4, 6, 5, 7]}
+
+
+def lanes(chunks, width=4):
+    """The lanes of these chunks, in order."""
+    return [width * chunk + lane for chunk in chunks for lane in range(width)]
+
+
+@pytest.mark.parametrize("init", CHUNK_ORDER)
 def test_conversion_puts_every_row_where_the_table_says(init):
-    """4 query heads, 2 key/value heads of width 8, d_state 4: 2 chunks per head, 2 query heads share a key/value head.
-    aligned lays out (kv head, chunk, member) where plain keeps the order of heads (kv head, member, chunk)."""
     teacher = tiny("t t")
     attention = teacher.layers[1].mixer
-    rows_of(attention.q_proj)
-    rows_of(attention.k_proj, 100)
-    rows_of(attention.v_proj, 200)
-    rows_of(attention.o_proj, columns=True)
+    number_rows(attention.q_proj)
+    number_rows(attention.k_proj, 100)
+    number_rows(attention.v_proj, 200)
+    attention.o_proj.weight.data.copy_(torch.arange(32).expand(24, 32))      # columns, numbered
     mixer = convert(tiny("t t", seed=1), teacher, [1], init).layers[1].mixer
-    weight = mixer.in_proj.weight
-    assert weight.shape == (32 + 16 + 16 + 32, 24)
-    assert weight[:32].abs().max() <= 24 ** -0.5                             # z is fresh, U(+-1/sqrt(hidden))
-    assert weight[32:48, 0].tolist() == list(range(200, 216))                # x from v
-    assert weight[48:64, 0].tolist() == list(range(100, 116))                # B from k
-    chunks = {"plain": [0, 1, 2, 3, 4, 5, 6, 7], "aligned": [0, 2, 1, 3, 4, 6, 5, 7]}[init]
-    order = [4 * chunk + lane for chunk in chunks for lane in range(4)]
-    assert weight[64:, 0].tolist() == order                                  # C from q
-    assert mixer.out_proj.weight[0].tolist() == order                        # out from o, by columns
-    assert (weight[32:] == weight[32:, :1]).all() and (mixer.out_proj.weight == mixer.out_proj.weight[:1]).all()
+    z, x, B, C = mixer.in_proj.weight.split([32, 16, 16, 32])
+    order = lanes(CHUNK_ORDER[init])
+    assert z.abs().max() <= 24 ** -0.5                                       # fresh, U(+-1/sqrt(hidden))
+    assert x.unique(dim=1)[:, 0].tolist() == list(range(200, 216))           # from v; all columns alike
+    assert B.unique(dim=1)[:, 0].tolist() == list(range(100, 116))           # from k
+    assert C.unique(dim=1)[:, 0].tolist() == order                           # from q
+    assert mixer.out_proj.weight.unique(dim=0)[0].tolist() == order          # from o, by columns
+    assert len(mixer.out_proj.weight.unique(dim=0)) == 1 == x.unique(dim=1).shape[1]
+
+
+BEYOND = {"biases": {"qkv_bias": True}, "norms": {"qk_norm": True}, "both": {"qkv_bias": True, "qk_norm": True}}
+
+
+@pytest.mark.parametrize("init", CHUNK_ORDER)
+@pytest.mark.parametrize("shape", BEYOND.values(), ids=BEYOND)
+def test_biases_and_norm_weights_of_attention_lie_where_its_rows_lie(shape, init):
+    teacher, student = converted(init, **shape)
+    attention = teacher.layers[0].mixer
+    mixer = student.layers[0].mixer
+    order = lanes(CHUNK_ORDER[init])
+    q_scale = attention.q_norm.weight.repeat(4) if "qk_norm" in shape else torch.ones(32)
+    k_scale = attention.k_norm.weight.repeat(2) if "qk_norm" in shape else torch.ones(16)
+    z, x, B, C = mixer.in_proj.weight.split([32, 16, 16, 32])
+    assert torch.equal(x, attention.v_proj.weight)
+    assert off(B, attention.k_proj.weight * k_scale[:, None]) < 1e-6
+    assert off(C, (attention.q_proj.weight * q_scale[:, None])[order]) < 1e-6
+    assert student.config.proj_bias == ("qkv_bias" in shape)
+    if "qkv_bias" in shape:
+        z, x, B, C = mixer.in_proj.bias.split([32, 16, 16, 32])
+        assert torch.equal(x, attention.v_proj.bias)
+        assert off(B, attention.k_proj.bias * k_scale) < 1e-6
+        assert off(C, (attention.q_proj.bias * q_scale)[order]) < 1e-6
+        for rest in (z, mixer.dt_in_proj.bias, mixer.out_proj.bias):
+            assert not rest.any()
+
+
+def test_the_smallest_d_state_that_fits_is_chosen_and_another_must_divide_a_head():
+    wanted = {128: 16, 64: 16, 100: 10, 120: 15, 80: 16, 96: 16, 8: 8, 26: 13}
+    for head_dim, d_state in wanted.items():
+        config = tiny("t", head_dim=head_dim).config
+        assert distill.choose_d_state(config, None) == d_state
+    config = tiny("t", head_dim=100).config
+    assert distill.choose_d_state(config, 20) == 20
+    with pytest.raises(UserError, match="--d-state 16 does not divide head_dim 100"):
+        distill.choose_d_state(config, 16)
+    hybrid = tiny("m2 t").config                                             # d_state 4
+    assert distill.choose_d_state(hybrid, None) == 4
+    with pytest.raises(UserError, match="have 4"):
+        distill.choose_d_state(hybrid, 8)
 
 
 @pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [
@@ -1573,35 +1747,40 @@ def test_conversion_puts_every_row_where_the_table_says(init):
 def test_aligned_conversion_pairs_each_query_chunk_with_its_own_key_chunk(n_head, n_kv_head, head_dim, d_state):
     """Read off the recurrence: channel chunk j uses chunk j of C and chunk j // r of B. For plain this fails."""
     shape = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
-    teacher, r, per_head = tiny("t", **shape), n_head // n_kv_head, head_dim // d_state
-    rows_of(teacher.layers[0].mixer.q_proj)
+    r = n_head // n_kv_head
+    per_head = head_dim // d_state
     matched = {}
-    for init in ("aligned", "plain"):
-        C = convert(tiny("t", **shape), teacher, [0], init).layers[0].mixer.in_proj.weight[-n_head * head_dim:, 0]
-        pairs = [(int(C[j * d_state]) // d_state, j // r) for j in range(n_head * per_head)]
-        matched[init] = [(q // per_head // r, q % per_head) == (k // per_head, k % per_head) for q, k in pairs]
-        assert all(q // per_head // r == k // per_head for q, k in pairs)    # the kv head is right in either order
-    assert all(matched["aligned"]) and sum(matched["plain"]) == n_head       # plain: one chunk per head
+    for init in CHUNK_ORDER:
+        teacher = tiny("t", **shape)
+        number_rows(teacher.layers[0].mixer.q_proj)
+        mixer = convert(tiny("t", **shape), teacher, [0], init).layers[0].mixer
+        C = mixer.in_proj.weight[-n_head * head_dim:, 0]
+        matched[init] = 0
+        for j in range(n_head * per_head):
+            head, chunk = divmod(int(C[j * d_state]) // d_state, per_head)
+            kv_head, kv_chunk = divmod(j // r, per_head)
+            assert head // r == kv_head                                      # the kv head is right in either order
+            matched[init] += chunk == kv_chunk
+    assert matched == {"aligned": n_head * per_head, "plain": n_head}        # plain: one chunk per head
 
 
-def test_aligned_and_plain_differ_in_nothing_but_that_order():
-    models = {}
-    for init in ("aligned", "plain"):
-        student, teacher = tiny("t t", seed=1), tiny("t t")
-        torch.manual_seed(5)
-        models[init] = dict(convert(student, teacher, [0], init).named_parameters())
-    order = torch.tensor([4 * chunk + lane for chunk in (0, 2, 1, 3, 4, 6, 5, 7) for lane in range(4)])
-    for name, p in models["plain"].items():
+@pytest.mark.parametrize("d_state, order", [(4, lanes(CHUNK_ORDER["aligned"])), (8, list(range(32)))])
+def test_aligned_and_plain_differ_in_nothing_but_that_order(d_state, order):
+    """And in nothing at all where a chunk is a whole head."""
+    _, aligned = converted("aligned", layout="t t", d_state=d_state)
+    _, plain = converted("plain", layout="t t", d_state=d_state)
+    for (name, p), other in zip(plain.named_parameters(), aligned.parameters(), strict=True):
         wanted = p.clone()
         if name.endswith("mixer.in_proj.weight"):
             wanted[-32:] = p[-32:][order]
         if name.endswith("mixer.out_proj.weight"):
             wanted = p[:, order]
-        assert torch.equal(models["aligned"][name], wanted), name
+        assert torch.equal(other, wanted), name
 
 
 def test_a_ridge_fit_finds_a_linear_map():
-    a, w = torch.randn(200, 6), torch.randn(3, 6)
+    a = torch.randn(200, 6)
+    w = torch.randn(3, 6)
     assert (distill.ridge_fit(a, a @ w.T, strength=1e-9) - w).abs().max() < 1e-6
     assert distill.ridge_fit(a, a @ w.T, strength=10.0).norm() < w.norm() / 2   # the penalty pulls towards zero
 
@@ -1609,117 +1788,117 @@ def test_a_ridge_fit_finds_a_linear_map():
 def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does():
     """For the same input: aligned starts as far from the attention's output as writing nothing. Padding does not count:
     other ids there change nothing."""
-    teacher, tokens = tiny("t t t", torch.float32), torch.randint(0, 61, (8, 40))
+    teacher = tiny("t t t", torch.float32)
+    tokens = some_tokens(8, 40)
     real = torch.arange(40) < torch.randint(20, 41, (8, 1))
-    error = {}
-    for init in ("calibrated", "aligned"):
-        for pad in (0, 7):
-            torch.manual_seed(5)
-            student = convert(copy.deepcopy(teacher), teacher, [1], init, (tokens.where(real, torch.tensor(pad)), real))
-            x = teacher.embed_tokens(tokens)
-            place, _ = nano.make_place(teacher.config, tokens, 0, None, None, torch.float32)
-            x = teacher.layers[1].input_layernorm(teacher.layers[0](x, None, place)[0])
-            wanted = teacher.layers[1].mixer(x, None, place)[0][real]
-            written = student.layers[1].mixer(x, None, place)[0][real]
-            error[init, pad] = ((written - wanted).norm() / wanted.norm()).item()
-    assert error["calibrated", 0] == error["calibrated", 7] < 0.9 < error["aligned", 0], error
+    place = teacher_place(teacher, tokens)
+    before, _ = teacher.layers[0](teacher.embed_tokens(tokens), None, place)
+    x = teacher.layers[1].input_layernorm(before)
+    wanted = teacher.layers[1].mixer(x, None, place)[0][real]
+
+    def error(init, pad):
+        torch.manual_seed(5)
+        batch = tokens.where(real, torch.tensor(pad)), real
+        student = convert(copy.deepcopy(teacher), teacher, [1], init, batch)
+        written = student.layers[1].mixer(x, None, place)[0][real]
+        return ((written - wanted).norm() / wanted.norm()).item()
+
+    assert error("calibrated", 0) == error("calibrated", 7) < 0.9 < error("aligned", 0)
 
 
 def test_calibrating_changes_gate_and_output_of_the_new_layers_alone():
-    teacher, batch = tiny("t t t"), (torch.randint(0, 61, (4, 30)), torch.ones(4, 30, dtype=torch.bool))
-    models = []
-    for init in ("aligned", "calibrated"):
-        torch.manual_seed(5)
-        models.append(dict(convert(copy.deepcopy(teacher), teacher, [1], init, batch).named_parameters()))
-    changed = {name for name, p in models[0].items() if not torch.equal(p, models[1][name])}
-    assert changed == {"layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"}
-    inner = teacher.config.n_head * teacher.config.head_dim                  # rows of z come first; only they differ
-    assert torch.equal(*(m["layers.1.mixer.in_proj.weight"][inner:] for m in models))
+    batch = all_real(4, 30)
+    _, aligned = converted("aligned", [1], "t t t")
+    _, calibrated = converted("calibrated", [1], "t t t", batch=batch)
+    changed = [name for (name, p), q in zip(aligned.named_parameters(), calibrated.parameters())
+               if not torch.equal(p, q)]
+    assert changed == ["layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"]
+    rest = [lm.layers[1].mixer.in_proj.weight[32:] for lm in (aligned, calibrated)]      # z comes first
+    assert torch.equal(*rest)
     with pytest.raises(UserError, match="batch"):
-        convert(copy.deepcopy(teacher), teacher, [1], "calibrated")
-
-
-def test_plain_is_aligned_where_a_chunk_is_a_whole_head():
-    models = []
-    for init in ("aligned", "plain"):
-        student, teacher = tiny("t", seed=1, d_state=8), tiny("t", d_state=8)
-        torch.manual_seed(5)
-        models.append(convert(student, teacher, [0], init))
-    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+        converted("calibrated", [1], "t t t")
 
 
 @pytest.mark.parametrize("init", ["aligned", "plain", "random"])
 def test_fresh_parts_start_in_their_ranges(init):
     """The step size counts its bias twice, so softplus(2 * bias) must span [0.001, 0.1], log-uniformly."""
     wide = dict(n_head=32, n_kv_head=8, head_dim=16, d_model=64, d_state=8, dt_rank=9, dt_scale=0.5)
-    mixer = convert(tiny("t", torch.float32, **wide), tiny("t", torch.float32, **wide), [0], init).layers[0].mixer
+    _, student = converted(init, dtype=torch.float32, **wide)
+    mixer = student.layers[0].mixer
     step = torch.nn.functional.softplus(2 * mixer.dt_proj.bias)
     assert 0.00099 < step.min() < 0.0015 and 0.07 < step.max() < 0.101
     assert abs(step.log().mean() - math.log(0.01)) < 0.3                     # the middle of the range, on a log scale
     assert torch.equal(mixer.A_log, torch.arange(1, 9).float().log().expand(512, 8))
     assert torch.equal(mixer.D, torch.ones(512))
-    for part, bound in ((mixer.conv1d.weight, 0.5), (mixer.conv1d.bias, 0.5), (mixer.dt_in_proj.weight, 1 / 8),
-                        (mixer.dt_proj.weight, 0.5 / 3), (mixer.in_proj.weight[:512], 1 / 8)):
+    uniform = [(mixer.conv1d.weight, 1 / 2), (mixer.conv1d.bias, 1 / 2), (mixer.dt_in_proj.weight, 1 / 8),
+               (mixer.dt_proj.weight, 0.5 / 3), (mixer.in_proj.weight[:512], 1 / 8)]
+    for part, bound in uniform:
         assert 0.9 * bound < part.abs().max() <= bound
-        assert abs(part.mean()) < 0.1 * bound and part.abs().mean() > 0.4 * bound            # uniform, both signs
+        assert abs(part.mean()) < 0.1 * bound                                # both signs ...
+        assert part.abs().mean() > 0.4 * bound                               # ... and all sizes
 
 
 def test_fresh_parts_follow_the_seed_and_differ_between_layers():
-    def mixers(seed):
-        student, teacher = tiny("t t t", seed=1), tiny("t t t")
-        torch.manual_seed(seed)
-        return [block.mixer for block in convert(student, teacher, [0, 1], "aligned").layers[:2]]
-    (a, b), (same, _), (other, _) = mixers(0), mixers(0), mixers(1)
+    _, one = converted("aligned", [0, 1], "t t t", seed=0)
+    _, same = converted("aligned", [0, 1], "t t t", seed=0)
+    _, other = converted("aligned", [0, 1], "t t t", seed=1)
     for name in ("dt_proj.bias", "conv1d.weight", "dt_in_proj.weight"):
-        one, two, three, four = (mixer.get_parameter(name) for mixer in (a, same, b, other))
-        assert torch.equal(one, two) and not torch.equal(one, three) and not torch.equal(one, four)
+        part = one.layers[0].mixer.get_parameter(name)
+        assert torch.equal(part, same.layers[0].mixer.get_parameter(name))
+        assert not torch.equal(part, one.layers[1].mixer.get_parameter(name))
+        assert not torch.equal(part, other.layers[0].mixer.get_parameter(name))
 
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_conversion_changes_nothing_else(init, dtype):
-    """The other parameters of the student are the very same objects' values, the teacher is untouched, the layout and
-    the parameter names are those of the new layers, and the result runs, saves and goes on converting."""
-    teacher, student = tiny("t t t", dtype), tiny("t t t", dtype, seed=1)
-    before, kept = ({k: v.clone() for k, v in m.state_dict().items()} for m in (teacher, student))
-    batch = some_tokens(2, 20), torch.ones(2, 20, dtype=torch.bool)
+    """The other parameters of the student keep their values, the teacher is untouched, the layout and the parameter
+    names are those of the new layers, and the result runs and goes on converting."""
+    teacher = tiny("t t t", dtype)
+    student = tiny("t t t", dtype, seed=1)
+    untouched = copy.deepcopy(teacher.state_dict())
+    before = copy.deepcopy(student.state_dict())
+    batch = all_real(2, 20)
     assert convert(student, teacher, [2, 0], init, batch) is student
     new = "n" if init == "identity" else "m2"
     assert student.config.layout == (new, "t", new) == tuple(block.kind for block in student.layers)
     assert teacher.config.layout == ("t", "t", "t")
-    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert all(torch.equal(p, untouched[name]) for name, p in teacher.state_dict().items())
+
     after = student.state_dict()
-    for name, value in kept.items():
-        gone = name.startswith(("layers.0.", "layers.2.")) and (
-            ".mixer." in name or (init == "identity" and "input_layernorm" in name))
-        assert (name not in after) if gone else torch.equal(after[name], value), name
-    rest = {name for name in after if name not in kept or name.startswith(("layers.0.mixer", "layers.2.mixer"))}
-    assert all(".mixer." in name for name in rest) and (len(rest) == 0) == (init == "identity")
-    for name in rest:
-        assert after[name].dtype == (torch.float32 if name.endswith(("A_log", ".D")) and dtype == torch.bfloat16
-                                     else dtype if dtype == torch.bfloat16 else torch.float64), name
-    twin = HybridLM(student.config)
-    assert set(twin.state_dict()) == set(after)
+    lost = {name for name in before if name not in after}
+    made = {name for name in after if name not in before}
+    assert all(torch.equal(after[name], before[name]) for name in before if name not in lost)
+    assert {name.split(".")[1] for name in lost | made} == {"0", "2"}
+    assert all(".mixer." in name or (init == "identity" and "input_layernorm" in name) for name in lost)
+    assert all(".mixer." in name for name in made) and bool(made) == (init != "identity")
+    for name in made:
+        kept = name.endswith(("A_log", ".D")) and dtype == torch.bfloat16
+        assert after[name].dtype == (torch.float32 if kept else dtype), name
+    assert set(HybridLM(student.config).state_dict()) == set(after)          # as a file of this config must hold them
     logits, _ = student(some_tokens(2, 5))
-    assert torch.isfinite(logits).all() and convert(student, teacher, [1], init, batch).config.layout == (new,) * 3
+    assert torch.isfinite(logits).all()
+    assert convert(student, teacher, [1], init, batch).config.layout == (new,) * 3
 
 
 def test_identity_removes_the_mixer():
-    student = convert(tiny("t t"), tiny("t t"), [0], "identity")
-    block, x = student.layers[0], torch.randn(2, 3, 24, dtype=torch.float64)
-    assert torch.equal(block(x, None, None)[0], x + block.mlp(block.post_attention_layernorm(x)))
+    _, student = converted("identity", layout="t t")
+    block = student.layers[0]
+    x = torch.randn(2, 3, 24, dtype=torch.float64)
+    y, _ = block(x, None, None)
+    assert torch.equal(y, x + block.mlp(block.post_attention_layernorm(x)))
     assert block.mixer is None and not hasattr(block, "input_layernorm")
 
 
 def test_random_copies_nothing():
     teacher = tiny("t")
-    for linear in (teacher.layers[0].mixer.q_proj, teacher.layers[0].mixer.v_proj):
-        linear.weight.data.fill_(7.0)
+    for p in teacher.layers[0].mixer.parameters():
+        p.data.fill_(7.0)
     mixer = convert(tiny("t"), teacher, [0], "random").layers[0].mixer
     assert mixer.in_proj.weight.abs().max() < 1 and mixer.out_proj.weight.abs().max() < 1
 
 
-IMPOSSIBLE = {
+IMPOSSIBLE = {                               # layers, init, student, teacher (changes of shape), what the error names
     "no such layer": ([5], "aligned", {}, {}, "layer 5"),
     "negative layer": ([-1], "aligned", {}, {}, "layer -1"),
     "layer named twice": ([1, 1], "aligned", {}, {}, "layer 1"),
@@ -1728,62 +1907,66 @@ IMPOSSIBLE = {
     "teacher with fewer layers": ([0], "aligned", {}, {"layout": "t t"}, "n_layer"),
     "teacher with other heads": ([0], "random", {}, {"n_kv_head": 4}, "n_kv_head"),
     "unknown init": ([0], "magic", {}, {}, "magic"),
-    "d_state that does not divide a head": ([0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "d_state 16"),
-    "d_state that divides nothing": ([0], "random", {"d_state": 5}, {}, "16 % 5"),
+    "d_state that does not divide a head": ([0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "head_dim 8 .* d_state 16"),
+    "d_state that divides nothing": ([0], "random", {"d_state": 5}, {}, "head_dim 8 .* d_state 5"),
     "widths unlike the heads": ([0], "plain", {"d_inner": 64}, {}, "d_inner 64"),
-    "projection biases": ([0], "aligned", {"proj_bias": True}, {}, "bias True"),
+    "Mamba layers without a place for biases": (
+        [0], "aligned", {"layout": "t t m2", "qkv_bias": True}, {"qkv_bias": True}, "biases"),
 }
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_impossible_conversion_is_refused_and_changes_nothing(case):
-    layers, init, student, teacher, named = IMPOSSIBLE[case]
-    student, teacher = tiny(**{"layout": "t t t"} | student), tiny(**{"layout": "t t t"} | teacher)
-    config, names = student.config, list(student.state_dict())
+    layers, init, of_student, of_teacher, named = IMPOSSIBLE[case]
+    student = tiny(**{"layout": "t t t"} | of_student)
+    teacher = tiny(**{"layout": "t t t"} | of_teacher)
+    config = student.config
+    names = list(student.state_dict())
     with pytest.raises(UserError, match=named):
         convert(student, teacher, layers, init)
     assert student.config == config and list(student.state_dict()) == names
+    assert config.layout == tuple(block.kind for block in student.layers)
 
 
-def linear_attention_mixer(attention, config, init):
-    """Convert, then set the fresh parts so that nothing but the copied weights acts: decay 1, step 1, no D, a conv that
-    lets only the newest input through. The two SiLUs cannot be switched off, but are straight lines far from 0 (30 + x
-    to 1e-12), so the conv's bias is 30, and z reads 30 from a feature that is always 1. Both show up in the result."""
-    student = convert(tiny("t", **config), attention, [0], init)
-    mixer = student.layers[0].mixer
-    with torch.no_grad():
-        mixer.dt_in_proj.weight.zero_()
-        mixer.dt_proj.bias.fill_(math.log(math.e - 1) / 2)                   # softplus(2 * bias) = 1
-        mixer.A_log.fill_(-math.inf)                                         # A = -exp(-inf) = 0, exp(dt A) = 1
-        mixer.D.zero_()
-        mixer.conv1d.weight.zero_()
-        mixer.conv1d.weight[:, 0, -1] = 1
-        mixer.conv1d.bias.fill_(30)
-        mixer.in_proj.weight[:config["n_head"] * config["head_dim"]] = 0
-        mixer.in_proj.weight[:config["n_head"] * config["head_dim"], 0] = 30
-    return student
+@torch.no_grad()
+def make_neutral(mixer):
+    """Set the fresh parts so that nothing but the copied weights acts: decay 1, step 1, no D, a conv that lets only the
+    newest input through. The two SiLUs cannot be switched off, but are straight lines far from 0 (30 + x to 1e-12), so
+    the conv's bias is 30, and z reads 30 from a feature that is always 1. Both show up in the result."""
+    z = mixer.in_proj.weight[:mixer.config.d_inner]
+    for weight in (mixer.dt_in_proj.weight, mixer.D, mixer.conv1d.weight, z):
+        weight.zero_()
+    mixer.dt_proj.bias.fill_(math.log(math.e - 1) / 2)                       # softplus(2 * bias) = 1
+    mixer.A_log.fill_(-math.inf)                                             # A = -exp(-inf) = 0, exp(dt A) = 1
+    mixer.conv1d.weight[:, 0, -1] = 1
+    mixer.conv1d.bias.fill_(30)
+    z[:, 0] = 30
 
 
 @pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [
     (4, 2, 8, 8), (4, 2, 8, 4), (6, 2, 12, 2), (2, 2, 8, 4)])
-@pytest.mark.parametrize("init", ["aligned", "plain"])
+@pytest.mark.parametrize("init", CHUNK_ORDER)
 def test_converted_layer_is_linear_attention_chunk_by_chunk(init, n_head, n_kv_head, head_dim, d_state):
     """With d_state = head_dim the mixer is causal linear attention, grouped, through o_proj. With smaller d_state,
     aligned weighs each chunk of a value by its own chunk of q . k; plain only if there is one chunk, or no grouping."""
-    config = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
-    teacher = tiny("t", **config)
-    mixer, attention = linear_attention_mixer(teacher, config, init).layers[0].mixer, teacher.layers[0].mixer
+    shape = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
+    teacher, student = converted(init, **shape)
+    mixer = student.layers[0].mixer
+    make_neutral(mixer)
     x = torch.randn(1, 6, 24, dtype=torch.float64) * 0.3
     x[..., 0] = 1
-    q, k, v = ((linear(x)[0].detach().view(6, heads, head_dim // d_state, d_state)) for linear, heads in (
-        (attention.q_proj, n_head), (attention.k_proj, n_kv_head), (attention.v_proj, n_kv_head)))
-    y = torch.zeros_like(q)
-    for head, now, then in ((h, i, j) for h in range(n_head) for i in range(6) for j in range(i + 1)):
-        kv = head // (n_head // n_kv_head)
-        for chunk in range(head_dim // d_state):
-            y[now, head, chunk] += 30 * (q[now, head, chunk] @ k[then, kv, chunk]) * (v[then, kv, chunk] + 30)
-    wanted = attention.o_proj(y.view(1, 6, -1))
-    got = mixer(x, None, teacher_place(teacher, x))[0]
+    attention = teacher.layers[0].mixer
+    chunks = (-1, head_dim // d_state, d_state)
+    q = attention.q_proj(x)[0].unflatten(-1, chunks)                         # (t, heads, chunks, lanes)
+    k = attention.k_proj(x)[0].unflatten(-1, chunks)
+    v = attention.v_proj(x)[0].unflatten(-1, chunks)
+    group = n_head // n_kv_head
+    k = k.repeat_interleave(group, dim=1)
+    v = v.repeat_interleave(group, dim=1)
+    weight = torch.einsum("thcl,shcl->hcts", q, k).tril()                    # s <= t
+    y = 30 * torch.einsum("hcts,shcl->thcl", weight, v + 30)                 # gate 30, conv bias 30
+    wanted = attention.o_proj(y.reshape(1, 6, -1))
+    got, _ = mixer(x, None, teacher_place(teacher, x))
     if init == "aligned" or d_state == head_dim or n_head == n_kv_head:
         assert off(got, wanted) < 1e-8
     else:
@@ -1791,8 +1974,10 @@ def test_converted_layer_is_linear_attention_chunk_by_chunk(init, n_head, n_kv_h
 
 
 def teacher_place(model, x):
-    """The Place of a plain sequence, for calling a mixer by itself."""
-    return nano.make_place(model.config, torch.zeros(x.shape[:2], dtype=torch.long), 0, None, None, x.dtype)[0]
+    """The Place of plain sequences, tokens or inputs (b, t, ...), for calling a layer by itself."""
+    tokens = torch.zeros(x.shape[:2], dtype=torch.long)
+    place, _ = nano.make_place(model.config, tokens, 0, None, None, model.norm.weight.dtype)
+    return place
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2997,33 +3182,39 @@ def test_user_errors_are_one_line_and_exit_code_2(checkpoint, name, args, words)
 
 @pytest.mark.parametrize("shape", ["tiny", "1b"])
 @pytest.mark.parametrize("k", [0, 25, 50])
-def test_byte_accounting_equals_the_real_tensors(shape, k):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_byte_accounting_is_what_the_shapes_say(shape, k, dtype):
     config = bench.hybrid(bench.SHAPES[shape], k)
-    assert config.layout.count("m2") == round(k * config.n_layer / 50)
-    for dtype in (torch.float32, torch.bfloat16):
-        size = bench.sizes(config, dtype, 24)
-        with torch.device("meta"):                                                         # real sizes, no memory
-            model = HybridLM(config)
-            model = model.to(dtype) if dtype == torch.float32 else nano.cast(model, "meta", dtype)
-            state = model.new_state(3, 24)
-        assert tuple(n * 3 for n in (size["kv_bytes"], size["state_bytes"])) == state.nbytes()
-        assert size["weight_bytes"] == sum(p.nbytes for p in model.parameters())
-        assert size["params"] == sum(p.numel() for p in model.parameters())
+    mamba = config.layout.count("m2")
+    assert mamba == round(k * config.n_layer / 50)
+    size = bench.sizes(config, dtype, 24)
+    item = dtype.itemsize
+    of_attention = 2 * 24 * config.n_kv_head * config.head_dim * item
+    of_mamba = (config.d_conv - 1) * config.d_xb * item + config.d_inner * config.d_state * 4
+    assert size["kv_bytes"] == (config.n_layer - mamba) * of_attention
+    assert size["state_bytes"] == mamba * of_mamba
+    # A_log and D stay in float32.
+    in_float32 = mamba * config.d_inner * (config.d_state + 1)
+    assert size["weight_bytes"] == item * size["params"] + (4 - item) * in_float32
+    table = config.vocab_size * config.d_model * item
+    assert size["read_bytes"] == size["weight_bytes"] - (0 if config.tie_embeddings else table)
 
 
 def test_the_random_model_and_its_filled_state_have_the_planned_sizes():
     config = bench.hybrid(bench.replace(bench.SHAPES["tiny"], n_layer=4, layout=()), 25)
     for dtype in (torch.float32, torch.bfloat16):
-        size, model = bench.sizes(config, dtype, 40), bench.random_model(config, torch.device("cpu"), dtype)
+        size = bench.sizes(config, dtype, 40)
+        model = bench.random_model(config, torch.device("cpu"), dtype)
+        assert size["params"] == sum(p.numel() for p in model.parameters())
         assert size["weight_bytes"] == sum(p.nbytes for p in model.parameters())
         with torch.no_grad():
             state = bench.filled_state(model, 2, 40)
-            assert state.nbytes() == (2 * size["kv_bytes"], 2 * size["state_bytes"])
-            assert all((m != 0).float().mean() > 0.99 for layer in state.layers for m in layer)
             part = bench.narrow(state, 1, 3)
-            assert part.position == 37 and all(m.shape[0] == 1 for layer in part.layers for m in layer)
-            assert bench.decode_steps(model, torch.tensor([[5]]), part, 3).shape == (1, 1)
-        assert isinstance(state.layers[0], KV) or isinstance(state.layers[-1], KV)
+            tokens = bench.decode_steps(model, torch.tensor([[5]]), part, 3)
+        assert state.nbytes() == (2 * size["kv_bytes"], 2 * size["state_bytes"])
+        assert all((m != 0).float().mean() > 0.99 for layer in state.layers for m in layer)
+        assert part.position == 37 and tokens.shape == (1, 1)
+        assert all(m.shape[0] == 1 for layer in part.layers for m in layer)
 
 
 def test_the_published_layers_are_the_ones_replaced():
@@ -3031,18 +3222,24 @@ def test_the_published_layers_are_the_ones_replaced():
     assert sorted(bench.ORDER) == list(range(50))
     kept = [i for i, kind in enumerate(bench.hybrid(config, 30).layout) if kind == "t"]
     assert kept == [0, 1, 2, 4, *range(9, 20), 26, 28, 29, 34, 48]
-    size = bench.sizes(bench.hybrid(config, 0), torch.bfloat16, 32768)                 # figures of gpu-design section 4
+    # Apriel's 15B: 15 G parameters, 205 kB of cache per token.
+    size = bench.sizes(bench.hybrid(config, 0), torch.bfloat16, 32768)
     assert abs(size["params"] / 14.97e9 - 1) < 1e-3 and abs(size["kv_bytes"] / 6.71e9 - 1) < 1e-3
-    assert abs(bench.limit(size, 16, 4.3e12) / 506 - 1) < 0.01
+    assert abs(bench.decode_limit(size, 16, 4.3e12) / 506 - 1) < 0.01
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+BENCH = "--device", "cpu", "--seconds", 0, "--memory", 0.03
 
 
 def test_bench_measures_and_logs_every_row_it_plans(tmp_path):
     log = tmp_path / "rows.jsonl"
-    code, out, err = script("bench.py", "--device", "cpu", "--ctx", 64, "--replace", "0,40", "--batch", "1,max",
-                            "--seconds", 0, "--memory", 0.03, "--prefill-tokens", 32, "--what", "prefill,decode,scan",
-                            "--json", log)
-    assert code == 0, err
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    out, _ = run(bench, *BENCH, "--ctx", 64, "--replace", "0,40", "--batch", "1,max",
+                 "--prefill-tokens", 32, "--what", "prefill,decode,scan", "--json", log)
+    rows = json_lines(log)
     assert [row["row"] for row in rows] == ["H-0", "H-40", "scan loop", "scan chunk", "scan blelloch"]
     assert out.index("limit (batch)") < out.index("measured, tokens/s") and "instead of prefilling" in out
     for row in rows[:2]:
@@ -3050,39 +3247,55 @@ def test_bench_measures_and_logs_every_row_it_plans(tmp_path):
         for cell in row["decode"]:
             share = 100 * cell["tokens_per_s"] / cell["limit_tokens_per_s"]
             assert abs(cell["percent_of_limit"] - share) < 1e-6
-    assert rows[1]["ratio_to_h0"] > 0 and {"torch", "commit", "device", "dtype", "triton"} <= set(rows[0])
+    ratio = rows[1]["decode"][-1]["tokens_per_s"] / rows[0]["decode"][-1]["tokens_per_s"]
+    assert rows[1]["ratio_to_h0"] == ratio
+    assert {"torch", "commit", "device", "dtype", "triton"} <= set(rows[0])
 
 
-def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint, monkeypatch, capsys):
-    out, _ = run(bench, "--device", "cpu", "--model", checkpoint, "--replace", "0,50",
-                      "--ctx", 4096, "--memory", 0.001, "--seconds", 0, "--batch", "1", "--what", "decode")
-    lines = {line.split()[0]: line for line in out.splitlines() if line.split()[:1]}
+def test_the_scans_that_are_compared_give_the_same():
+    """blelloch, too: values and gradients, at lengths that are no powers of two."""
+    config = bench.replace(bench.SHAPES["tiny"], d_inner=32, d_xb=16)
+    for t in (1, 7, 40):
+        inputs = [m.detach().double().requires_grad_() for m in
+                  bench.scan_inputs(config, 2, t, torch.device("cpu"), torch.float32)]
+        contestants = bench.scan_contestants(config, 64, torch.device("cpu"))
+        results = {}
+        for name, (scan, _) in contestants.items():
+            y = scan(*inputs)
+            results[name] = [y, *torch.autograd.grad(y.square().sum(), inputs)]
+        for name in contestants:
+            for ours, definition in zip(results[name], results["loop"]):
+                assert off(ours, definition) < 1e-10, (name, t)
+
+
+def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint):
+    out, _ = run(bench, "--device", "cpu", "--model", checkpoint, "--replace", "0,50", "--ctx", 4096,
+                 "--memory", 0.001, "--seconds", 0, "--batch", "1", "--what", "decode")
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert "does not fit" in lines["H-0"] and "(1)" in lines["H-50"] and "does not fit" in lines["model"]
 
 
-@pytest.mark.parametrize("error, end", [(RuntimeError("DefaultCPUAllocator: can't allocate memory"), None),
-                                        (KeyboardInterrupt(), KeyboardInterrupt),
-                                         (RuntimeError("a bug"), RuntimeError)])
-def test_a_row_that_fails_keeps_its_measured_cells(error, end, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("error, word", [(RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+                                         (KeyboardInterrupt(), "interrupted"),
+                                         (RuntimeError("a bug"), None)])
+def test_a_row_that_fails_keeps_its_measured_cells(error, word, monkeypatch, capsys, tmp_path):
     """No memory left: the next row goes on. Ctrl-C: what there is, then the end. A bug is no lack of memory."""
-    time_decode, log = bench.time_decode, tmp_path / "rows.jsonl"
+    log = tmp_path / "rows.jsonl"
+    time_decode = bench.time_decode
+
     def fails(model, state, batch, *rest):
         if batch == 2 and model.config.layout.count("m2") == 0:
             raise error
         return time_decode(model, state, batch, *rest)
     monkeypatch.setattr(bench, "time_decode", fails)
-    go = lambda: run(bench, "--device", "cpu", "--ctx", 16, "--replace", "0,40", "--batch",
-                           "1,2", "--seconds", 0, "--memory", 0.03, "--what", "decode", "--json", log)
-    if end:
-        with pytest.raises(end):
-            go()
-        out, rows = capsys.readouterr().out, []
-    else:
-        out, rows = go().out, [json.loads(line)["row"] for line in log.read_text().splitlines()]
-    last = [line for line in out.splitlines() if line.split()[:1] == ["H-0"]][-1]
-    assert rows == ([] if end else ["H-0", "H-40"])
-    if end is not RuntimeError:
-        assert "(1)" in last and ("interrupted" if end else "out of memory") in last
+    ends = word != "out of memory"
+    with pytest.raises(type(error)) if ends else contextlib.nullcontext():
+        print(run(bench, *BENCH, "--ctx", 16, "--replace", "0,40", "--batch", "1,2", "--what", "decode",
+                  "--json", log).out)
+    assert [row["row"] for row in json_lines(log)] == ([] if ends else ["H-0", "H-40"])
+    if word:
+        *_, last = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["H-0"]]
+        assert "(1)" in last and word in last
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3093,12 +3306,58 @@ def test_a_row_that_fails_keeps_its_measured_cells(error, end, monkeypatch, caps
 def traces(tmp_path_factory):
     """A directory with an untrained 4-layer teacher and the tokenizer of the traces. -> its path, its Codec."""
     path = tmp_path_factory.mktemp("teacher")
-    train_sft.make_tokenizer(path, n_vocab=300, n_problems=20)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(HERE, "teacher", name), path)
     torch.manual_seed(0)
     lm = HybridLM(dataclasses.replace(train_sft.TEACHER, n_layer=4, layout=()))
     train_sft.init_weights(lm)
     save_pretrained(lm, path)
     return str(path), train_sft.load_codec(path)
+
+
+CPU = torch.device("cpu")
+
+
+def encoded(traces, split, per_family):
+    """Problems of a split as training examples."""
+    return [train_sft.encode_problem(traces[1], p) for p in train_sft.problem_set(split, per_family)]
+
+
+def distill_setup(traces, teacher):
+    """-> a distill.Run for calling parts of distill.py by themselves: few texts, on the CPU."""
+    codec = traces[1]
+    block = train_sft.trace_block(codec, 0)
+    calibration = distill.calibration_batch(block, CPU, count=8)
+    content = {"content of --teacher": train_sft.weights_hash(teacher)}
+    return distill.Run(teacher, codec, CPU, torch.float32, block, [encoded(traces, "probe", 1)], block(1, 4),
+                       calibration, content, solved={})
+
+
+def last_report(printed):
+    """The last line that a script printed, which is for machines."""
+    return json.loads(printed.out.splitlines()[-1])
+
+
+def count_calls(monkeypatch, module, name):
+    """-> a list that grows by one with each call of module.name, which goes on working."""
+    calls = []
+    real = getattr(module, name)
+
+    def counted(*args, **named):
+        calls.append(name)
+        return real(*args, **named)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+def test_a_tokenizer_is_trained_and_gives_its_texts_back(tmp_path):
+    train_sft.make_tokenizer(tmp_path, n_vocab=300, n_problems=20)
+    enc = load_tokenizer(tmp_path)
+    text = "<s>[INST] Dan has 37 caps. [/INST]"
+    ids = enc.encode(text, allowed_special="all")
+    assert enc.decode(ids) == text and enc.max_token_value == 299
+    assert ids[:2] == [1, 3]                                                 # <s> and [INST] are one token each
 
 
 def test_splits_share_no_problem_and_repeat():
@@ -3379,14 +3638,17 @@ def test_batches_depend_on_seed_and_number_alone():
 
 def test_kl_is_zero_for_equal_logits_exact_and_finite():
     torch.manual_seed(0)
-    a, b = torch.randn(6, 11, dtype=torch.float64).float(), torch.randn(6, 11)
+    a = torch.randn(6, 11)
+    b = torch.randn(6, 11)
     assert distill.kl_divergence(a, a).abs().max() < 1e-6
     a.requires_grad_()
-    q, p = a.softmax(-1), b.softmax(-1)
+    q = a.softmax(-1)
+    p = b.softmax(-1)
     kl = distill.kl_divergence(a, b)
     torch.testing.assert_close(kl, (q * (q / p).log()).sum(-1), rtol=1e-5, atol=1e-6)
     kl.sum().backward()
-    torch.testing.assert_close(a.grad, (q * ((q / p).log() - kl[:, None])).detach(), rtol=1e-4, atol=1e-6)
+    gradient = q * ((q / p).log() - kl[:, None])
+    torch.testing.assert_close(a.grad, gradient.detach(), rtol=1e-4, atol=1e-6)
     forward = distill.kl_divergence(a, b, "forward_kl")
     torch.testing.assert_close(forward, (p * (p / q).log()).sum(-1), rtol=1e-5, atol=1e-6)
     far = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
@@ -3396,41 +3658,49 @@ def test_kl_is_zero_for_equal_logits_exact_and_finite():
 
 def test_kl_is_a_mean_over_tokens_whatever_the_batch_and_its_length(traces):
     """The same texts in one batch, one by one, twice, or beside an untrained one give one and the same loss."""
-    lm, enc = load_pretrained(traces[0]), traces[1]
-    student = convert(load_pretrained(traces[0]), lm, [1], "aligned")
-    texts = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("dev", 1)]
-    mean = lambda *fixed: distill.mean_loss(student, lm, fixed, "reverse_kl", torch.device("cpu"), torch.float32)
-    silent = texts[0][0], [False] * len(texts[0][0])
-    for fixed in ([[t] for t in texts], [texts, texts], [texts + [silent]]):
+    teacher = load_pretrained(traces[0])
+    student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
+    texts = encoded(traces, "dev", 1)
+
+    def mean(*fixed):
+        return distill.mean_loss(student, teacher, fixed, "reverse_kl", CPU, torch.float32)
+
+    ids, _ = texts[0]
+    silent = ids, [False] * len(ids)
+    for fixed in ([[text] for text in texts], [texts, texts], [texts + [silent]]):
         assert abs(mean(*fixed) / mean(texts) - 1) < 1e-5
     assert mean([silent]) == 0
 
 
 def test_kl_in_pieces_is_the_same_in_value_and_gradients():
     torch.manual_seed(0)
-    heads = [torch.nn.Linear(8, 50, bias=False) for _ in range(2)]
-    x, y, results = torch.randn(23, 8, requires_grad=True), torch.randn(23, 8), []
+    head = torch.nn.Linear(8, 50, bias=False)
+    teacher_head = torch.nn.Linear(8, 50, bias=False)
+    x = torch.randn(23, 8, requires_grad=True)
+    teacher_x = torch.randn(23, 8)
+    results = []
     for chunk in (None, 5):
-        loss = distill.distillation_loss(x, y, *heads, chunk=chunk)
-        results.append((loss, *torch.autograd.grad(loss, (x, heads[0].weight))))
+        loss = distill.distillation_loss(x, teacher_x, head, teacher_head, chunk=chunk)
+        results.append((loss, *torch.autograd.grad(loss, (x, head.weight))))
     for whole, pieces in zip(*results):
         torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(traces):
-    lm, other = load_pretrained(traces[0]), load_pretrained(traces[0])
-    convert(other, lm, [1], "aligned")
+    teacher = load_pretrained(traces[0])
+    student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
     tokens = torch.randint(7, 200, (2, 9))
     targets = torch.full((2, 9), -1)
     targets[:, 2:5] = tokens[:, 3:6]
     changed = tokens.clone()
     changed[:, 6:] = 9                                                       # after the last trained position
-    loss = [distill.batch_loss(other, lm, t, targets, "reverse_kl")[0] for t in (tokens, changed)]
-    assert torch.equal(*loss)
-    empty, count = train_sft.cross_entropy(other, tokens, torch.full((2, 9), -1))
+    loss, _ = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
+    again, _ = distill.batch_loss(student, teacher, changed, targets, "reverse_kl")
+    assert torch.equal(loss, again)
+    empty, count = train_sft.cross_entropy(student, tokens, torch.full((2, 9), -1))
     (empty / max(1, count)).backward()
     assert count == 0 and empty.item() == 0
-    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in other.parameters())
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
 
 
 @pytest.fixture
@@ -3518,7 +3788,7 @@ def test_learning_rate_rises_stays_and_falls():
 
 
 def weights(path):
-    return (path / "model.safetensors").read_bytes()
+    return (pathlib.Path(path) / "model.safetensors").read_bytes()
 
 
 @pytest.fixture
@@ -3718,16 +3988,16 @@ def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, monk
 
 
 def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypatch):
-    lm, enc = load_pretrained(traces[0]), traces[1]
-    probe = [[train_sft.encode_problem(enc, p) for p in train_sft.problem_set("probe", 1)]]
-    args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, ctx=99, probe=1, seed=0, dtype="float32")
-    calls, real = [], distill.leave_one_out
-    monkeypatch.setattr(distill, "leave_one_out", lambda *a, **k: calls.append(1) or real(*a, **k))
-    rank = lambda: distill.rank_layers(
-        args, distill.Run(lm, enc, torch.device("cpu"), torch.float32, None, probe, probe[0], None, {}), lm)
+    teacher = load_pretrained(traces[0])
+    args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, ctx=99, probe=1, dtype="float32")
+    calls = count_calls(monkeypatch, distill, "leave_one_out")
+
+    def rank():
+        return distill.rank_layers(args, distill_setup(traces, teacher), teacher)
+
     first = rank()
     assert rank() == first and len(calls) == 1
-    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3                       # one weight of another layer
+    teacher.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3                  # one weight of another layer
     assert rank() != first and len(calls) == 2
     args.probe = 2                                                           # other problems, other scores
     rank()
@@ -3735,64 +4005,67 @@ def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypat
 
 
 def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces):
-    teacher, enc = load_pretrained(traces[0]), traces[1]
-    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    teacher = load_pretrained(traces[0])
+    before = copy.deepcopy(dict(teacher.named_parameters()))
     student = convert(distill.clone(teacher, "mixers"), teacher, [1, 2], "aligned")
     distill.set_trained(student, "mixers").train()
-    start = {name: p.clone() for name, p in student.named_parameters()}
-    batch = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("dev", 1)]
-    loss, count = distill.batch_loss(student, teacher, *train_sft.collate(batch, "cpu"), "reverse_kl")
+    start = copy.deepcopy(dict(student.named_parameters()))
+    tokens, targets = train_sft.collate(encoded(traces, "dev", 1), CPU)
+    loss, count = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
     (loss / count).backward()
     train_sft.clipped_step(student, train_sft.make_optimizers(student, 1e-2), 1e-2)
-    own = dict(teacher.named_parameters())
+    original = dict(teacher.named_parameters())
     for name, p in student.named_parameters():
         if name.startswith(("layers.1.mixer.", "layers.2.mixer.")):
             assert p.requires_grad and not torch.equal(p, start[name]), name
         else:
-            assert p.data_ptr() == own[name].data_ptr() and p.grad is None, name
-    assert all(torch.equal(p, before[name]) for name, p in own.items())
+            assert p.data_ptr() == original[name].data_ptr() and p.grad is None, name
+    assert all(torch.equal(p, before[name]) for name, p in original.items())
 
 
-def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_path, monkeypatch, capsys):
+def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_path):
     lines = [{"prompt": f"<s>[INST] {i} [/INST]", "response": f" {i + 1}</s>"} for i in range(55)]
-    lines[7] = {"messages": [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]}
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out, _ = run(distill, "--teacher", traces[0], "--data", tmp_path / "x.jsonl", "--replace",
-                      2, "--steps", 2, "--batch", 2, "--device", "cpu", "--out", tmp_path / "out")
-    report = json.loads(out.splitlines()[-1])
-    assert [report[key] for key in ("teacher_accuracy", "student_accuracy", "accuracy_by_family")] == [None] * 3
+    turns = [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]
+    lines[7] = {"messages": turns}
+    data = tmp_path / "x.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = last_report(run(distill, "--teacher", traces[0], "--data", data, "--replace", 2, "--steps", 2, "--batch",
+                             2, "--device", "cpu", "--out", tmp_path / "out"))
+    assert report["teacher_accuracy"] is report["student_accuracy"] is report["accuracy_by_family"] is None
     assert report["kl_first"] > 0 and math.isfinite(report["kl_last"])
     stored = json.loads((tmp_path / "out" / "loo.json").read_text())
-    assert all(s["accuracy"] is None and s["kl"] >= 0 and s["loss"] > 0 for s in stored["scores"])
-    kl = {s["layer"]: s["kl"] for s in stored["scores"]}
+    kl = {}
+    for score in stored["scores"]:
+        assert score["accuracy"] is None and score["kl"] >= 0 and score["loss"] > 0
+        kl[score["layer"]] = score["kl"]
     assert stored["order"] == sorted(kl, key=kl.get) and report["replaced"] == stored["order"][:2]
-    _, held = train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 538)
-    assert len(held) == 2                                                    # examples 0 and 50
 
 
 def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces):
-    lm, enc = load_pretrained(traces[0]), traces[1]
-    torch.nn.init.zeros_(lm.layers[2].mixer.o_proj.weight)
-    examples = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("probe", 2)]
-    scores = distill.leave_one_out(lm, [examples], torch.device("cpu"), torch.float32, use_accuracy=False)
+    teacher = load_pretrained(traces[0])
+    torch.nn.init.zeros_(teacher.layers[2].mixer.o_proj.weight)
+    examples = encoded(traces, "probe", 2)
+    scores = distill.leave_one_out(teacher, [examples], CPU, torch.float32, use_accuracy=False)
     assert distill.least_important_first(scores)[0] == 2
+    tokens, targets = train_sft.collate(examples, CPU)
     for layer in (0, 3):
-        without = convert(copy.deepcopy(lm), lm, [layer], "identity")
-        loss, count = train_sft.cross_entropy(without, *train_sft.collate(examples, "cpu"))
+        without = convert(copy.deepcopy(teacher), teacher, [layer], "identity")
+        loss, count = train_sft.cross_entropy(without, tokens, targets)
         assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
 
 
-def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces, tmp_path, monkeypatch, capsys):
-    before = open(os.path.join(traces[0], "model.safetensors"), "rb").read()
-    go = lambda *more: run(distill, "--teacher", traces[0], *more)[0]
-    out = go("--stages", "1,2", "--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1,
-              "--out", tmp_path)
-    report = json.loads(out.strip().splitlines()[-1])
+def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces, tmp_path):
+    before = weights(traces[0])
+
+    def go(*more):
+        return run(distill, "--teacher", traces[0], *SMALL, *more)
+
+    report = last_report(go("--stages", "1,2", "--out", tmp_path))
     assert set(report) == {"replaced", "layout", "teacher_accuracy", "student_accuracy", "accuracy_by_family",
                            "kl_first", "kl_last", "steps", "tokens", "seconds", "seed"}
     assert report["layout"].count("m2") == 2 == len(report["replaced"])
     assert load_pretrained(tmp_path / "h2").config.layout == tuple(report["layout"])
-    assert open(os.path.join(traces[0], "model.safetensors"), "rb").read() == before
+    assert weights(traces[0]) == before
     with pytest.raises(UserError, match="overwrite"):                        # a finished result is not lost unasked
         go("--replace", 2, "--out", tmp_path / "h2")
     with pytest.raises(UserError, match="4 attention layers"):
@@ -3818,8 +4091,8 @@ def family(traces, tmp_path_factory):
 
 
 @pytest.mark.parametrize("killed_after", [1, 3, 6])                          # of 2 steps, 3 trials of 1 step, 2 steps
-def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family, tmp_path, no_answers, interrupt_after,
-                                                                 killed_after):
+def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(
+        traces, family, tmp_path, no_answers, interrupt_after, killed_after):
     command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", tmp_path
     taken = interrupt_after(killed_after)
     with pytest.raises(KeyboardInterrupt):
@@ -3830,44 +4103,157 @@ def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family,
     assert len(taken) == 2 + 3 + 2 + (killed_after == 3)
     for member in ("h1", "h2"):
         assert weights(tmp_path / member) == weights(family / member)
-        a, b = (json.loads((path / member / "report.json").read_text()) for path in (tmp_path, family))
-        assert all(a[key] == b[key] for key in ("replaced", "scores", "kl_last", "tokens"))
+        continued = json.loads((tmp_path / member / "report.json").read_text())
+        undisturbed = json.loads((family / member / "report.json").read_text())
+        for key in ("replaced", "scores", "kl_first", "kl_last", "tokens"):
+            assert continued[key] == undisturbed[key]
 
 
-def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, family, tmp_path, no_answers,
-                                                                   interrupt_after):
-    command = ("--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", family)
+def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(
+        traces, family, tmp_path, no_answers, interrupt_after):
+    command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", family
     assert run(distill, *command).out.count("finished already") == 2
-    for change in (("--traces", "generic"), ("--warmup", 3), ("--ctx", 99), ("--rank", "last"), ("--probe-steps", 2)):
-        with pytest.raises(UserError, match=change[0][2:].replace("-", "_")):
-            run(distill, *command, *change)
+    changes = {"traces": "generic", "warmup": 3, "ctx": 99, "rank": "last", "probe_steps": 2}
+    for flag, value in changes.items():
+        with pytest.raises(UserError, match=flag):
+            run(distill, *command, "--" + flag.replace("_", "-"), value)
     interrupt_after(1)
-    command = ("--teacher", traces[0], "--replace", 1, *SMALL, "--resume", "--rank", "first", "--out", tmp_path / "x")
+    command = "--teacher", traces[0], "--replace", 1, *SMALL, "--resume", "--rank", "first", "--out", tmp_path / "x"
     with pytest.raises(KeyboardInterrupt):
         run(distill, *command)
     with pytest.raises(UserError, match="traces = reasoning, now traces = generic"):
         run(distill, *command, "--traces", "generic")
 
 
+FAMILY_SHAPES = {
+    "llama": {"family": "llama", "rope_scaling": nano.RopeScaling(8.0, 1.0, 4.0, 64)},
+    "qwen2": {"family": "qwen2", "qkv_bias": True},
+    "qwen3": {"family": "qwen3", "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("family", FAMILY_SHAPES)
+def test_every_family_is_converted_and_distilled(family, traces, tmp_path, no_answers):
+    """In two stages, so that a hybrid of it is read again; what was saved computes what the report says."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(traces[0], teacher)
+    shape = dataclasses.replace(train_sft.TEACHER, n_layer=3, layout=(), **FAMILY_SHAPES[family])
+    torch.manual_seed(0)
+    lm = HybridLM(shape)
+    train_sft.init_weights(lm)
+    save_pretrained(lm, teacher)
+    printed = run(distill, "--teacher", teacher, "--stages", "1,2", *SMALL, "--out", tmp_path)
+    assert "not carried over: the softmax, the rotation" in printed.out
+    assert ("root mean square" in printed.out) == (family == "qwen3")
+    hybrid = load_pretrained(tmp_path / "h2")
+    assert hybrid.config.layout.count("m2") == 2 and hybrid.config.proj_bias == (family == "qwen2")
+    report = last_report(printed)
+    assert report["kl_last"] > 0
+    kl = distill.mean_loss(hybrid, load_pretrained(teacher), [encoded((teacher, traces[1]), "dev", 16)],
+                           "reverse_kl", CPU, torch.float32)
+    assert kl == pytest.approx(report["kl_last"], rel=1e-4)
+
+
+def test_what_cannot_be_converted_is_refused_before_the_ranking(traces, tmp_path):
+    command = "--teacher", traces[0], "--replace", 1, *SMALL, "--out", tmp_path / "x"
+    with pytest.raises(UserError, match="--d-state 5 does not divide head_dim 32"):
+        run(distill, *command, "--d-state", 5)
+    assert not (tmp_path / "x").exists()
+
+
+def change_a_weight(path):
+    lm = load_pretrained(path)
+    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3
+    save_pretrained(lm, path)
+
+
+def test_only_the_same_content_is_continued(traces, tmp_path, no_answers, interrupt_after):
+    """Whatever the directories are called: a teacher may be moved, but not changed, nor the data."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(traces[0], teacher)
+    data = tmp_path / "x.jsonl"
+    data.write_text("".join(f'{{"prompt": "a {i}", "response": "b</s>"}}\n' for i in range(9)))
+    command = "--data", data, *SMALL, "--out", tmp_path / "o", "--rank", "first", "--resume"
+    interrupt_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(distill, "--teacher", teacher, "--replace", 1, *command)
+
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    change_a_weight(teacher)
+    with pytest.raises(UserError, match="content of --teacher"):
+        run(distill, "--teacher", teacher, "--replace", 1, *command)
+    lines = data.read_text()
+    data.write_text(lines.replace("a 3", "a 33"))
+    with pytest.raises(UserError, match="content of --data"):
+        run(distill, "--teacher", moved, "--replace", 1, *command)
+    data.write_text(lines)
+    run(distill, "--teacher", moved, "--replace", 1, *command)
+    assert "finished already" in run(distill, "--teacher", moved, "--replace", 1, *command).out
+    with pytest.raises(UserError, match="content of --teacher"):
+        run(distill, "--teacher", teacher, "--replace", 1, *command)
+
+
+def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_path, no_answers):
+    shutil.copytree(family, tmp_path, dirs_exist_ok=True)
+    command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", tmp_path
+    assert run(distill, *command).out.count("finished already") == 2
+    change_a_weight(tmp_path / "h1")
+    with pytest.raises(UserError, match="h2 was made with content of --student"):
+        run(distill, *command)
+
+
+def test_what_is_read_is_never_written_over(traces, family, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(family / "h1")
+    start = "--teacher", traces[0], "--replace", 2, "--overwrite"
+    for flags in (("--out", traces[0] + "/"), ("--student", family / "h1", "--out", link)):
+        with pytest.raises(UserError, match="which this run reads"):
+            run(distill, *start, *flags)
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[]x", '["a"]', "[0, 0]", "[9]", "[-1]", "[true]", "[1.0]", "[[0]]",
+                                  '{"order": 3}', "{}"])
+def test_a_file_that_is_no_order_is_refused(text, tmp_path):
+    path = tmp_path / "order.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="order.json"):
+        distill.read_order(str(path), 4)
+    path.write_text('{"order": [2, 0]}')
+    assert distill.read_order(str(path), 4) == [2, 0]
+
+
+def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(traces, family, tmp_path, no_answers):
+    printed = run(distill, "--teacher", family / "h1", "--replace", 1, *SMALL, "--out", tmp_path)
+    assert "1 of its 4 layers have no attention" in printed.out
+    assert last_report(printed)["layout"].count("m2") == 2
+
+
 def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
-    lm, enc = load_pretrained(traces[0]), traces[1]
-    for i, block in enumerate(lm.layers):                                    # layer 2 writes nothing, the others a lot
+    teacher = load_pretrained(traces[0])
+    for i, block in enumerate(teacher.layers):                               # layer 2 writes nothing, the others a lot
         block.mixer.o_proj.weight.data *= 0 if i == 2 else 5
-    cpu, before = torch.device("cpu"), distill.weights_hash(lm)
-    setup = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [], None, {})
-    setup = setup._replace(fixed=setup.block(1, 4), calibration=distill.calibration_batch(setup.block, cpu, count=8))
+    before = distill.weights_hash(teacher)
+    setup = distill_setup(traces, teacher)
     args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", lr=1e-4,
-                              init="calibrated", loss="reverse_kl")
-    student = convert(copy.deepcopy(lm), lm, [0], "aligned")                 # as in a later stage
-    trials = distill.try_each_layer(args, setup, student, [1, 2, 3], {})
-    assert distill.least_important_first(trials)[0] == 2 and len({trial["loss"] for trial in trials}) == 3
-    assert student.config.layout == ("m2", "t", "t", "t") and distill.weights_hash(lm) == before
+                              lr_rest=None, optimizer="muon", init="calibrated", loss="reverse_kl")
+    student = convert(copy.deepcopy(teacher), teacher, [0], "aligned")       # as in a later stage
+    trials = distill.try_each_layer(args, setup, student, {})
+    assert distill.least_important_first(trials)[0] == 2
+    assert len({trial["loss"] for trial in trials}) == 3                     # layers 1, 2 and 3, each a loss of its own
+    assert student.config.layout == ("m2", "t", "t", "t")
+    assert distill.weights_hash(teacher) == before
 
 
 def test_the_teacher_never_changes_during_a_stage(traces, tmp_path, monkeypatch, no_answers):
-    hashes, real = [], distill.evaluate
-    monkeypatch.setattr(distill, "evaluate", lambda a, run, student: hashes.append(distill.weights_hash(run.teacher))
-                        or real(a, run, student))
+    hashes = []
+    real = distill.evaluate
+
+    def evaluate(args, setup, student):
+        hashes.append(distill.weights_hash(setup.teacher))
+        return real(args, setup, student)
+
+    monkeypatch.setattr(distill, "evaluate", evaluate)
     for train in ("all", "mixers"):                                          # mixers: the other weights are shared
         run(distill, "--teacher", traces[0], "--replace", 2, *SMALL, "--train", train, "--out", tmp_path / train)
     assert hashes == [distill.weights_hash(load_pretrained(traces[0]))] * 2
@@ -3887,10 +4273,10 @@ def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces
 
 
 def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_path, no_answers):
+    command = "--teacher", traces[0], "--replace", 1, "--rank", "first", *SMALL, "--init", "aligned"
     reports = {}
     for kind in ("reasoning", "generic"):
-        printed = run(distill, "--teacher", traces[0], "--replace", 1, "--rank", "first", *SMALL,
-                             "--traces", kind, "--init", "aligned", "--out", tmp_path / kind).out
+        printed = run(distill, *command, "--traces", kind, "--out", tmp_path / kind).out
         reports[kind] = json.loads((tmp_path / kind / "report.json").read_text())
         assert (">>> " in printed and "[INST]" not in printed.split("problem ")[0]) == (kind == "generic")
     assert reports["generic"]["args"]["traces"] == "generic"
@@ -3901,12 +4287,19 @@ def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_pa
 
 
 def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path):
-    assert sorted(nano.APRIEL15B) == [i for i in range(50) if i != 2] and bench.ORDER[:49] == nano.APRIEL15B
+    assert sorted(nano.APRIEL15B) == [i for i in range(50) if i != 2]
+    assert bench.ORDER[:49] == nano.APRIEL15B
     args = argparse.Namespace(rank="apriel15b", teacher="x")
-    order = lambda layout: distill.rank_layers(args, None, HybridLM(dataclasses.replace(
-        train_sft.TEACHER, n_layer=len(layout), layout=layout)))[0]
-    assert order(("t",) * 50)[:27] == nano.APRIEL15B[:25] + [3, 5]
-    assert order(tuple("m2" if i in (47, 24) else "t" for i in range(50)))[:3] == [39, 36, 31]
+
+    def order(replaced):
+        layout = ["m2" if i in replaced else "t" for i in range(50)]
+        config = dataclasses.replace(train_sft.TEACHER, n_layer=50, layout=layout)
+        layers, scores = distill.rank_layers(args, None, HybridLM(config))
+        assert scores is None
+        return layers
+
+    assert order([])[:27] == nano.APRIEL15B[:25] + [3, 5]
+    assert order([47, 24])[:3] == [39, 36, 31]
     with pytest.raises(UserError, match="50 layers"):
         run(distill, "--teacher", traces[0], "--replace", 1, "--rank", "apriel15b", "--out", tmp_path / "x")
 
@@ -3951,14 +4344,14 @@ def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family
             sft("refused", *more)
 
 
-def fake_report(path, replaced, tokens, student, seed=0, before=None, scores=None, layers=6):
-    """A report.json as distill.py writes it."""
+def fake_report(path, replaced, tokens, student, seed=0, before=None, scores=None, kind="m2"):
+    """A report.json as distill.py writes it, of a model of six layers."""
     path.mkdir(parents=True)
     (path / "report.json").write_text(json.dumps({
-        "replaced": replaced, "layout": ["m2" if i in replaced else "t" for i in range(layers)], "kl_first": 0.5,
+        "replaced": replaced, "layout": [kind if i in replaced else "t" for i in range(6)], "kl_first": 0.5,
         "kl_last": 0.25, "steps": 5, "tokens": tokens, "seconds": 10.0, "seed": seed, "teacher_accuracy": 0.8,
         "student_accuracy": student, "accuracy_by_family": {"story": [0.8, student]}, "scores": scores, "log": [],
-        "args": {"student": before and str(before), "teacher": "no/such/teacher"}}))
+        "args": {"student": before and str(before), "teacher": "no/such/teacher", "eval": 50}}))
 
 
 def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
@@ -3966,63 +4359,124 @@ def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
     fake_report(tmp_path / "h3", [4, 0, 1], 2_000_000, 0.4, before="moved/away/h1")
     for seed, student in ((0, 0.5), (1, 0.7)):
         fake_report(tmp_path / "claims" / f"plain-s{seed}", [4, 5], 1_000_000, student, seed)
-    lines = [[cell.strip() for cell in line.strip("|").split("|")]
-             for line in run(bench, "--table", tmp_path, tmp_path / "claims").out.splitlines()]
-    table = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
+    printed = run(bench, "--table", tmp_path, tmp_path / "claims").out
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
+    table = {line[0]: dict(zip(head, line)) for line in lines}
     assert list(table) == ["h1", "plain", "h3"]
     assert [table["h3"][key] for key in ("M tokens", "of teacher", "replaced")] == ["3.000", "0.500", "3"]
     assert table["plain"]["seeds"] == "0 1" and table["plain"]["student"] == "0.600 +-0.100"
-    assert table["h1"]["KL first"] == "0.500" and table["h1"]["KL last"] == "0.250" and table["h1"]["seconds"] == "10"
-    # Lines of --json give the same table, also where the earlier stages and the checkpoints are gone.
-    printed = run(bench, "--table", tmp_path / "h3", "--json", tmp_path / "lines.jsonl").out
+    assert [table["h1"][key] for key in ("KL first", "KL last", "seconds")] == ["0.500", "0.250", "10"]
+
+
+def test_lines_give_the_table_that_the_reports_gave(tmp_path):
+    """Also where the earlier stages and the checkpoints are gone. What is no result is named."""
+    fake_report(tmp_path / "h1", [4], 1_000_000, 0.8)
+    fake_report(tmp_path / "h3", [4, 0, 1], 2_000_000, 0.4, before=tmp_path / "h1")
+    lines = tmp_path / "lines.jsonl"
+    printed = run(bench, "--table", tmp_path / "h3", "--json", lines).out
     shutil.rmtree(tmp_path / "h1")
-    assert run(bench, "--table", tmp_path / "lines.jsonl").out == printed
-    (tmp_path / "bad.jsonl").write_text((tmp_path / "lines.jsonl").read_text() + "{}\n")
-    with pytest.raises(UserError, match="line 2 is no result"):
-        run(bench, "--table", tmp_path / "bad.jsonl")
-    with pytest.raises(UserError, match="no report.json"):
-        run(bench, "--table", tmp_path / "nothing")
+    assert run(bench, "--table", lines).out == printed
+    again = tmp_path / "again.jsonl"
+    run(bench, "--table", lines, "--json", again)
+    assert again.read_text() == lines.read_text()
     (tmp_path / "h3" / "report.json").write_text("{}")
-    with pytest.raises(UserError, match="is no report"):
-        run(bench, "--table", tmp_path / "h3")
+    for text, path, why in (("{}\n", lines, "line 2 is no result"), ("{", lines, "line 3 is no JSON"),
+                            ("", tmp_path / "nothing", "no report.json"),
+                            ("", tmp_path / "h3", "report.json is no result")):
+        with open(lines, "a") as f:
+            f.write(text)
+        with pytest.raises(UserError, match=why):
+            run(bench, "--table", path)
+
+
+@pytest.mark.parametrize("name", ["family", "h25", "ten", "ten800", "claims", "probes", "replace46", "split-teacher"])
+def test_the_stored_results_can_be_read(name):
+    lines = os.path.join(HERE, "results", name + ".jsonl")
+    results = bench.find_results([lines])
+    with open(lines) as f:
+        assert len(results) == len(f.readlines())
+    assert all(0 <= result.accuracy <= 1 and len(result.layout) in (10, 50) for result in results)
+    # A line knows what all its stages have cost; where they are in its file, they are found and say the same.
+    for result in results:
+        if result.before in [other.path for other in results]:
+            assert result.tokens == result.report["tokens"] + result.earlier[-1].tokens
+    stages = max(len(result.earlier) for result in results)
+    assert stages == {"family": 5, "ten": 3, "ten800": 3, "claims": 1}.get(name, 0)
+
+
+LOO = [{"layer": i, "accuracy": 1 - i / 10, "kl": 0.0, "loss": 0.1} for i in range(6)]
+MMR = [{"layer": i, "loss": 2.0 if i == 5 else 1.0} for i in range(1, 6)]
 
 
 def test_without_matplotlib_the_layer_map_is_text(tmp_path, monkeypatch):
-    loo = [{"layer": i, "accuracy": 1 - i / 10, "kl": 0.0, "loss": 0.1} for i in range(6)]
-    mmr = [{"layer": i, "loss": 2.0 if i == 5 else 1.0} for i in range(1, 6)]
-    fake_report(tmp_path / "h1", [0], 10, 0.8, scores=loo)
-    fake_report(tmp_path / "h2", [0, 2], 10, 0.8, before=tmp_path / "h1", scores=mmr)
+    fake_report(tmp_path / "h1", [0], 10, 0.8, scores=LOO)
+    fake_report(tmp_path / "h2", [0, 2], 10, 0.8, before=tmp_path / "h1", scores=MMR)
+    fake_report(tmp_path / "h1-identity", [5], 10, 0.7, kind="n")
     monkeypatch.setitem(sys.modules, "matplotlib", None)                     # import fails
     printed = run(bench, "--figures", tmp_path, "--out", tmp_path / "results").out
-    assert ["h1  Mttttt", "    024579", "h2  mtMttt", "     00009"] == [
-        line.rstrip() for line in printed.splitlines()
-        if line and line[0] in "h " and not line.startswith("    0    5")]
+    mamba = ["Mamba, seed 0", "    0    5", "h1  Mttttt", "    024579", "h2  mtMttt", "     00009", ""]
+    control = ["mixers removed (control), seed 0", "             0    5", "h1-identity  tttttM"]
+    assert "\n".join(["", *mamba, *control, ""]) in printed
     assert printed.rstrip().endswith("(pip install matplotlib)") and not (tmp_path / "results").exists()
+
+
+def test_the_noise_of_a_score_is_that_of_its_problems():
+    """95 % of all samples of a true share cover it, also near 1; at 200 problems it is some 0.02 either way."""
+    assert bench.noise_interval(1.0, 200)[1] == 1 and bench.noise_interval(0.0, 200)[0] == 0
+    low, high = bench.noise_interval(0.975, 200)
+    assert 0.93 < low < 0.955 and 0.98 < high < 0.995
+    drawn = np.random.default_rng(0).binomial(200, 0.96, 4000) / 200
+    covered = [low <= 0.96 <= high for low, high in (bench.noise_interval(share, 200) for share in drawn)]
+    assert 0.93 < np.mean(covered) < 0.97
+
+
+def test_the_picture_shows_scores_from_zero_with_noise_seeds_and_control(tmp_path, monkeypatch):
+    """From lines alone, without checkpoints: the layers given up are its x axis."""
+    pytest.importorskip("matplotlib")
+    for seed, student in ((0, 0.5), (1, 0.7)):
+        fake_report(tmp_path / f"a{seed}" / "h2", [4, 5], 10, student, seed)
+    fake_report(tmp_path / "b" / "h2-identity", [4, 5], 10, 0.4, kind="n")
+    run(bench, "--table", *(tmp_path / name for name in ("a0", "a1", "b")), "--json", tmp_path / "lines.jsonl")
+    drawn = []
+    monkeypatch.setattr(bench, "save_figure", lambda plt, figure, path, top=1: drawn.append(figure))
+    run(bench, "--figures", tmp_path / "lines.jsonl", "--out", tmp_path / "pictures")
+    layers, family = drawn
+    axes, = family.axes
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 0.8 and "of 6" in axes.get_xlabel()
+    points = {(x, y) for line in axes.lines for x, y in zip(*line.get_data()) if line.get_marker() in "ox*"}
+    places = {y: x for x, y in points}
+    assert set(places) == {0.8, 0.5, 0.7, 0.6, 0.4}                          # teacher, two seeds, their mean, control
+    assert places[0.8] == 0 and places[0.6] == places[0.5] == 2 < places[0.4] < 2.1
+    bars = [bar.get_segments()[0][:, 1] for bar in axes.collections]
+    assert [tuple(bar) for bar in bars] == [pytest.approx(bench.noise_interval(score, 50)) for score in (0.6, 0.4)]
+    titles = [axes.get_title() for axes in layers.axes if axes.axison]
+    assert titles == ["Mamba, seed 0", "Mamba, seed 1", "mixers removed (control), seed 0"]
 
 
 def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench, "filled_state", lambda lm, batch, ctx, real=bench.filled_state: real(lm, 1, 20))
-    monkeypatch.setattr(bench, "time_decode", lambda lm, state, batch, args, device, real=bench.time_decode: real(
-        lm, state, 1, argparse.Namespace(seconds=0.0, graph=False), device))
-    printed = run(bench, "--figures", family, "--out", tmp_path).out    # measured on the spot
+    filled_state = bench.filled_state
+    monkeypatch.setattr(bench, "filled_state", lambda lm, batch, ctx: filled_state(lm, batch, 20))
+    printed = run(bench, "--figures", family, "--out", tmp_path).out         # speeds are measured on the spot
     for name in ("layers.png", "family.png"):
         assert name in printed and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
-    row = lambda path, speed: json.dumps({"row": "model", "shape": str(path), "ctx": 9,
-                                          "decode": [{"tokens_per_s": speed}]})
-    (tmp_path / "bench.jsonl").write_text("\n".join([row(traces[0], 100.0), row(family / "h1", 150.0)]))
-    known = lambda *paths: bench.throughput(paths, tmp_path / "bench.jsonl", "cpu", torch.float32)
-    assert known(traces[0], family / "h1") == [100.0, 150.0]
+    lines = tmp_path / "bench.jsonl"
+    for path, speed in ((traces[0], 100.0), (family / "h1", 150.0)):
+        row = {"row": "model", "shape": str(path), "ctx": 9, "decode": [{"tokens_per_s": speed}]}
+        with open(lines, "a") as f:
+            f.write(json.dumps(row) + "\n")
+    assert bench.speeds_from_lines(lines, [traces[0], family / "h1"]) == [100.0, 150.0]
     with pytest.raises(UserError, match="no line for .*h2"):
-        known(family / "h2")
+        run(bench, "--figures", family, "--out", tmp_path, "--speeds", lines)
 
 
-def test_a_burst_of_another_program_spoils_no_speed(traces, family, monkeypatch):
+def test_a_burst_of_another_program_spoils_no_speed(monkeypatch):
     """Three rounds over all models, the median of each: one slow call of three does not show."""
     seconds = iter([1.0, 8.0, 9.0, 1.0, 2.0, 4.0])                           # a call per model and round
     monkeypatch.setattr(bench, "filled_state", lambda lm, batch, ctx: None)
     monkeypatch.setattr(bench, "time_decode", lambda *rest: (next(seconds), 0.0))
-    assert bench.throughput([traces[0], family / "h1"], None, torch.device("cpu"), torch.float32) == [2.0, 1.0]
+    configs = [tiny(layout).config for layout in ("t t", "m2 t", "t m2")]    # the last two are equally fast
+    assert bench.measured_speeds(configs, torch.device("cpu"), torch.float32) == [2.0, 1.0, 1.0]
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():
@@ -4063,19 +4517,23 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_work(case, traces, tmp
     teacher = tmp_path / "teacher"
     shutil.copytree(traces[0], teacher)
     damage(teacher)
-    arguments = [str(teacher / a) if a.endswith(".jsonl") else a for a in arguments]
+    arguments = [teacher / a if a.endswith(".jsonl") else a for a in arguments]
     code, out, err = script("distill.py", "--teacher", teacher, "--replace", 1, "--out", tmp_path / "o", *arguments)
-    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and named in err, err
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and named in err
     assert not (tmp_path / "o").exists()
 
 
 def test_the_shipped_teacher_is_checked_in_seconds(tmp_path):
     """All 50 layers are loaded and the request refused within 30 seconds of one core's time."""
     resource = pytest.importorskip("resource")
-    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+    def used():
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
     began = used()
-    code, out, err = script("distill.py", "--replace", 99, "--out", tmp_path / "o", "--teacher",
-                            os.path.join(HERE, "teacher"))
+    teacher = os.path.join(HERE, "teacher")
+    code, out, err = script("distill.py", "--replace", 99, "--out", tmp_path / "o", "--teacher", teacher)
     assert (code, out, err.count("\n")) == (2, "", 1) and "50 attention layers" in err
     assert used() - began < 30
 
@@ -4126,7 +4584,8 @@ class Text(str):
 
 STRANGE = [None, True, False, 0, 1, -1, 2, 7, 0.5, -0.5, 1e-300, 1e300, 10 ** 6, 2 ** 31, 2 ** 63, 10 ** 30, "", "x",
            "auto", "\ud800", "a\nb", "../x", "\0", [], [1], [None], ["t"], Pairs(), Pairs([("a", 1)]),
-           Text("NaN"), Text("Infinity"), Text("-Infinity"), Text("9" * 5000), Text("[" * 100_000 + "]" * 100_000)]
+           Text("NaN"), Text("Infinity"), Text("-Infinity"), Text("9" * 5000), Text("[" * 900 + "]" * 900),
+           Text("[" * 100_000 + "]" * 100_000)]
 
 
 def to_json(value):
@@ -4215,6 +4674,48 @@ def good_checkpoint(shards=1, **change):
     return make
 
 
+def good_tokenizer(raw):
+    """-> a function that writes a checkpoint's tokenizer files into a directory."""
+    def make(path):
+        raw["post_processor"] = template_processor("<s>")
+        (path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+        config = NAMES | {"chat_template": [{"name": "default", "template": MISTRAL}]}
+        (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        (path / "special_tokens_map.json").write_text(json.dumps(NAMES), encoding="utf-8")
+        (path / "chat_template.jinja").write_text(LLAMA3, encoding="utf-8")
+    return make
+
+
+def use_tokenizer(path):
+    """Load a tokenizer and use all that it can do."""
+    enc = load_tokenizer(path)
+    ids = enc.encode(CORPUS + "<s>\x00\U0010ffff</s>", allowed_special="all")
+    enc.decode(ids)
+    for token in [*ids, *nano.begin_tokens(path, enc), enc.max_token_value]:
+        enc.decode_single_token_bytes(token)
+
+
+@functools.cache
+def some_tokenizer(path):
+    return load_tokenizer(path)
+
+
+def use_chat(path):
+    """Load a chat template and use it."""
+    chat = nano.load_chat(path, some_tokenizer(path))
+    if not isinstance(chat.end, str):
+        raise TypeError(chat.end)
+    for turns in TALKS[:2]:
+        chat.prompt(talk(*turns))
+
+
+def use_config_template(path):
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    use_chat(path)
+
+
+def small_tokenizer(name):
+    return make_tokenizer(**TOKENIZERS[name] | {"count": 3})
 class Letters:
     """A tokenizer whose tokens are bytes."""
     def encode(self, text, allowed_special=()):
@@ -4259,60 +4760,17 @@ def read_progress_with_meta(path):
     read_progress(path)
 
 
-def good_tokenizer(raw):
-    """-> a function that writes a checkpoint's tokenizer files into a directory."""
-    def make(path):
-        raw["post_processor"] = template_processor("<s>")
-        (path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
-        config = NAMES | {"chat_template": [{"name": "default", "template": MISTRAL}]}
-        (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        (path / "special_tokens_map.json").write_text(json.dumps(NAMES), encoding="utf-8")
-        (path / "chat_template.jinja").write_text(LLAMA3, encoding="utf-8")
-    return make
-
-
-def use_tokenizer(path):
-    """Load a tokenizer and use all that it can do."""
-    enc = load_tokenizer(path)
-    ids = enc.encode(CORPUS + "<s>\x00\U0010ffff</s>", allowed_special="all")
-    enc.decode(ids)
-    for token in [*ids, *nano.begin_tokens(path, enc), enc.max_token_value]:
-        enc.decode_single_token_bytes(token)
-
-
-@functools.cache
-def some_tokenizer(path):
-    return load_tokenizer(path)
-
-
-def use_chat(path):
-    """Load a chat template and use it."""
-    chat = nano.load_chat(path, some_tokenizer(path))
-    if not isinstance(chat.end, str):
-        raise TypeError(chat.end)
-    for turns in TALKS[:2]:
-        chat.prompt(talk(*turns))
-
-
-def use_config_template(path):
-    (path / "chat_template.jinja").unlink(missing_ok=True)
-    use_chat(path)
-
-
-def small_tokenizer(name):
-    return make_tokenizer(**TOKENIZERS[name] | {"count": 3})
-
-
 # name -> (make(directory) writes good files, which of them are damaged, load(directory))
 READERS = {
     "config.json of a hybrid": (good_checkpoint(), ["config.json"], load_pretrained),
-    "config.json of Llama": (good_checkpoint(model_type="llama"), ["config.json"], load_pretrained),
+    "config.json of Llama 3": (good_checkpoint(model_type="llama", rope_scaling=LLAMA3), ["config.json"],
+                               load_pretrained),
+    "config.json of Qwen3": (good_checkpoint(model_type="qwen3", use_sliding_window=True, max_window_layers=3),
+                             ["config.json"], load_pretrained),
+    "config.json of our own type": (good_checkpoint(**NANO, base_model_type="llama"), ["config.json"], load_pretrained),
     "generation_config.json": (good_checkpoint(), ["generation_config.json"], load_pretrained),
     "safetensors": (good_checkpoint(), ["model.safetensors"], load_pretrained),
     "safetensors, index": (good_checkpoint(shards=3), [INDEX, "part_1.safetensors"], load_pretrained),
-    "records of own data": (write_records, ["traces.jsonl"], read_records),
-    "progress": (write_progress, ["progress.safetensors"], read_progress),
-    "progress, its JSON": (write_progress, ["meta.json"], read_progress_with_meta),
     "tokenizer.json, Llama 3": (good_tokenizer(make_tokenizer()), ["tokenizer.json"], use_tokenizer),
     "tokenizer.json, SmolLM": (good_tokenizer(small_tokenizer("SmolLM kind")), ["tokenizer.json"], use_tokenizer),
     "tokenizer.json, DeepSeek": (good_tokenizer(small_tokenizer("DeepSeek kind")), ["tokenizer.json"], use_tokenizer),
@@ -4320,6 +4778,9 @@ READERS = {
     "chat_template.jinja": (good_tokenizer(make_tokenizer(special=MARKS)), ["chat_template.jinja"], use_chat),
     "tokenizer_config.json": (good_tokenizer(make_tokenizer(special=MARKS)),
                               ["tokenizer_config.json", "special_tokens_map.json"], use_config_template),
+    "records of own data": (write_records, ["traces.jsonl"], read_records),
+    "progress": (write_progress, ["progress.safetensors"], read_progress),
+    "progress, its JSON": (write_progress, ["meta.json"], read_progress_with_meta),
 }
 
 

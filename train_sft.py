@@ -1357,7 +1357,8 @@ def main():
     log = fit(model, cross_entropy, block, args.batch, plan, progress, device, dtype)
     if other:
         merge(model, other, args.merge_weight)
-    nano.save_pretrained(model, args.out, args.model, dtype=getattr(torch, args.save_dtype))
+    save_dtype = getattr(torch, args.save_dtype)
+    nano.save_pretrained(model, args.out, tokenizer_from=args.model, dtype=save_dtype)
     # Evaluated as saved, rounding included.
     model = nano.load_pretrained(args.out, device)
     result = {**evaluate(args, model, codec), **provenance(device)}
