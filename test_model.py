@@ -3566,6 +3566,7 @@ REFUSED = [
     (mixed("user", "assistant", "user"), "last message"),
     (mixed("system", "system", "user", "assistant"), "second system"),
     (mixed("user", "assistant", "system"), "second system message, or one that is not the first"),
+    ({"messages": [ASKED[0] | {"thinking": "t"}] + ANSWER}, "somebody else"),
     (answered(weight=0), "no response to train on"),
     (answered(weight=0.5), "weight 0.5"),
     (answered(thinking=3), "no text"),
@@ -4560,6 +4561,8 @@ def test_a_signal_waits_for_the_end_of_a_step_however_often_it_comes(number, cap
 @pytest.mark.parametrize("script, flags, words", [
     (distill, ("--replace", 1, "--rank", "first", "--init", "identity", "--train", "mixers"), "no Mamba mixer"),
     (train_sft, ("--steps", 0), "--steps must be at least 1"),
+    (train_sft, ("--lr", 0), "--lr 0.0"),
+    (train_sft, ("--lr-rest", -1), "--lr-rest -1.0"),
     (train_sft, ("--batch", -3), "--batch must be at least 1")])
 def test_what_would_train_nothing_is_refused(traces, tmp_path, script, flags, words):
     start = "--teacher" if script is distill else "--model"

@@ -530,6 +530,7 @@ def read_message(message):
         raise UserError(f"the role {some_json(role)}; read are {', '.join(ROLES)}")
     text = text_of(either(message, "content", "value"))
     if ROLES[role] != "assistant":
+        refuse_keys(message, THOUGHTS, "thoughts of somebody else than the assistant")
         return Turn(ROLES[role], text, False)
     if not text.strip():
         raise UserError("an empty response")
@@ -828,6 +829,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class AdamW(torch.optim.AdamW):
+    """PyTorch's. STATE, here and in Muon: the names of what is kept for each parameter."""
     STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -843,7 +845,10 @@ def mamba_names(model):
 def make_optimizers(model, lr, optimizer="muon", lr_rest=None, weight_decay=0.05):
     """-> optimisers over the parameters that need a gradient: [Muon, AdamW], or [AdamW] alone with optimizer "adamw".
     lr_rest: the rate of everything but Mamba mixers; None: lr, too. Weight decay is for matrices inside the layers: not
-    for embeddings, norms and biases, and not for A_log (a matrix by shape, but not by meaning), D, dt bias and conv."""
+    for embeddings, norms and biases, and not for A_log (a matrix by shape, but not by meaning), D, dt bias and conv.
+    Raises UserError for rates that are none."""
+    if not 0 < lr < math.inf or not 0 <= (lr_rest or 0) < math.inf:
+        raise UserError(f"--lr {lr}, --lr-rest {lr_rest}: rates must be above 0, --lr-rest may be 0")
     mixers = mamba_names(model)
     groups = {}
     for name, p in model.named_parameters():
@@ -1125,11 +1130,14 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
                 entry = write_entry(progress, plan.name)
                 speed = progress.tokens / max(0.1, progress.seconds)
                 bar.set_postfix({plan.name: f"{entry[plan.name]:.4f}", "tok_s": f"{speed:.0f}"})
-            if noted or progress.step % plan.every == 0:
-                progress.save(model, optimizers)
             if noted:
                 break
-    if noted:
+            if progress.step % plan.every == 0:
+                progress.save(model, optimizers)
+        stopped = bool(noted)
+        if stopped:
+            progress.save(model, optimizers)
+    if stopped:
         print(f"saved step {progress.step}; run the same command with --resume to continue",
               file=sys.stderr)
         raise KeyboardInterrupt
@@ -1278,7 +1286,8 @@ def parse_args():
 
 def check_flags(args):
     """Fill in the default of --lr. Raises UserError for what can be seen to be wrong without any file."""
-    args.lr = args.lr or (0.005 if args.scratch else 0.0005)
+    if args.lr is None:
+        args.lr = 0.005 if args.scratch else 0.0005
     for name in ("steps", "batch", "ctx", "every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
