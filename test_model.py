@@ -3834,25 +3834,42 @@ def said(*texts, roles=("user", "assistant"), keys=("role", "content")):
 
 
 ASKED = said("q")
+
+
+def answered(content="a", **more):
+    """A record of one question and one answer with more keys."""
+    return {"messages": ASKED + [{"role": "assistant", "content": content, **more}]}
+
+
+def mixed(*roles):
+    """A record of messages with these roles, right or wrong."""
+    return {"messages": said(*"abcdef"[:len(roles)], roles=roles)}
+
+
+SHAREGPT = {"roles": ("human", "gpt"), "keys": ("from", "value")}
+ANSWER = said("a", roles=("assistant",))
+PLAIN = "[U]q[E][A]>>>a[E]<<<"
 THOUGHT = "[U]q[E][A]>>><think>\nt\n</think>\n\na[E]<<<"
+IN_TEXT = "<think>\nt\n</think>\n\na"
 RECORDS = [
     ({"prompt": "q ", "response": " a"}, "q >>> a[E]<<<"),
-    ({"prompt": "q", "completion": "a[E]", "response": None, "id": 7, "tools": []}, "q>>>a[E]<<<"),
+    ({"prompt": "q", "completion": "a[E]\n", "response": None, "id": 7, "tools": []},
+     "q>>>a[E]\n<<<"),
     ({"messages": said("q", "a\n")}, "[U]q[E][A]>>>a\n[E]<<<"),
-    ({"messages": said("s", roles=("system",)) + said("q", "a")}, "[S]s[E][U]q[E][A]>>>a[E]<<<"),
+    ({"prompt": "q", "messages": said("q", "a")}, PLAIN),
+    (mixed("system", "user", "assistant"), "[S]a[E][U]b[E][A]>>>c[E]<<<"),
     ({"messages": said("q", "a", "r", "b")}, "[U]q[E][A]>>>a[E]<<<[U]r[E][A]>>>b[E]<<<"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0}] + said("r", "b")},
+    ({"messages": answered(weight=0)["messages"] + said("r", "b")},
      "[U]q[E][A]a[E][U]r[E][A]>>>b[E]<<<"),
-    ({"messages": said([{"type": "text", "text": "q"}, {"type": "text", "text": "r"}], "a")}, "[U]qr[E][A]>>>a[E]<<<"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "reasoning_content": "t", "tool_calls": None}]}, THOUGHT),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "thinking": "t", "weight": 1}]}, THOUGHT),
-    ({"messages": said("q", "<think>\nt\n</think>\n\na")}, THOUGHT),
-    ({"messages": ASKED + [{"role": "assistant", "content": "<think>\nt\n</think>\n\na", "reasoning": "t"}]}, THOUGHT),
-    ({"prompt": ASKED, "completion": said("a", roles=("assistant",))}, "[U]q[E][A]>>>a[E]<<<"),
-    ({"prompt": said("q", "a", "r"), "completion": said("b", roles=("assistant",))},
-     "[U]q[E][A]a[E][U]r[E][A]>>>b[E]<<<"),
-    ({"conversations": said("q", "a", roles=("human", "gpt"), keys=("from", "value")), "system": "s"},
-     "[S]s[E][U]q[E][A]>>>a[E]<<<"),
+    ({"messages": said([{"type": "text", "text": "q"}, {"type": "text", "text": "r"}], "a")},
+     "[U]qr[E][A]>>>a[E]<<<"),
+    (answered(reasoning_content="t", tool_calls=None), THOUGHT),
+    (answered(thinking="t", weight=1), THOUGHT),
+    (answered(IN_TEXT), THOUGHT),
+    (answered(IN_TEXT, reasoning="t"), THOUGHT),
+    ({"prompt": ASKED, "completion": ANSWER}, PLAIN),
+    ({"prompt": said("q", "b", "r"), "completion": ANSWER}, "[U]q[E][A]b[E][U]r[E][A]>>>a[E]<<<"),
+    ({"conversations": said("q", "a", **SHAREGPT), "system": "s"}, "[S]s[E]" + PLAIN),
 ]
 
 
@@ -3884,32 +3901,59 @@ def test_a_pair_begins_as_the_tokenizer_begins_a_text_and_the_built_in_form_is_t
     assert parts == [[("<s>[INST] q [/INST]", False), ("a</s>", True)]]
 
 
+@pytest.mark.parametrize("name", ["ChatML", "Llama 3"])
+def test_a_conversation_is_trained_as_the_checkpoints_template_writes_it(name, tmp_path):
+    pytest.importorskip("jinja2")
+    template, end = TEMPLATES[name]
+    chat = chat_from(tmp_path, chat_template=template, **NAMES)
+    codec = train_sft.load_codec(tmp_path)
+    messages = said("a", "b", "c", "d")
+    [parts] = train_sft.parts_of({"messages": messages}, codec)
+    text = "".join(text for text, _ in parts)
+    assert text == chat.render(messages, add_generation_prompt=False).rstrip("\n")
+    assert [text for text, trained in parts if trained] == ["b" + end, "d" + end]
+    assert train_sft.encode_parts(codec, parts)[0] == codec.enc.encode(text, allowed_special="all")
+
+
 GOOD = json.dumps({"prompt": "q", "response": "a</s>"})
-CALLS = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
 REFUSED = [
-    ("{oops", "not JSON"), ("[" * 100_000, "JSON array"), (json.dumps([{"prompt": "q", "response": "a"}]), "JSON array"),
-    ("3", "3 is no record"), ({}, "neither prompt"), ({"text": "a"}, '"text"'),
-    ({"instruction": "q", "input": "", "output": "a"}, "Alpaca"), ({"prompt": "q"}, "without a response"),
+    ("{oops", "not JSON"),
+    ("[" * 100_000, "JSON array"),
+    (json.dumps([{"prompt": "q", "response": "a"}]), "JSON array"),
+    ("3", "3 is no record"),
+    ({}, "neither prompt"),
+    ({"text": "a"}, '"text"'),
+    ({"instruction": "q", "input": "", "output": "a"}, "Alpaca"),
+    ({"prompt": "q"}, "without a response"),
+    ({"prompt": "q", "completion": ANSWER}, "same kind"),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference pair"),
     ({"prompt": "q", "response": ""}, "empty response"),
-    ({"prompt": "q", "completion": said("a", roles=("assistant",))}, "same kind"),
-    ({"prompt": "q", "response": "a", "thinking": "t"}, "thoughts"),
-    ({"messages": "q"}, "not a list"), ({"messages": []}, "last message"), ({"messages": ["q"]}, 'message that is "q"'),
-    ({"messages": said("q", None)}, "content null"), ({"messages": said("q", 3)}, "content 3"),
-    ({"messages": said("q", " ")}, "empty response"), ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
+    ({"prompt": "q", "response": "a", "thinking": "t"}, "thinking"),
+    ({"prompt": "q", "response": "a", "system": "s"}, "system"),
+    ({"messages": "q"}, "not a list"),
+    ({"messages": ["q"]}, 'message that is "q"'),
+    ({"messages": []}, "last message"),
+    ({"messages": said("q", None)}, "content null"),
+    ({"messages": said("q", 3)}, "content 3"),
+    ({"messages": said("q", " ")}, "empty response"),
+    ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
     ({"messages": said(["q"], "a")}, 'type "q"'),
-    ({"messages": ASKED + [CALLS]}, "tool calls"), ({"messages": said("q", "a"), "tools": [{}]}, "tool calls"),
-    ({"messages": said("q", "a", roles=("tool", "assistant"))}, 'role "tool"'),
-    ({"messages": said("q", "a", roles=([], "assistant"))}, "role"),
-    ({"messages": said("q", "q", "a", roles=("user", "user", "assistant"))}, "out of order"),
-    ({"messages": said("a", roles=("assistant",))}, "out of order"), ({"messages": said("q", "a", "r")}, "last message"),
-    ({"messages": said("s", "s", "q", "a", roles=("system", "system", "user", "assistant"))}, "second system"),
-    ({"messages": said("q", "a") + said("s", roles=("system",))}, "second system message, or one that is not the first"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0}]}, "no response to train on"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "thinking": 3}]}, "no text"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "<think>u</think>a", "thinking": "t"}]}, "others in <think>"),
-    ({"conversations": said("q", "a", roles=("human", "observation"), keys=("from", "value"))}, "observation"),
+    (answered("", tool_calls=[{"name": "f"}]), "tool calls"),
+    ({"messages": said("q", "a"), "tools": [{}]}, "tool calls"),
+    (mixed("tool", "assistant"), 'role "tool"'),
+    (mixed([], "assistant"), "role"),
+    (mixed("user", "user", "assistant"), "out of order"),
+    (mixed("assistant"), "out of order"),
+    (mixed("user", "assistant", "user"), "last message"),
+    (mixed("system", "system", "user", "assistant"), "second system"),
+    (mixed("user", "assistant", "system"), "second system message, or one that is not the first"),
+    ({"messages": [ASKED[0] | {"thinking": "t"}] + ANSWER}, "somebody else"),
+    (answered(weight=0), "no response to train on"),
+    (answered(weight=0.5), "weight 0.5"),
+    (answered(thinking=3), "no text"),
+    (answered("<think>u</think>a", thinking="t"), "others in <think>"),
+    ({"conversations": said("q", "a", **SHAREGPT | {"roles": ("human", "observation")})},
+     "observation"),
 ]
 
 
@@ -3946,8 +3990,9 @@ def test_plain_and_packed_files_are_read_alike(traces, tmp_path):
 
 
 @pytest.mark.parametrize("data, words", [
-    (b"PAR1\x15\x04PAR1", "parquet"), (b'{"prompt": "\xff"}', "UTF-8"), (GOOD.encode("utf-16"), "UTF-8"),
-    (gzip.compress(GOOD.encode() * 99)[:-20], "cannot read"), (b"\x1f\x8bno", "cannot read"), (b"", "0 usable records")])
+    (b"PAR1\x15\x04PAR1", "parquet"), (b'{"prompt": "\xff"}', "UTF-8"),
+    (GOOD.encode("utf-16"), "UTF-8"), (gzip.compress(GOOD.encode() * 99)[:-20], "cannot read"),
+    (b"\x1f\x8bno", "cannot read"), (b"", "0 usable records")])
 def test_a_file_that_is_no_text_is_refused_by_what_it_is(traces, tmp_path, data, words):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(UserError, match=words):
@@ -4898,6 +4943,8 @@ def test_a_signal_waits_for_the_end_of_a_step_however_often_it_comes(number, cap
 @pytest.mark.parametrize("script, flags, words", [
     (distill, ("--replace", 1, "--rank", "first", "--init", "identity", "--train", "mixers"), "no Mamba mixer"),
     (train_sft, ("--steps", 0), "--steps must be at least 1"),
+    (train_sft, ("--lr", 0), "--lr 0.0"),
+    (train_sft, ("--lr-rest", -1), "--lr-rest -1.0"),
     (train_sft, ("--batch", -3), "--batch must be at least 1")])
 def test_what_would_train_nothing_is_refused(traces, tmp_path, script, flags, words):
     start = "--teacher" if script is distill else "--model"
