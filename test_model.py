@@ -4,7 +4,7 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"     # before anything imports Triton: without a GPU it interprets its kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")   # before Triton is imported: without a GPU it interprets its kernels
 
 import argparse
 import collections
@@ -1274,9 +1274,9 @@ def write_checkpoint(path, raw, tensors=None, shards=1):
 
 
 # Over a context of 128 two of the four pairs of lanes turn often and stay, one turns rarely, one is between.
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 4.0,
+ROPE_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 128}
-LLAMA3_OLD = {"type" if key == "rope_type" else key: value for key, value in LLAMA3.items()}
+ROPE_LLAMA3_OLD = {"type" if key == "rope_type" else key: value for key, value in ROPE_LLAMA3.items()}
 NANO = {"model_type": "nanoh1_hybrid", "qkv_bias": False, "qk_norm": False, "rope_scaling": None}
 CHECKPOINTS = {
     "single file": {},
@@ -1307,15 +1307,16 @@ CHECKPOINTS = {
     "Mistral, tied": {"model_type": "mistral", "layout": "t t", "tie_word_embeddings": True},
     "Llama": {"model_type": "llama", "layout": "t t"},
     "Llama, a window of another model": {"model_type": "llama", "layout": "t t", "sliding_window": 5},
-    "Llama 3": {"model_type": "llama", "layout": "t t", "rope_scaling": LLAMA3, "tie_word_embeddings": True},
-    "Llama 3, older spelling": {"model_type": "llama", "layout": "t t", "rope_scaling": LLAMA3_OLD},
+    "Llama 3": {"model_type": "llama", "layout": "t t", "rope_scaling": ROPE_LLAMA3, "tie_word_embeddings": True},
+    "Llama 3, older spelling": {"model_type": "llama", "layout": "t t", "rope_scaling": ROPE_LLAMA3_OLD},
     "Llama 3, transformers 5": {"model_type": "llama", "layout": "t t", "rope_theta": ...,
-                                "rope_parameters": LLAMA3 | {"rope_theta": 700.0}},
-    "Qwen2": {"model_type": "qwen2", "layout": "t t", "use_sliding_window": False, "sliding_window": 5},
+                                "rope_parameters": ROPE_LLAMA3 | {"rope_theta": 700.0}},
+    "Qwen2": {"model_type": "qwen2", "layout": "t t", "use_sliding_window": False, "sliding_window": 5,
+              "max_window_layers": 1},
     "Qwen2, with a window": {"model_type": "qwen2", "layout": "t t", "use_sliding_window": True, "sliding_window": 5,
                              "layer_types": ["sliding_attention", "sliding_attention"]},
     "Qwen3": {"model_type": "qwen3", "layout": "t t", "shards": 2, "layer_types": ["full_attention"] * 2},
-    "hybrid of Llama 3": NANO | {"base_model_type": "llama", "rope_scaling": LLAMA3},
+    "hybrid of Llama 3": NANO | {"base_model_type": "llama", "rope_scaling": ROPE_LLAMA3},
     "hybrid of Qwen2": NANO | {"base_model_type": "qwen2", "qkv_bias": True},
     "hybrid of Qwen3": NANO | {"base_model_type": "qwen3", "qk_norm": True, "shards": 2},
 }
@@ -1451,28 +1452,41 @@ def test_a_log_and_d_are_float32_whatever_the_file_and_the_model_are(dtype, tmp_
     assert not torch.equal(model(tokens, model.new_state(1, 19))[1].layers[0].h, cells)
 
 
-# model type, what config.json says (...: nothing), the fields it must give
+ONE_MAMBA = {"hybrid_block_layout": ["m2"], "num_hidden_layers": 1}
+# model type, what config.json says beside the sizes, the fields it must give
 DEFAULTS = {
-    "Mistral": ("mistral", {"num_attention_heads": 8, "hidden_size": 32, "eos_token_id": [2, 7]},
-                {"n_kv_head": 8, "head_dim": 4, "sliding_window": 4096, "rope_theta": 10000.0, "norm_eps": 1e-6,
-                 "tie_embeddings": False, "bos_id": 1, "eos_ids": (2, 7)}),
-    "Mistral, nulls": ("mistral", {"num_key_value_heads": None, "head_dim": None, "sliding_window": None,
-                                   "eos_token_id": None, "bos_token_id": None},
-                       {"n_kv_head": 4, "head_dim": 6, "sliding_window": None, "bos_id": None, "eos_ids": ()}),
-    "Llama": ("llama", {}, {"n_kv_head": 4, "head_dim": 6, "sliding_window": None, "bos_id": 1, "eos_ids": (2,)}),
-    "Qwen2": ("qwen2", {"num_attention_heads": 32, "hidden_size": 128},
-              {"n_kv_head": 32, "head_dim": 4, "sliding_window": None, "bos_id": None, "eos_ids": (), "qkv_bias": True}),
-    "Qwen3": ("qwen3", {"num_attention_heads": 32}, {"n_kv_head": 32, "head_dim": 128, "eos_ids": (), "qk_norm": True}),
-    "Qwen3, windows": ("qwen3", {"num_attention_heads": 32, "use_sliding_window": True, "max_window_layers": 0},
-                       {"sliding_window": 4096}),
+    "Mistral": (
+        "mistral", {"num_attention_heads": 8, "hidden_size": 32, "eos_token_id": [2, 7]},
+        {"n_kv_head": 8, "head_dim": 4, "sliding_window": 4096, "rope_theta": 10000.0, "norm_eps": 1e-6,
+         "tie_embeddings": False, "bos_id": 1, "eos_ids": (2, 7), "pad_id": None}),
+    "Mistral, nulls": (
+        "mistral",
+        {"num_key_value_heads": None, "head_dim": None, "sliding_window": None, "eos_token_id": None,
+         "bos_token_id": None},
+        {"n_kv_head": 4, "head_dim": 6, "sliding_window": None, "bos_id": None, "eos_ids": ()}),
+    "Llama": (
+        "llama", {"pad_token_id": 0},
+        {"n_kv_head": 4, "head_dim": 6, "sliding_window": None, "bos_id": 1, "eos_ids": (2,), "pad_id": 0}),
+    "Qwen2": (
+        "qwen2", {"num_attention_heads": 32, "hidden_size": 128},
+        {"n_kv_head": 32, "head_dim": 4, "sliding_window": None, "bos_id": None, "eos_ids": (),
+         "qkv_bias": True}),
+    "Qwen3": (
+        "qwen3", {"num_attention_heads": 32},
+        {"n_kv_head": 32, "head_dim": 128, "eos_ids": (), "qk_norm": True}),
+    "Qwen3, windows": (
+        "qwen3", {"num_attention_heads": 32, "use_sliding_window": True, "max_window_layers": 0},
+        {"sliding_window": 4096}),
     "Qwen3, windows from a layer that is not there": (
         "qwen3", {"num_attention_heads": 32, "use_sliding_window": True}, {"sliding_window": None}),
-    "Mamba": (HYBRID, {"hybrid_block_layout": ["m2"], "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 8},
-              {"d_state": 64, "d_inner": 4096, "d_xb": 64, "d_conv": 4, "dt_rank": 4, "expand_before_conv": True,
-               "conv_bias": True, "dt_bias": True, "proj_bias": False}),
-    "Mamba, nulls": (HYBRID, {"hybrid_block_layout": ["m2"], "num_hidden_layers": 1, "num_key_value_heads": 2,
-                              "ssm_cfg": {"d_inner": None, "d_xb": None, "dt_rank": "auto", "d_state": 8, "expand": 2}},
-                     {"d_inner": 48, "d_xb": 24, "dt_rank": 2}),
+    "Mamba": (
+        HYBRID, ONE_MAMBA | {"hidden_size": 64, "num_attention_heads": 8},
+        {"d_state": 64, "d_inner": 4096, "d_xb": 64, "d_conv": 4, "dt_rank": 4, "expand_before_conv": True,
+         "conv_bias": True, "dt_bias": True, "proj_bias": False}),
+    "Mamba, nulls": (
+        HYBRID, ONE_MAMBA | {"num_key_value_heads": 2, "ssm_cfg": {
+            "d_inner": None, "d_xb": None, "dt_rank": "auto", "d_state": 8, "expand": 2}},
+        {"d_inner": 48, "d_xb": 24, "dt_rank": 2}),
 }
 
 
@@ -1513,8 +1527,8 @@ def test_a_text_ends_at_the_end_tokens_of_both_files(config, generation, wanted,
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving: what is written is read back bit by bit, holds the agreed names and keys, and leaves no old file in the way.
 
-def small_files(tmp_path):
-    return {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+def small_files(path):
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -1544,45 +1558,46 @@ SHARED_KEYS = {
     "architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rope_theta", "rms_norm_eps",
     "tie_word_embeddings", "bos_token_id", "eos_token_id", "max_position_embeddings", "torch_dtype"}
+QWEN_KEYS = {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2}
+LLAMA_KEYS = {"attention_bias": False, "mlp_bias": False}
 HYBRID_KEYS = {"sliding_window": None, "hybrid_block_layout": ["m2", "t"]}
+NANO_KEYS = HYBRID_KEYS | {"qkv_bias": False, "qk_norm": False, "rope_scaling": None}
 SCALING = nano.RopeScaling(8.0, 0.5, 4.0, 128)
 
-# fields of Config -> architecture, model_type, and the keys beyond SHARED_KEYS and ssm_cfg
+# layout and fields of Config -> model_type, and the keys beyond SHARED_KEYS and ssm_cfg
 WRITTEN = {
-    "Mistral": ("t t", {}, "MistralForCausalLM", "mistral", {"sliding_window": None}),
-    "Mistral with a pad token": ("t t", {"pad_id": 7}, "MistralForCausalLM", "mistral",
-                                 {"sliding_window": None, "pad_token_id": 7}),
-    "Llama": ("t t", {"family": "llama"}, "LlamaForCausalLM", "llama", {"attention_bias": False, "mlp_bias": False}),
-    "Llama 3": ("t t", {"family": "llama", "rope_scaling": SCALING}, "LlamaForCausalLM", "llama",
-                {"attention_bias": False, "mlp_bias": False, "rope_scaling": LLAMA3}),
-    "Qwen2": ("t t", {"family": "qwen2", "qkv_bias": True}, "Qwen2ForCausalLM", "qwen2",
-              {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2}),
-    "Qwen2 with windows": ("t t", {"family": "qwen2", "qkv_bias": True, "sliding_window": 9}, "Qwen2ForCausalLM", "qwen2",
-                           {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}),
-    "Qwen3": ("t t", {"family": "qwen3", "qk_norm": True}, "Qwen3ForCausalLM", "qwen3",
-              {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2, "attention_bias": False}),
-    "hybrid": ("m2 t", {}, "AprielHybridSSMForCausalLM", HYBRID, HYBRID_KEYS),
-    "hybrid of Llama": ("m2 t", {"family": "llama"}, "AprielHybridSSMForCausalLM", HYBRID,
-                        HYBRID_KEYS | {"base_model_type": "llama"}),
-    "hybrid of Llama 3": ("m2 t", {"family": "llama", "rope_scaling": SCALING}, "NanoH1HybridForCausalLM",
-                          "nanoh1_hybrid", HYBRID_KEYS | {"base_model_type": "llama", "rope_scaling": LLAMA3,
-                                                          "qkv_bias": False, "qk_norm": False}),
-    "hybrid of Qwen2": ("m2 t", {"family": "qwen2", "qkv_bias": True}, "NanoH1HybridForCausalLM", "nanoh1_hybrid",
-                        HYBRID_KEYS | {"base_model_type": "qwen2", "rope_scaling": None, "qkv_bias": True,
-                                       "qk_norm": False}),
-    "hybrid of Qwen3": ("m2 t", {"family": "qwen3", "qk_norm": True}, "NanoH1HybridForCausalLM", "nanoh1_hybrid",
-                        HYBRID_KEYS | {"base_model_type": "qwen3", "rope_scaling": None, "qkv_bias": False,
-                                       "qk_norm": True}),
-    "all attention, of no family": ("t t", {"qkv_bias": True, "qk_norm": True}, "NanoH1HybridForCausalLM",
-                                    "nanoh1_hybrid", HYBRID_KEYS | {"hybrid_block_layout": ["t", "t"],
-                                                                    "base_model_type": "mistral", "rope_scaling": None,
-                                                                    "qkv_bias": True, "qk_norm": True}),
-    "all attention, a Llama with a window": ("t t", {"family": "llama", "sliding_window": 9}, "NanoH1HybridForCausalLM",
-                                             "nanoh1_hybrid", HYBRID_KEYS | {
-                                                 "hybrid_block_layout": ["t", "t"], "base_model_type": "llama",
-                                                 "sliding_window": 9, "rope_scaling": None, "qkv_bias": False,
-                                                 "qk_norm": False}),
+    "Mistral": ("t t", {}, "mistral", {"sliding_window": None}),
+    "Mistral with a pad token": ("t t", {"pad_id": 7}, "mistral", {"sliding_window": None, "pad_token_id": 7}),
+    "Llama": ("t t", {"family": "llama"}, "llama", LLAMA_KEYS),
+    "Llama 3": (
+        "t t", {"family": "llama", "rope_scaling": SCALING}, "llama", LLAMA_KEYS | {"rope_scaling": ROPE_LLAMA3}),
+    "Qwen2": ("t t", {"family": "qwen2", "qkv_bias": True}, "qwen2", QWEN_KEYS),
+    "Qwen2 with windows": (
+        "t t", {"family": "qwen2", "qkv_bias": True, "sliding_window": 9}, "qwen2",
+        {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}),
+    "Qwen3": ("t t", {"family": "qwen3", "qk_norm": True}, "qwen3", QWEN_KEYS | {"attention_bias": False}),
+    "hybrid": ("m2 t", {}, HYBRID, HYBRID_KEYS),
+    "hybrid of Llama": ("m2 t", {"family": "llama"}, HYBRID, HYBRID_KEYS | {"base_model_type": "llama"}),
+    "hybrid of Llama 3": (
+        "m2 t", {"family": "llama", "rope_scaling": SCALING}, "nanoh1_hybrid",
+        NANO_KEYS | {"base_model_type": "llama", "rope_scaling": ROPE_LLAMA3}),
+    "hybrid of Qwen2": (
+        "m2 t", {"family": "qwen2", "qkv_bias": True}, "nanoh1_hybrid",
+        NANO_KEYS | {"base_model_type": "qwen2", "qkv_bias": True}),
+    "hybrid of Qwen3": (
+        "m2 t", {"family": "qwen3", "qk_norm": True}, "nanoh1_hybrid",
+        NANO_KEYS | {"base_model_type": "qwen3", "qk_norm": True}),
+    "all attention, of no family": (
+        "t t", {"qkv_bias": True, "qk_norm": True}, "nanoh1_hybrid",
+        NANO_KEYS | {"hybrid_block_layout": ["t", "t"], "base_model_type": "mistral", "qkv_bias": True,
+                     "qk_norm": True}),
+    "all attention, a Llama with a window": (
+        "t t", {"family": "llama", "sliding_window": 9}, "nanoh1_hybrid",
+        NANO_KEYS | {"hybrid_block_layout": ["t", "t"], "base_model_type": "llama", "sliding_window": 9}),
 }
+ARCHITECTURES = {
+    "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", HYBRID: "AprielHybridSSMForCausalLM", "nanoh1_hybrid": "NanoH1HybridForCausalLM"}
 
 
 @pytest.mark.parametrize("case", WRITTEN)
@@ -1590,14 +1605,14 @@ def test_written_config_holds_exactly_the_agreed_keys(case, tmp_path):
     """Explicit where a default would be wrong (head_dim, the null window), numbers where "auto" is ambiguous, flat
     theta, and no layer_types, which transformers refuses to read. It is read back as the same Config, and a family
     that a reader of Apriel's format would compute wrongly does not get its name."""
-    layout, change, architecture, model_type, more = WRITTEN[case]
+    layout, change, model_type, more = WRITTEN[case]
     model = tiny(layout, **change)
     save_pretrained(model, tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     ssm = raw.pop("ssm_cfg", None)
     assert {key: raw[key] for key in raw if key not in SHARED_KEYS} == more
     assert SHARED_KEYS <= set(raw)
-    assert (raw["model_type"], raw["architectures"]) == (model_type, [architecture])
+    assert (raw["model_type"], raw["architectures"]) == (model_type, [ARCHITECTURES[model_type]])
     assert (raw["head_dim"], raw["rope_theta"], raw["eos_token_id"], raw["torch_dtype"]) == (8, 10000.0, 2, "float64")
     assert (ssm is not None) == ("hybrid_block_layout" in raw)
     assert ssm is None or ssm == SSM_CFG | {
@@ -1698,6 +1713,22 @@ def test_tokenizer_files_are_copied_when_asked_for(tmp_path):
     assert (tmp_path / "with" / "tokenizer.json").read_text() == "tokenizer.json"
 
 
+def test_tokenizer_files_of_another_model_do_not_stay(tmp_path):
+    """A chat template that this model never had would be used with it. Without tokenizer_from they are this one's."""
+    source = tmp_path / "from"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("new")
+    for file in "tokenizer.json", "chat_template.jinja", "generation_config.json", "notes.txt":
+        (tmp_path / file).write_text('{"eos_token_id": 9}')
+    save_pretrained(tiny("t"), tmp_path)
+    assert (tmp_path / "tokenizer.json").exists() and (tmp_path / "chat_template.jinja").exists()
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 2}
+    save_pretrained(tiny("t"), tmp_path, tokenizer_from=source)
+    assert (tmp_path / "tokenizer.json").read_text() == "new" and (tmp_path / "notes.txt").exists()
+    assert not (tmp_path / "chat_template.jinja").exists()
+    assert not (tmp_path / "generation_config.json").exists()
+
+
 def test_saving_where_a_file_stands_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
@@ -1733,9 +1764,12 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "discrete Mamba-2 layers": ({"hybrid_block_layout": ["m2d", "t", "m2"]}, "m2d"),
     "sliding-window layers": ({"hybrid_block_layout": ["m2", "swa", "m2"]}, "swa"),
     "gated delta layers": ({"hybrid_block_layout": ["m2", "t", "gdn"]}, "gdn"),
-    "a layout of another length": ({"hybrid_block_layout": ["m2", "t"]}, "2 layers, the model has 3"),
-    "a layout that is no list": ({"hybrid_block_layout": 3}, "hybrid_block_layout must be a list, got 3"),
-    "another model type": ({"model_type": "gemma"}, 'model_type "gemma" is not supported; known: mistral, llama'),
+    "a layout of another length": (
+        {"hybrid_block_layout": ["m2", "t"]}, "2 layers, the model has 3"),
+    "a layout that is no list": (
+        {"hybrid_block_layout": 3}, "hybrid_block_layout must be a list, got 3"),
+    "another model type": (
+        {"model_type": "gemma"}, 'model_type "gemma" is not supported; known: mistral, llama'),
     "no model type": ({"model_type": ...}, "model_type null"),
     "no layout": ({"hybrid_block_layout": ...}, "'hybrid_block_layout' is missing"),
     "no hidden size": ({"hidden_size": ...}, "'hidden_size' is missing"),
@@ -1743,47 +1777,70 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "no heads": ({"num_attention_heads": ...}, "'num_attention_heads' is missing"),
     "no MLP width": ({"intermediate_size": ...}, "'intermediate_size' is missing"),
     "no vocabulary size": ({"vocab_size": None}, "'vocab_size' is missing"),
-    "linear rope scaling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
+    "linear rope scaling": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
     "yarn": ({"rope_parameters": YARN}, "rope_parameters.*yarn"),
     "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.*dynamic"),
-    "longrope": ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling.*longrope"),
-    "yarn beside default rope": ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, "rope_scaling.*yarn"),
-    "scaling without its numbers": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),
-    "scaling the wrong way round": ({"rope_scaling": LLAMA3 | {"high_freq_factor": 0.25}}, "high_freq_factor must be"),
-    "two scalings": ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1e4}}, "contradict each other"),
-    "an original length outside": ({"original_max_position_embeddings": 64}, "original_max_position_embeddings = 64"),
-    "mixed windows": ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-                      "either every layer has the window or none"),
-    "mixed layer types": ({"model_type": "qwen2", "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
-                          "layer_types = .*either every layer has the window or none"),
-    "windows for some layer types": ({"model_type": "mistral", "layer_types": ["full_attention"] * 3, "sliding_window": 5},
-                                     "layer_types = .*sliding_window = 5"),
-    "windows that Llama has not": ({"model_type": "llama", "layer_types": ["sliding_attention"] * 3, "sliding_window": 5},
-                                   "layer_types = .*sliding_window = None"),
+    "longrope": (
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling.*longrope"),
+    "yarn beside default rope": (
+        {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, "rope_scaling.*yarn"),
+    "scaling without its numbers": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),
+    "scaling the wrong way round": (
+        {"rope_scaling": ROPE_LLAMA3 | {"high_freq_factor": 0.25}}, "high_freq_factor must be"),
+    "two scalings": (
+        {"rope_scaling": ROPE_LLAMA3, "rope_parameters": {"rope_theta": 1e4}},
+        "contradict each other"),
+    "an original length outside": (
+        {"original_max_position_embeddings": 64}, "original_max_position_embeddings = 64"),
+    "mixed windows": (
+        {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        "either every layer has the window or none"),
+    "mixed layer types": (
+        {"model_type": "qwen2", "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+        "layer_types = .*either every layer has the window or none"),
+    "windows for some layer types": (
+        {"model_type": "mistral", "layer_types": ["full_attention"] * 3, "sliding_window": 5},
+        "layer_types = .*sliding_window = 5"),
+    "windows that Llama has not": (
+        {"model_type": "llama", "layer_types": ["sliding_attention"] * 3, "sliding_window": 5},
+        "layer_types = .*sliding_window = None"),
     "own type without a family": (NANO | {"base_model_type": ...}, "'base_model_type' is missing"),
-    "own type of no known family": (NANO | {"base_model_type": "gemma"}, "base_model_type must be one of mistral, llama"),
-    "own type without its scaling": (NANO | {"base_model_type": "llama", "rope_scaling": ...}, "'rope_scaling' is missing"),
-    "rope per layer type": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
+    "own type of no known family": (
+        NANO | {"base_model_type": "gemma"}, "base_model_type must be one of mistral, llama"),
+    "own type without its scaling": (
+        NANO | {"base_model_type": "llama", "rope_scaling": ...}, "'rope_scaling' is missing"),
+    "rope per layer type": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
     "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-    "partial rope, newer spelling": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
+    "partial rope, newer spelling": (
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
     "gelu": ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
     "attention bias": ({"attention_bias": True}, "attention_bias = true"),
     "MLP bias": ({"mlp_bias": True}, "mlp_bias = true"),
     "quantisation": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
     "an unknown key of ssm_cfg": ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate"),
     "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "16 % 5"),
-    "d_state null": ({"ssm_cfg": {"d_state": None}}, "ssm_cfg.d_state must be a whole number .*null"),
+    "d_state null": (
+        {"ssm_cfg": {"d_state": None}}, "ssm_cfg.d_state must be a whole number .*null"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "4 % 3"),
     "a width in words": ({"hidden_size": "twenty-four"}, "hidden_size.*twenty-four"),
     "a width of zero": ({"intermediate_size": 0}, "intermediate_size.*0"),
     "a width that is true": ({"intermediate_size": True}, "intermediate_size.*true"),
-    "a width that no machine holds": ({"intermediate_size": 1 << 40}, "intermediate_size.*1 to 16777216"),
-    "more layers than tensors": ({"num_hidden_layers": 5000, "hybrid_block_layout": ["t"] * 5000}, "4997 layers of"),
+    "a width that no machine holds": (
+        {"intermediate_size": 1 << 40}, "intermediate_size.*1 to 16777216"),
+    "more layers than any model": (
+        {"num_hidden_layers": 10 ** 6}, "num_hidden_layers must be .* from 1 to 10000"),
+    "more layers than tensors": (
+        {"num_hidden_layers": 5000, "hybrid_block_layout": ["t"] * 5000}, "4997 layers of"),
     "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads.*0"),
     "theta in words": ({"rope_theta": "big"}, 'rope_theta must be a number above 0, got "big"'),
-    "theta without an end": ({"rope_theta": math.inf}, "rope_theta must be a number above 0, got Infinity"),
+    "theta without an end": (
+        {"rope_theta": math.inf}, "rope_theta must be a number above 0, got Infinity"),
     "rope as a list": ({"rope_scaling": [1, 2]}, "rope_scaling must be a JSON object or null"),
-    "an end token in words": ({"eos_token_id": ["</s>"]}, 'eos_token_id must be a token id, or null, got "</s>"'),
+    "an end token in words": (
+        {"eos_token_id": ["</s>"]}, 'eos_token_id must be a token id, or null, got "</s>"'),
 }
 
 
@@ -1872,40 +1929,57 @@ DT_IN = "model.layers.0.mixer.dt_in_proj.weight"
 WEIGHTS = "model.safetensors"
 BROKEN = {                                   # shards, damage, what the message must name
     "no config": (1, without("config.json"), "has no config.json$"),
-    "broken JSON": (1, text_in("config.json", '{"model_type": "mistral", '), "config.json is not valid JSON"),
-    "deep JSON": (1, text_in("config.json", "[" * 100_000), "config.json is not valid JSON: it is nested too deeply"),
+    "broken JSON": (
+        1, text_in("config.json", '{"model_type": "mistral", '), "config.json is not valid JSON"),
+    "deep JSON": (
+        1, text_in("config.json", "[" * 100_000),
+        "config.json is not valid JSON: it is nested too deeply"),
     "config is a list": (1, text_in("config.json", "[]"), "config.json holds a list"),
-    "config is not text": (1, text_in("config.json", "\xff\xfe\0"), "config.json is not valid JSON"),
-    "config is a pointer": (1, text_in("config.json", POINTER), "config.json is a git LFS pointer.*git lfs pull"),
+    "config is not text": (
+        1, text_in("config.json", "\xff\xfe\0"), "config.json is not valid JSON"),
+    "config is a pointer": (
+        1, text_in("config.json", POINTER), "config.json is a git LFS pointer.*git lfs pull"),
     "no weights": (1, without(WEIGHTS), "model.safetensors is missing$"),
     "empty weights": (1, cut_to(0), "model.safetensors is not a readable"),
     "weights cut in the header": (1, cut_to(100), "model.safetensors is not a readable"),
     "weights cut in the data": (1, cut_to(-10), "model.safetensors is not a readable"),
     "pickle in disguise": (1, pickled, "not a readable safetensors"),
-    "weights are a pointer": (1, text_in(WEIGHTS, POINTER), "model.safetensors is a git LFS pointer.*git lfs pull"),
+    "weights are a pointer": (
+        1, text_in(WEIGHTS, POINTER), "model.safetensors is a git LFS pointer.*git lfs pull"),
     "weights are integers": (1, integers, "is stored as I64; known: F64, F32, F16, BF16"),
     "missing shard": (3, without("part_1.safetensors"), "part_1.safetensors is missing"),
-    "shard is a pointer": (3, text_in("part_1.safetensors", POINTER), "part_1.safetensors is a git LFS pointer"),
+    "shard is a pointer": (
+        3, text_in("part_1.safetensors", POINTER), "part_1.safetensors is a git LFS pointer"),
     "index without a map": (3, text_in(INDEX, "{}"), "no weight_map"),
     "index with odd values": (3, index_with(IN_PROJ, 3), "weight_map"),
     "index is broken": (3, text_in(INDEX, "{"), "index.json is not"),
     "index is a list": (3, text_in(INDEX, "[]"), "index.json holds a"),
     "index names an absent tensor": (3, index_with("ghost", "part_0.safetensors"), "ghost"),
-    "index names the wrong file": (3, index_with("model.norm.weight", "part_2.safetensors"), "model.norm.weight"),
+    "index names the wrong file": (
+        3, index_with("model.norm.weight", "part_2.safetensors"), "model.norm.weight"),
     "index leaves a tensor out": (3, index_with(IN_PROJ, None), f"missing {IN_PROJ}"),
     "missing tensor": (1, without_tensor(IN_PROJ), f"missing {IN_PROJ}"),
     "missing dt rows": (1, without_tensor(DT_IN), f"missing {DT_IN}"),
     "missing head": (1, without_tensor("lm_head.weight"), "missing lm_head.weight"),
     "unexpected tensor": (1, with_tensor("stray", 2), "unexpected stray"),
-    "a bias that is not announced": (1, with_tensor("model.layers.1.self_attn.q_proj.bias", 32), "unexpected .*q_proj"),
-    "a layer too many": (1, with_tensor("model.layers.3.mixer.D", 32), "unexpected model.layers.3.mixer.D"),
-    "mis-shaped tensor": (1, with_tensor("model.norm.weight", 23), r"norm.weight has shape \(23,\), expected \(24,\)"),
-    "too few rows in in_proj": (1, with_tensor(IN_PROJ, 95, 24), r"in_proj.weight has shape \(95, 24\)"),
-    "rows too many beside dt rows": (1, with_tensor(IN_PROJ, 99, 24), r"in_proj.weight has shape \(99, 24\)"),
+    "a bias that is not announced": (
+        1, with_tensor("model.layers.1.self_attn.q_proj.bias", 32), "unexpected .*q_proj"),
+    "a layer too many": (
+        1, with_tensor("model.layers.3.mixer.D", 32), "unexpected model.layers.3.mixer.D"),
+    "mis-shaped tensor": (
+        1, with_tensor("model.norm.weight", 23), r"norm.weight has shape \(23,\), expected \(24,\)"),
+    "too few rows in in_proj": (
+        1, with_tensor(IN_PROJ, 95, 24), r"in_proj.weight has shape \(95, 24\)"),
+    "rows too many beside dt rows": (
+        1, with_tensor(IN_PROJ, 99, 24), r"in_proj.weight has shape \(99, 24\)"),
     "flat in_proj": (1, with_tensor(IN_PROJ, 96 * 24), r"in_proj.weight has shape \(2304,\)"),
     "scalar in_proj": (1, with_tensor(IN_PROJ), r"in_proj.weight has shape \(\)"),
-    "scalar dt rows": (1, with_tensor("model.layers.2.mixer.dt_in_proj.weight"), r"dt_in_proj.weight has shape \(\)"),
-    "ranks that differ": (1, with_tensor("model.layers.2.mixer.dt_in_proj.weight", 5, 24), "dt_in_proj.weight has shape"),
+    "scalar dt rows": (
+        1, with_tensor("model.layers.2.mixer.dt_in_proj.weight"),
+        r"dt_in_proj.weight has shape \(\)"),
+    "ranks that differ": (
+        1, with_tensor("model.layers.2.mixer.dt_in_proj.weight", 5, 24),
+        "dt_in_proj.weight has shape"),
 }
 
 
@@ -1923,12 +1997,21 @@ def test_damaged_checkpoint_is_refused_by_name(case, tmp_path):
 
 NEARLY = {                                   # files, the path to load, what the message must name
     "nowhere": ([], "nowhere", "no such directory: .*nowhere$"),
-    "a file": (["model.safetensors"], "model.safetensors", "is a file.*give the directory that holds config.json"),
+    "a file": (
+        ["model.safetensors"], "model.safetensors",
+        "is a file.*give the directory that holds config.json"),
     "a GGUF file": (["m.gguf"], "m.gguf", "m.gguf is a file.*GGUF is not read"),
-    "a directory with a GGUF": (["m.gguf"], "", "no config.json; m.gguf is a GGUF, which is not read"),
-    "an adapter": (["adapter_config.json", "adapter_model.safetensors"], "", "holds an adapter.*merge_and_unload"),
-    "pickles": (["config.json", "pytorch_model.bin"], "", "is missing; pytorch_model.bin is a pickle and not read"),
-    "an older pickle": (["params.json", "consolidated.00.pth"], "", "no config.json; consolidated.00.pth is a pickle"),
+    "a directory with a GGUF": (
+        ["m.gguf"], "", "no config.json; m.gguf is a GGUF, which is not read"),
+    "an adapter": (
+        ["adapter_config.json", "adapter_model.safetensors"], "",
+        "holds an adapter.*merge_and_unload"),
+    "pickles": (
+        ["config.json", "pytorch_model.bin"], "",
+        "is missing; pytorch_model.bin is a pickle, which is not read"),
+    "an older pickle": (
+        ["params.json", "consolidated.00.pth"], "",
+        "no config.json; consolidated.00.pth is a pickle"),
 }
 
 
@@ -1948,6 +2031,9 @@ def test_the_name_of_a_hub_model_and_a_tilde_are_understood(tmp_path, monkeypatc
     save_pretrained(tiny("t"), "~/model")
     load_pretrained("~/model")
     assert (tmp_path / "model" / "config.json").exists()
+    args = argparse.Namespace(device="cpu", dtype="float32", out="~/x", model=None, prompt="~/x")
+    nano.start_script(args)
+    assert (args.out, args.model, args.prompt) == (str(tmp_path / "x"), None, "~/x")
 
 
 def test_float16_is_refused(tmp_path):
@@ -1959,17 +2045,23 @@ def test_float16_is_refused(tmp_path):
 CLAIMS = {
     "nothing there": ([], {}, None),
     "tokenizer files": (["tokenizer.json"], {}, None),
-    "a stranger's model": (["config.json", "model.safetensors"], {}, "a model that this script did not make"),
-    "another script's result": (["config.json", "training.json"], {}, "a model that this script did not make"),
-    "a stranger's model, --resume": (["config.json"], {"resume": True}, "a model that this script did not make"),
+    "a stranger's model": (
+        ["config.json", "model.safetensors"], {}, "a model that this script did not make"),
+    "another script's result": (
+        ["config.json", "training.json"], {}, "a model that this script did not make"),
+    "a stranger's model, --resume": (
+        ["config.json"], {"resume": True}, "a model that this script did not make"),
     "a stranger's model, --overwrite": (["config.json"], {"overwrite": True}, None),
-    "a result": (["config.json", "report.json"], {}, "holds a result: choose another --out, or pass --overwrite"),
+    "a result": (
+        ["config.json", "report.json"], {},
+        "holds a result: choose another --out, or pass --overwrite"),
     "a result, --resume": (["config.json", "report.json"], {"resume": True}, None),
     "a result, --overwrite": (["config.json", "report.json"], {"overwrite": True}, None),
     "an unfinished run": (["progress.safetensors"], {}, "an unfinished run: pass --resume"),
     "an unfinished run, --resume": (["progress.safetensors"], {"resume": True}, None),
     "an unfinished run, --overwrite": (["progress.safetensors"], {"overwrite": True}, None),
-    "a run that ended while saving": (["progress.safetensors", "config.json"], {"resume": True}, None),
+    "a run that ended while saving": (
+        ["progress.safetensors", "config.json"], {"resume": True}, None),
 }
 
 
@@ -1997,6 +2089,20 @@ def test_out_is_never_an_input_however_it_is_spelled(spelling, overwrite, tmp_pa
         with pytest.raises(UserError, match="--out .* is .*, which this run reads"):
             nano.claim_out(path, [None, "elsewhere", other], overwrite, True)
     assert nano.claim_out("~/out", [out], overwrite, False) == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize("program, read, more", [
+    (distill, "--teacher", ("--replace", "1")),
+    (distill, "--student", ("--replace", "1", "--teacher", "{}")),
+    (train_sft, "--model", ()),
+    (train_sft, "--merge", ("--model", "{}"))])
+def test_no_script_writes_into_a_directory_that_it_reads(program, read, more, traces, tmp_path):
+    shutil.copytree(traces[0], tmp_path / "in")
+    before = small_files(tmp_path / "in")
+    more = [argument.format(traces[0]) for argument in more]
+    with pytest.raises(UserError, match="--out .* is .*, which this run reads"):
+        run(program, read, tmp_path / "in", *more, "--out", f"{tmp_path}/in/", "--overwrite", "--steps", 1)
+    assert small_files(tmp_path / "in") == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2457,9 +2563,10 @@ def bpe_model(vocab, merges, named=True, **change):
 def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merges=False,
                    all_splits=False, as_strings=True, extra=(), merges=None, special=SPECIAL,
                    normalizer=None, missing="", byte_regex=False, named=True):
-    """The dict of a tokenizer.json. steps: names in PATTERNS, or "digits"; byte_regex: ByteLevel splits, too.
-    all_splits: list every way to make a token, as files converted from tiktoken do. extra: tokens without any merge,
-    found only when a whole piece is looked up. missing: bytes without a token. named: the model names its type."""
+    """The dict of a tokenizer.json. steps: names in PATTERNS, "digits", or a text to split by.
+    byte_regex: ByteLevel splits, too. all_splits: list every way to make a token, as files converted
+    from tiktoken do. extra: tokens without any merge, found only when a whole piece is looked up.
+    missing: bytes without a token. named: the model names its type."""
     first = PATTERNS.get(steps[0] if steps else "", GPT2_PATTERN)
     merges = train_merges(first, count) if merges is None else merges
     letters = [letter for byte, letter in enumerate(byte_letters()) if chr(byte) not in missing]
@@ -2475,7 +2582,7 @@ def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merg
         if name == "digits":
             pre.append({"type": "Digits", "individual_digits": True})
         else:
-            pattern = {"Regex": PATTERNS[name]}
+            pattern = {"Regex": PATTERNS[name]} if name in PATTERNS else {"String": name}
             pre.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": byte_regex}
     merges = [" ".join(merge) if as_strings else list(merge) for merge in merges]
@@ -2510,6 +2617,7 @@ TOKENIZERS = {
     "Qwen kind": dict(steps=("llama3",), normalizer={"type": "NFC"}),
     "DeepSeek kind": dict(steps=("up to three digits", "CJK", "DeepSeek"),
                           normalizer={"type": "Sequence", "normalizers": []}),
+    "a split by a text, and by two patterns": dict(steps=("? ", "words only"), byte_regex=True),
     "special tokens that begin alike": dict(special=("<s>", "<s>>", "<s", "</s>", "[INST]", "[[INST]")),
 }
 
@@ -2685,12 +2793,13 @@ def drop_byte(letter, **change):
 
 def swap_merges(raw):
     merges = raw["model"]["merges"]
-    merges[3], merges[90] = merges[90], merges[3]
+    merges.insert(3, merges.pop())
 
 
 # What ByteTokenizer cannot hold: where the package tokenizers is missing, the reason and what to install.
 NEEDS_LIBRARY = {
     "a normalizer": (edit_file(normalizer={"type": "NFKC"}), r"a normalizer \(NFKC\)"),
+    "a special token that is a byte": (edit_added(content="t", id=121), "'t' is the token of a byte, too"),
     "a special token that strips": (edit_added(lstrip=True), r"'\[INST\]' strips"),
     "a special token between word borders": (edit_added(single_word=True), r"'\[INST\]' .* word borders"),
     "removed separators": (edit_step(0, behavior="Removed"), "Split, behavior Removed"),
@@ -2760,10 +2869,11 @@ def test_unreadable_tokenizer_files_are_refused(tmp_path):
 
 def sentencepiece(metaspace=False):
     """The dict of a tokenizer.json like Llama 2's: byte fallback, a space before every text."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    tokens = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
     merges = [("\u2581", "t"), ("h", "e"), ("\u2581t", "he"), ("a", "a"), ("\u2581", "\u2581")]
     tokens += [*"abcdefghijklmnopqrstuvwxyz\u4f60", *(left + right for left, right in merges)]
-    raw = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None, "post_processor": None}
+    raw = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None}
+    raw["post_processor"] = template_processor("<s>")
     raw["added_tokens"] = [added_token(i, tokens[i]) for i in range(3)]
     prepend = {"type": "Prepend", "prepend": "\u2581"}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
@@ -2789,7 +2899,7 @@ def test_sentencepiece_goes_through_the_library_with_the_same_four_methods(metas
     text = "the caf\u00e9 \u4f60\u597d \U0001f600</s>"
     ids = enc.encode(text, allowed_special="all")
     assert b"".join(map(enc.decode_single_token_bytes, ids)).decode() == " " + text
-    assert enc.decode_single_token_bytes(3 + 0xC3) == b"\xc3" and enc.decode_single_token_bytes(1) == b"<s>"
+    assert enc.decode_single_token_bytes(3 + 0xC3) == b"\xc3" and enc.decode_single_token_bytes(0) == b"<s>"
     assert enc.max_token_value == len(raw["model"]["vocab"]) - 1
     with pytest.raises(KeyError):
         enc.decode_single_token_bytes(enc.max_token_value + 1)
@@ -2853,7 +2963,7 @@ CHATML = """{% for message in messages %}
     {%- endif %}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}
 {% endfor %}
-{% if add_generation_prompt %}
+    {% if add_generation_prompt %}
 {{ '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
@@ -2998,68 +3108,60 @@ def test_a_template_without_jinja2_says_what_to_install(tmp_path, monkeypatch):
 # Triton. Without a GPU the kernels run in Triton's interpreter, at toy sizes; with one, on it, and at real sizes, too.
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(nano.triton is None, reason="needs Triton")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or nano.triton is None, reason="needs a GPU and Triton")
+ready = nano.triton is not None
+needs_triton = pytest.mark.skipif(not ready, reason="needs Triton")
+needs_gpu = pytest.mark.skipif(not ready or DEVICE == "cpu", reason="needs a GPU and Triton")
 
 
 # The Triton scan against the definition in float64.
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Tiles, segments and blocks so small that toy sizes have several of each."""
-    for name, value in {"SCAN_CELLS": 64, "SCAN_TILE": 2, "SCAN_SEGMENT": 4, "SCAN_PROGRAMS": 1 << 20}.items():
-        monkeypatch.setattr(nano, name, value, raising=False)
+    """Tiles, segments and strips so small that toy sizes have several of each."""
+    monkeypatch.setattr(nano, "SCAN_CELLS", 64, raising=False)
+    monkeypatch.setattr(nano, "SCAN_TILE", 2, raising=False)
+    monkeypatch.setattr(nano, "SCAN_SEGMENT", 4, raising=False)
+    monkeypatch.setattr(nano, "SCAN_PROGRAMS", 1 << 20, raising=False)
 
 
-def kernel_inputs(b, t, d, n, g, gc, dtype=torch.float32, device=DEVICE, seed=0):
-    """Arguments of the scan by name; the values of those in dtype are exact in it."""
-    rng = torch.Generator(device).manual_seed(seed)
-    r = lambda *s, to=torch.float32: torch.randn(*s, generator=rng, device=device).to(to)
-    return dict(u=r(b, t, d, to=dtype), dt=r(b, t, d, to=dtype), A=-2 * r(d, n).abs() - 0.01, B=r(b, t, g, n, to=dtype),
-                C=r(b, t, gc, n, to=dtype), D=r(d), z=r(b, t, d, to=dtype), dt_bias=r(d), h=r(b, d, n))
+def kernel_inputs(*sizes, dtype=torch.float32, reset=False):
+    """scan_inputs (b, t, d, n, groups, c_groups) where the kernels run."""
+    return scan_inputs(*sizes, dtype=dtype, reset=reset, device=DEVICE)
 
 
-def check_scan(inputs, reset=None, tolerance=None, reference=scan_loop, dtype=torch.float64):
-    """All values and gradients of the Triton scan against a reference. Returns the Triton results."""
-    low = inputs["u"].dtype == torch.bfloat16
-    cotangents = torch.randn_like(inputs["u"]), torch.randn_like(inputs["h"] if "h" in inputs else
-                                                               inputs["A"].expand(len(inputs["u"]), -1, -1))
-    want = run_scan(reference, inputs, reset, cotangents, dtype)
-    got = run_scan(selective_scan, inputs, reset, cotangents, impl="triton")
-    for name, w in want.items():
-        assert got[name].isfinite().all(), name
-        error = (got[name].double() - w.double()).norm() / w.double().norm().clamp(min=1e-6)
-        rounded = low and name in ("y", "du", "ddt", "dB", "dC", "dz")
-        assert error < (tolerance or (5e-3 if rounded else 2e-6)), f"{name}: relative error {error:.1e}"
-        assert name == "h" or got[name].dtype == (inputs[name[1:]] if name != "y" else inputs["u"]).dtype
-    return got
-
-
-def resets(b, t, *places):
-    reset = torch.zeros(b, t, dtype=torch.bool, device=DEVICE)
-    for row, step in places:
-        reset[row, step] = True
-    return reset
+def check_triton(inputs, tolerance=None, impl="loop", dtype=torch.float64):
+    """The Triton scan gives the values, cells and gradients of another one that computes in dtype."""
+    got = run_scan(selective_scan, inputs, impl="triton")
+    wanted = run_scan(selective_scan, inputs, dtype, impl=impl)
+    assert got["y"].dtype == inputs["u"].dtype
+    for name, value in got.items():
+        # 7 bits, cut off: the interpreter does not round to bfloat16.
+        rounding = 2 ** -7 if value.dtype == torch.bfloat16 else 5e-6
+        assert_same(got, {name: wanted[name]}, tolerance or rounding)
 
 
 @needs_triton
-@pytest.mark.parametrize("b, t, d, n, g, gc", [
-    (2, 1, 8, 4, 2, 8), (1, 7, 64, 16, 1, 4), (1, 33, 16, 4, 4, 2),          # one segment, whole tiles and a rest
-    (1, 5, 64, 2, 1, 64), (1, 5, 64, 4, 64, 1), (1, 5, 48, 16, 1, 3),                # d // g: 64, 1, 48, 16
-    (1, 3, 24, 8, 8, 1)])                                                                        # and 3, 24
-def test_triton_scan_is_the_loop(b, t, d, n, g, gc):
-    check_scan(kernel_inputs(b, t, d, n, g, gc))
+@pytest.mark.parametrize("sizes", [
+    # One segment, whole tiles and a rest.
+    (2, 1, 8, 4, 2, 8), (1, 7, 64, 16, 1, 4), (1, 33, 16, 4, 4, 2),
+    # b, t, d, n, groups, c_groups: 64, 1, 48, 3 channels share a group of B, and 1, 64, 16, 24 one of C.
+    (1, 5, 64, 2, 1, 64), (1, 5, 64, 4, 64, 1), (1, 5, 48, 16, 1, 3), (1, 3, 24, 8, 8, 1)])
+def test_triton_scan_is_the_loop(sizes):
+    check_triton(kernel_inputs(*sizes))
 
 
 @needs_triton
-@pytest.mark.parametrize("b, t, d, n, g, gc", [
-    (1, 8, 24, 4, 3, 1), (2, 11, 24, 4, 1, 3), (1, 33, 8, 8, 1, 8), (1, 5, 8, 64, 4, 1), (1, 9, 24, 1, 3, 3)])
+@pytest.mark.parametrize("sizes", [
+    (1, 8, 24, 4, 3, 1), (2, 11, 24, 4, 1, 3), (1, 19, 8, 8, 1, 8), (1, 5, 8, 64, 4, 1),
+    (1, 9, 24, 1, 3, 3)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_triton_scan_in_segments_tiles_and_blocks(small_blocks, b, t, d, n, g, gc, packed):
-    if packed and t == 33:
-        pytest.skip("slow in the interpreter")
-    reset = resets(b, t, (0, 0), (b - 1, 3), (b - 1, 4), (0, t - 1)) if packed else None
-    check_scan(kernel_inputs(b, t, d, n, g, gc), reset)
+def test_triton_scan_in_segments_tiles_and_strips(small_blocks, sizes, packed):
+    inputs = kernel_inputs(*sizes, reset=packed)
+    if packed:
+        # Documents of no step, of one, and of one at the end.
+        inputs["reset"][0, [0, -1]] = True
+        inputs["reset"][-1, 3:5] = True
+    check_triton(inputs)
 
 
 @needs_triton
@@ -3067,102 +3169,115 @@ def test_triton_scan_in_segments_tiles_and_blocks(small_blocks, b, t, d, n, g, g
 def test_triton_scan_with_extreme_steps(small_blocks, shift):
     """dt near 0 forgets nothing and learns nothing; large dt forgets everything."""
     inputs = kernel_inputs(1, 9, 16, 4, 2, 4)
-    check_scan(inputs | {"dt": inputs["dt"] + shift}, tolerance=1e-5)
+    inputs["dt"] += shift
+    check_triton(inputs, tolerance=1e-5)
 
 
 @needs_triton
 def test_triton_softplus_is_exact_for_small_steps():
     inputs = kernel_inputs(1, 2, 32, 4, 1, 1)
     dt = torch.linspace(-25, 25, 64, device=DEVICE).view(1, 2, 32)
-    y, h = selective_scan(**inputs | {"dt": dt, "h": None, "D": None, "dt_bias": None, "z": None}, impl="triton")
+    y, _ = selective_scan(inputs["u"], dt, inputs["A"], inputs["B"], inputs["C"], impl="triton")
     read = (inputs["B"] * inputs["C"])[:, 0].sum(-1)
     want = torch.nn.functional.softplus(dt.double())[:, 0] * inputs["u"][:, 0] * read
-    assert ((y[:, 0] / want - 1).abs() < 1e-5).all()
+    assert ((y[:, 0] / want - 1).abs() < 2e-6).all()
 
 
 @needs_triton
 def test_triton_scan_in_bfloat16_from_slices(small_blocks):
-    """Inputs as the mixer makes them: slices of one wider tensor, half precision."""
-    inputs = kernel_inputs(2, 5, 32, 8, 2, 4, torch.bfloat16)
-    wide = torch.cat([inputs["z"], inputs["B"].flatten(2), inputs["C"].flatten(2), inputs["u"]], dim=2)
-    z, B, C, x = wide.split([32, 16, 32, 32], dim=2)
-    sliced = inputs | {"u": x, "z": z, "B": B.view(2, 5, 2, 8), "C": C.view(2, 5, 4, 8)}
-    got, want = (selective_scan(**m, impl="triton") for m in (sliced, inputs))
-    assert all(torch.equal(a, b) for a, b in zip(got, want))
-    turned = {k: v.transpose(-1, -2).contiguous().transpose(-1, -2) if v.dim() > 1 else v for k, v in inputs.items()}
-    assert not turned["u"].is_contiguous()
-    check_scan(turned, resets(2, 5, (1, 2)))
+    """Inputs as the mixer makes them, slices of one wider tensor in half precision, and turned ones."""
+    inputs = kernel_inputs(2, 5, 16, 8, 1, 2, dtype=torch.bfloat16, reset=True)
+    wide = torch.cat([inputs[name].flatten(2) for name in ("z", "B", "C", "u")], dim=2)
+    z, B, C, u = wide.split([16, 8, 16, 16], dim=2)
+    sliced = inputs | {"u": u, "z": z, "B": B.view(2, 5, 1, 8), "C": C.view(2, 5, 2, 8)}
+    y, h = selective_scan(**inputs, impl="triton")
+    y_sliced, h_sliced = selective_scan(**sliced, impl="triton")
+    assert torch.equal(y, y_sliced)
+    assert torch.equal(h, h_sliced)
+    for name, value in inputs.items():
+        if value.dim() > 1:
+            inputs[name] = value.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert not inputs["u"].is_contiguous()
+    check_triton(inputs)
 
 
 @needs_triton
 def test_triton_scan_without_the_optional_parts():
     inputs = kernel_inputs(1, 5, 16, 4, 2, 4)
-    check_scan({k: inputs[k] for k in ("u", "dt", "A", "B", "C")})
+    check_triton({name: inputs[name] for name in ("u", "dt", "A", "B", "C")})
 
 
 @needs_triton
 def test_triton_scan_repeats_bit_for_bit_and_continues(small_blocks):
-    inputs, reset = kernel_inputs(1, 12, 16, 4, 2, 4), resets(1, 12, (0, 7))
-    cotangents = torch.randn_like(inputs["u"]), torch.randn_like(inputs["h"])
-    first, again = (run_scan(selective_scan, inputs, reset, cotangents, impl="triton") for _ in range(2))
-    assert all(torch.equal(first[k], again[k]) for k in first)
-    pieces, h = [], inputs["h"]
+    inputs = kernel_inputs(1, 12, 16, 4, 2, 4, reset=True)
+    first = run_scan(selective_scan, inputs, impl="triton")
+    again = run_scan(selective_scan, inputs, impl="triton")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    ys = []
+    h = inputs["h"]
     for piece in (slice(0, 5), slice(5, 6), slice(6, 12)):
-        part = {k: v[:, piece] if k in ("u", "dt", "B", "C", "z") else v for k, v in inputs.items()} | {"h": h}
-        y, h = selective_scan(**part, reset=reset[:, piece], impl="triton")
-        pieces.append(y)
-    torch.testing.assert_close(torch.cat(pieces, 1), first["y"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(h, first["h"], rtol=1e-5, atol=1e-5)
+        part = {name: inputs[name][:, piece] for name in ("u", "dt", "B", "C", "z", "reset")}
+        y, h = selective_scan(**inputs | part | {"h": h}, impl="triton")
+        ys.append(y)
+    assert_same({"y": torch.cat(ys, dim=1), "h": h}, {"y": first["y"], "h": first["h"]}, 1e-5)
 
 
 # The one-token kernel, alone and in a model.
 
 @needs_triton
-@pytest.mark.parametrize("change", [{}, {"expand_before_conv": False}, {"conv_bias": False, "dt_bias": False},
-                                    {"d_conv": 2, "n_kv_head": 1}, {"d_conv": 1}, {"n_head": 6, "d_state": 8}])
-@pytest.mark.parametrize("pos", [None, (0, 1, 5)])
-def test_one_token_kernel_is_the_mixer(monkeypatch, change, pos):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("change", [
+    {}, {"expand_before_conv": False}, {"conv_bias": False, "dt_bias": False}, {"d_conv": 1},
+    {"d_conv": 2, "n_kv_head": 1}, {"n_head": 6, "d_state": 8}])
+@pytest.mark.parametrize("position", [None, (0, 1, 5)])
+def test_one_token_kernel_is_the_mixer_and_overwrites_only_a_state_given_away(monkeypatch, change, position):
     config = tiny("m2 t", **change).config
-    monkeypatch.setattr(nano, "SCAN_CELLS", 8)                              # several rounds per chunk
+    # Several rounds per chunk.
+    monkeypatch.setattr(nano, "SCAN_CELLS", 8)
+    torch.manual_seed(0)
     mixer = nano.Mamba(config).to(DEVICE)
     x = torch.randn(3, 1, config.d_model, device=DEVICE)
-    state = SSM(torch.randn(3, config.d_conv - 1, config.d_xb, device=DEVICE),
-                torch.randn(3, config.d_inner, config.d_state, device=DEVICE))
-    place = nano.Place(9, None if pos is None else torch.tensor(pos, device=DEVICE)[:, None], None, None, None, True)
-    backend = nano.scan_backend
+    conv = torch.randn(3, config.d_conv - 1, config.d_xb, device=DEVICE)
+    state = SSM(conv, torch.randn(3, config.d_inner, config.d_state, device=DEVICE))
+    before = state.clone()
+    if position is not None:
+        position = torch.tensor(position, device=DEVICE)[:, None]
+    place = nano.Place(9, position, None, None, None)
     with torch.no_grad():
-        monkeypatch.setattr(nano, "scan_backend", lambda *a: "loop")
-        want, after = mixer(x, state.clone(), place)
-        monkeypatch.setattr(nano, "scan_backend", lambda *a: "triton")
-        got, same = mixer(x, state, place)
-    monkeypatch.setattr(nano, "scan_backend", backend)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(state.conv, after.conv, rtol=0, atol=0)
-    torch.testing.assert_close(state.h, after.h, rtol=1e-5, atol=1e-6)
-    assert same.h is state.h and same.conv is state.conv                     # in place
+        wanted, after = mixer(x, state, place)
+        monkeypatch.setattr(nano, "scan_backend", lambda *_: "triton")
+        y, new = mixer(x, state, place)
+        assert_same({"y": y, "h": new.h}, {"y": wanted, "h": after.h}, 1e-5)
+        assert torch.equal(new.conv, after.conv)
+        assert torch.equal(state.conv, before.conv) and torch.equal(state.h, before.h)
+        y_donated, over = mixer(x, state, place._replace(donated=True))
+    assert torch.equal(y_donated, y)
+    assert torch.equal(over.conv, new.conv) and torch.equal(over.h, new.h)
+    assert over.conv is state.conv and over.h is state.h
 
 
 @needs_triton
 def test_generation_with_triton_is_the_same(monkeypatch):
     lm = tiny("m2 t", torch.float32).to(DEVICE)
-    prompts = [[3, 1, 4, 1, 5, 9], [2, 6]]                                   # padded on the left: documents, resets
-    monkeypatch.setattr(nano, "scan_backend", lambda *a: "chunk")
+    # Padded on the left: documents, resets.
+    prompts = [[3, 1, 4, 1, 5, 9], [2, 6]]
+    monkeypatch.setattr(nano, "scan_backend", lambda *_: "chunk")
     want = lm.generate(prompts, 4, stop=())
-    monkeypatch.setattr(nano, "scan_backend", lambda *a: "triton")
+    monkeypatch.setattr(nano, "scan_backend", lambda *_: "triton")
     assert lm.generate(prompts, 4, stop=()) == want
 
 
 # Who runs where.
 
 def test_backend_is_chosen_and_named(monkeypatch):
-    assert nano.scan_backend("cpu") == "chunk" and nano.scan_backend("cpu", 1) == "loop"
+    assert nano.scan_backend("cpu") == "chunk"
+    assert nano.scan_backend("cpu", 1) == "loop"
     assert nano.scan_backend("cuda") == ("chunk" if nano.triton is None else "triton")
     assert nano.scan_backend_reason("cpu").startswith("scan: chunk (")
     monkeypatch.setattr(nano, "triton", None)
-    assert nano.scan_backend("cuda") == "chunk" and "not installed" in nano.scan_backend_reason("cuda")
+    assert nano.scan_backend("cuda") == "chunk"
+    assert "not installed" in nano.scan_backend_reason("cuda")
     with pytest.raises(UserError, match="needs Triton"):
-        selective_scan(**kernel_inputs(1, 2, 4, 4, 1, 1, device="cpu"), impl="triton")
+        selective_scan(**scan_inputs(), impl="triton")
 
 
 @needs_triton
@@ -3171,138 +3286,158 @@ def test_triton_refuses_the_cpu_and_odd_sizes(monkeypatch):
     with pytest.warns(UserWarning, match="taking chunk"):
         got = selective_scan(**inputs, impl="triton")
     torch.testing.assert_close(got, scan_chunk(**inputs))
-    with pytest.raises(UserError, match="unknown impl"):
-        selective_scan(**inputs, impl="fast")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(UserError, match="TRITON_INTERPRET=1"):
-        selective_scan(**kernel_inputs(1, 3, 4, 4, 1, 1, device="cpu"), impl="triton")
+        selective_scan(**scan_inputs(dtype=torch.float32), impl="triton")
 
 
-COMPILE = """
-import os, re, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-import model as nano
+# What the compiler makes of the kernels, without a GPU.
 
-FLOAT32 = "A D bias start end sum tile first own enter k past dA dD dbias h A_log".split()
-OTHER = {"reset": "u8", "pos": "i64"}
+class PaperGPU:
+    """Enough of Triton's driver to compile for a GPU that is not there. The device's number is its architecture."""
 
-def usage(kernel, arch, off=(), num_warps=1, **constants):
-    # off: pointers that are None. Tensors are aligned and rows a multiple of 16 elements, as for real models.
-    names = kernel.arg_names
-    constants |= {name: None for name in off}
-    kind = lambda name: ("constexpr" if name in constants else "i32" if not name.endswith("_ptr") else "*" +
-                         ("fp32" if name[:-4] in FLOAT32 else OTHER.get(name[:-4], "bf16")))
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-               if name.endswith(("_ptr", "_row")) and name not in constants or name in ("d", "d_xb", "GB", "GC")}
-    source = ASTSource(fn=kernel, signature={name: kind(name) for name in names}, attrs=aligned,
-                       constexprs={(names.index(name),): value for name, value in constants.items()})
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps}).asm["cubin"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+    def __init__(self, arch):
+        self.arch = arch
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return None
+
+    def get_current_target(self):
+        return nano.triton.backends.compiler.GPUTarget("cuda", self.arch, 32)
+
+
+CUOBJDUMP = "backends/nvidia/bin/cuobjdump"
+
+
+def print_usage(kernel, binary, folder):
+    """Registers and bytes spilled of a compiled kernel."""
+    path = os.path.join(folder, "kernel.cubin")
+    with open(path, "wb") as f:
         f.write(binary)
-        f.flush()
-        tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
-        out = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\\d+)", out)[1]), int(re.search(r"STACK:(\\d+)", out)[1])
+    tool = os.path.join(os.path.dirname(nano.triton.__file__), CUOBJDUMP)
+    out = subprocess.check_output([tool, "-res-usage", path], text=True)
+    registers = int(regex.search(r"REG:(\d+)", out)[1])
+    spilled = int(regex.search(r"STACK:(\d+)", out)[1])
+    print(f"{kernel.__name__}: {registers} registers, {spilled} bytes spilled")
 
-block = dict(N=16, BD=nano.SCAN_CELLS // 16)
-tile = block | dict(T=nano.SCAN_TILE)
-for arch in (80, 90):
-    for name, most, kernel, off, constants in (
-            ("forward", 128, nano.scan_forward, ["sum_ptr", "tile_ptr", "reset_ptr"], tile),
-            ("forward, packed", 128, nano.scan_forward, ["sum_ptr", "tile_ptr"], tile),
-            ("states", 128, nano.scan_forward, ["start_ptr", "y_ptr", "tile_ptr", "reset_ptr"], tile),
-            ("tiles", 128, nano.scan_forward, ["y_ptr", "reset_ptr"], tile),
-            ("combine", 128, nano.scan_combine, [], dict(N=16, BLOCK=256, BACK=True)),
-            ("carry", 128, nano.scan_carry, ["reset_ptr"], block),
-            ("backward", 255, nano.scan_backward, ["reset_ptr"], tile | dict(WB=32, WC=16, PAIR=2)),
-            ("backward, packed", 255, nano.scan_backward, [], tile | dict(WB=32, WC=16, PAIR=2)),
-            ("step", 128, nano.step_kernel, ["pos_ptr"],
-             dict(TAPS=4, SLOTS=4, N=16, BD=64, EXPAND=True, num_warps=2))):
-        registers, stack = usage(kernel, arch, off, **constants)
-        print(f"sm_{arch} {name}: {registers} registers, {stack} bytes spilled")
-        assert registers <= most and stack == 0, (arch, name, registers, stack)
-"""
+
+def compile_launches(arch, folder):
+    """All that a scan and a step launch at the sizes of the 15B model is compiled for arch instead, and printed. Ends
+    the use of Triton in this process for anything else."""
+    def launcher(kernel, grid):
+        def launch(*args, **named):
+            print_usage(kernel, kernel.warmup(*args, grid=grid, **named).asm["cubin"], folder)
+        return launch
+    nano.triton.runtime.jit.JITFunction.__getitem__ = launcher
+    nano.triton.runtime.driver.set_active(PaperGPU(arch))
+    nano.scan_backend = lambda *_: "triton"
+    for packed in (False, True):
+        inputs = scan_inputs(1, 256, 4096, 16, 64, 256, torch.bfloat16, packed)
+        run_scan(selective_scan, inputs, impl="triton")
+    mixer = big_mixer("cpu")
+    x = torch.zeros(2, 1, 512).bfloat16()
+    for position in (None, torch.tensor([[0], [5]])):
+        with torch.no_grad():
+            mixer(x, mixer.new_state(2, 1), nano.Place(9, position, None, None, None))
+
+
+def big_mixer(device):
+    """The Mamba layer of the 15B model, but for d_model."""
+    config = Config(vocab_size=8, d_model=512, n_layer=1, n_head=32, n_kv_head=8, head_dim=128,
+                    d_mlp=8, layout=("m2",))
+    return nano.cast(nano.Mamba(config), device, torch.bfloat16)
 
 
 @needs_triton
-def test_kernels_compile_without_spilling(tmp_path):
-    """For sm_80 and sm_90, without a GPU; in a process of its own, where the interpreter was never switched on."""
-    tool = os.path.join(os.path.dirname(nano.triton.__file__), "backends/nvidia/bin/cuobjdump")
-    if not os.path.exists(tool):
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_compile_without_spilling(arch, tmp_path):
+    """In a process of its own, where the interpreter was never switched on."""
+    if not os.path.exists(os.path.join(os.path.dirname(nano.triton.__file__), CUOBJDUMP)):
         pytest.skip("this Triton has no NVIDIA tools")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True,
-                            cwd=HERE)
-    assert result.returncode == 0, result.stdout + result.stderr
-    print(result.stdout)
+    code = f"import test_model; test_model.compile_launches({arch}, {str(tmp_path)!r})"
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    forward = ["scan_forward", "scan_combine", "scan_forward"]
+    backward = ["scan_forward", "scan_carry", "scan_combine", "scan_backward"]
+    lines = done.stdout.splitlines()
+    names = [line.partition(":")[0] for line in lines]
+    assert names == 2 * (forward + backward) + 2 * ["step_kernel"]
+    for line in lines:
+        registers, spilled = map(int, regex.findall(r" (\d+) ", line))
+        assert registers <= (255 if line.startswith("scan_backward") else 128), line
+        assert spilled == 0, line
 
 
 # Real sizes, on a GPU: python -m pytest -q -k gpu
 
 @needs_gpu
-@pytest.mark.parametrize("b, t, d, n, g, gc", [
+@pytest.mark.parametrize("sizes", [
     (1, 4096, 4096, 16, 64, 256), (8, 512, 4096, 16, 256, 256), (3, 1000, 1000, 16, 25, 125),
     (1, 777, 2048, 64, 8, 32), (40, 64, 4096, 16, 64, 256), (1, 2048, 96, 8, 1, 96)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_gpu_scan_is_chunk(b, t, d, n, g, gc, packed):
+def test_gpu_scan_is_chunk(sizes, packed):
     """Against scan_chunk in float64 (itself tested against the loop)."""
-    reset = torch.rand(b, t, device=DEVICE) < 0.01 if packed else None
-    check_scan(kernel_inputs(b, t, d, n, g, gc), reset, tolerance=2e-5, reference=scan_chunk)
+    inputs = kernel_inputs(*sizes)
+    if packed:
+        inputs["reset"] = torch.rand(sizes[:2], device=DEVICE) < 0.01
+    check_triton(inputs, tolerance=2e-5, impl="chunk")
 
 
 @needs_gpu
 def test_gpu_scan_of_32k_tokens_in_bfloat16_is_chunk():
-    inputs = kernel_inputs(1, 32768, 4096, 16, 64, 256, torch.bfloat16)
-    check_scan(inputs, reference=scan_chunk, dtype=torch.float32, tolerance=6e-3)
+    inputs = kernel_inputs(1, 32768, 4096, 16, 64, 256, dtype=torch.bfloat16)
+    check_triton(inputs, tolerance=6e-3, impl="chunk", dtype=torch.float32)
 
 
 @needs_gpu
 def test_gpu_backward_repeats_bit_for_bit():
-    inputs = kernel_inputs(2, 2048, 4096, 16, 64, 256, torch.bfloat16)
-    cotangents = torch.randn_like(inputs["u"]), torch.randn_like(inputs["h"])
-    first, again = (run_scan(selective_scan, inputs, None, cotangents, impl="triton") for _ in range(2))
-    assert all(torch.equal(first[k], again[k]) for k in first)
+    inputs = kernel_inputs(2, 2048, 4096, 16, 64, 256, dtype=torch.bfloat16)
+    first = run_scan(selective_scan, inputs, impl="triton")
+    again = run_scan(selective_scan, inputs, impl="triton")
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @needs_gpu
 def test_gpu_scan_of_equal_rows_beyond_31_bit_offsets_is_equal():
     """17 texts of 32768 steps and 4096 channels are 2.3e9 elements; equal rows must give equal results."""
-    b, one = 17, kernel_inputs(1, 32768, 4096, 16, 64, 256, torch.bfloat16)
     if torch.cuda.mem_get_info()[0] < 110e9:
         pytest.skip("needs 110 GB")
-    many = {k: v if k in ("A", "D", "dt_bias") else v.repeat(b, *[1] * (v.dim() - 1)) for k, v in one.items()}
-    many["z"].requires_grad_()
-    for k in ("u", "dt", "B", "C"):
-        many[k].requires_grad_()
+    one = kernel_inputs(1, 32768, 4096, 16, 64, 256, dtype=torch.bfloat16)
+    many = dict(one)
+    for name in ("u", "dt", "B", "C", "z", "h"):
+        many[name] = one[name].repeat(17, *[1] * (one[name].dim() - 1)).requires_grad_(name != "h")
     y, h = selective_scan(**many, impl="triton")
     y.backward(y.detach())
-    alone = selective_scan(**one, impl="triton")
-    for m in (y, h, *(many[k].grad for k in ("u", "dt", "B", "C", "z"))):
-        assert torch.equal(m[0], m[-1])
-    torch.testing.assert_close(y[-1:].detach(), alone[0], rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(h[-1:].detach(), alone[1], rtol=1e-4, atol=1e-4)
+    y_alone, h_alone = selective_scan(**one, impl="triton")
+    for value in (y, h, *(many[name].grad for name in ("u", "dt", "B", "C", "z"))):
+        assert torch.equal(value[0], value[-1])
+    torch.testing.assert_close(y[-1:].detach(), y_alone, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(h[-1:].detach(), h_alone, rtol=1e-4, atol=1e-4)
 
 
 @needs_gpu
 def test_gpu_step_at_15b_shape_is_the_slow_path():
     """One token, bfloat16, b 41, against the slow path in float32."""
     torch.manual_seed(0)
-    config = Config(vocab_size=8, d_model=512, n_layer=1, n_head=32, n_kv_head=8, head_dim=128, d_mlp=8, layout=("m2",))
-    mixer = nano.cast(nano.Mamba(config), DEVICE, torch.bfloat16)
+    mixer = big_mixer(DEVICE)
+    config = mixer.config
     x = torch.randn(41, 1, 512, device=DEVICE, dtype=torch.bfloat16)
     place = nano.Place(9, None, None, None, None)
-    state = SSM(torch.randn(41, 3, config.d_xb, device=DEVICE).bfloat16(),
-                torch.randn(41, config.d_inner, 16, device=DEVICE))
-    slow = SSM(state.conv.clone(), state.h.clone())
+    conv = torch.randn(41, 3, config.d_xb, device=DEVICE).bfloat16()
+    state = SSM(conv, torch.randn(41, config.d_inner, 16, device=DEVICE))
     with torch.enable_grad():                                                # gradients on: the slow path
-        want, after = mixer(x, slow, place)
+        wanted, after = mixer(x, state, place)
     with torch.no_grad():
-        got, _ = mixer(x, state, place)
-    torch.testing.assert_close(got, want.detach(), rtol=5e-2, atol=5e-2)
-    torch.testing.assert_close(state.h, after.h.detach(), rtol=5e-2, atol=5e-2)
-    assert torch.equal(state.conv, after.conv.detach())
+        y, new = mixer(x, state, place)
+    torch.testing.assert_close(y, wanted.detach(), rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(new.h, after.h.detach(), rtol=5e-2, atol=5e-2)
+    assert torch.equal(new.conv, after.conv.detach())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3702,25 +3837,42 @@ def said(*texts, roles=("user", "assistant"), keys=("role", "content")):
 
 
 ASKED = said("q")
+
+
+def answered(content="a", **more):
+    """A record of one question and one answer with more keys."""
+    return {"messages": ASKED + [{"role": "assistant", "content": content, **more}]}
+
+
+def mixed(*roles):
+    """A record of messages with these roles, right or wrong."""
+    return {"messages": said(*"abcdef"[:len(roles)], roles=roles)}
+
+
+SHAREGPT = {"roles": ("human", "gpt"), "keys": ("from", "value")}
+ANSWER = said("a", roles=("assistant",))
+PLAIN = "[U]q[E][A]>>>a[E]<<<"
 THOUGHT = "[U]q[E][A]>>><think>\nt\n</think>\n\na[E]<<<"
+IN_TEXT = "<think>\nt\n</think>\n\na"
 RECORDS = [
     ({"prompt": "q ", "response": " a"}, "q >>> a[E]<<<"),
-    ({"prompt": "q", "completion": "a[E]", "response": None, "id": 7, "tools": []}, "q>>>a[E]<<<"),
+    ({"prompt": "q", "completion": "a[E]\n", "response": None, "id": 7, "tools": []},
+     "q>>>a[E]\n<<<"),
     ({"messages": said("q", "a\n")}, "[U]q[E][A]>>>a\n[E]<<<"),
-    ({"messages": said("s", roles=("system",)) + said("q", "a")}, "[S]s[E][U]q[E][A]>>>a[E]<<<"),
+    ({"prompt": "q", "messages": said("q", "a")}, PLAIN),
+    (mixed("system", "user", "assistant"), "[S]a[E][U]b[E][A]>>>c[E]<<<"),
     ({"messages": said("q", "a", "r", "b")}, "[U]q[E][A]>>>a[E]<<<[U]r[E][A]>>>b[E]<<<"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0}] + said("r", "b")},
+    ({"messages": answered(weight=0)["messages"] + said("r", "b")},
      "[U]q[E][A]a[E][U]r[E][A]>>>b[E]<<<"),
-    ({"messages": said([{"type": "text", "text": "q"}, {"type": "text", "text": "r"}], "a")}, "[U]qr[E][A]>>>a[E]<<<"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "reasoning_content": "t", "tool_calls": None}]}, THOUGHT),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "thinking": "t", "weight": 1}]}, THOUGHT),
-    ({"messages": said("q", "<think>\nt\n</think>\n\na")}, THOUGHT),
-    ({"messages": ASKED + [{"role": "assistant", "content": "<think>\nt\n</think>\n\na", "reasoning": "t"}]}, THOUGHT),
-    ({"prompt": ASKED, "completion": said("a", roles=("assistant",))}, "[U]q[E][A]>>>a[E]<<<"),
-    ({"prompt": said("q", "a", "r"), "completion": said("b", roles=("assistant",))},
-     "[U]q[E][A]a[E][U]r[E][A]>>>b[E]<<<"),
-    ({"conversations": said("q", "a", roles=("human", "gpt"), keys=("from", "value")), "system": "s"},
-     "[S]s[E][U]q[E][A]>>>a[E]<<<"),
+    ({"messages": said([{"type": "text", "text": "q"}, {"type": "text", "text": "r"}], "a")},
+     "[U]qr[E][A]>>>a[E]<<<"),
+    (answered(reasoning_content="t", tool_calls=None), THOUGHT),
+    (answered(thinking="t", weight=1), THOUGHT),
+    (answered(IN_TEXT), THOUGHT),
+    (answered(IN_TEXT, reasoning="t"), THOUGHT),
+    ({"prompt": ASKED, "completion": ANSWER}, PLAIN),
+    ({"prompt": said("q", "b", "r"), "completion": ANSWER}, "[U]q[E][A]b[E][U]r[E][A]>>>a[E]<<<"),
+    ({"conversations": said("q", "a", **SHAREGPT), "system": "s"}, "[S]s[E]" + PLAIN),
 ]
 
 
@@ -3752,32 +3904,59 @@ def test_a_pair_begins_as_the_tokenizer_begins_a_text_and_the_built_in_form_is_t
     assert parts == [[("<s>[INST] q [/INST]", False), ("a</s>", True)]]
 
 
+@pytest.mark.parametrize("name", ["ChatML", "Llama 3"])
+def test_a_conversation_is_trained_as_the_checkpoints_template_writes_it(name, tmp_path):
+    pytest.importorskip("jinja2")
+    template, end = TEMPLATES[name]
+    chat = chat_from(tmp_path, chat_template=template, **NAMES)
+    codec = train_sft.load_codec(tmp_path)
+    messages = said("a", "b", "c", "d")
+    [parts] = train_sft.parts_of({"messages": messages}, codec)
+    text = "".join(text for text, _ in parts)
+    assert text == chat.render(messages, add_generation_prompt=False).rstrip("\n")
+    assert [text for text, trained in parts if trained] == ["b" + end, "d" + end]
+    assert train_sft.encode_parts(codec, parts)[0] == codec.enc.encode(text, allowed_special="all")
+
+
 GOOD = json.dumps({"prompt": "q", "response": "a</s>"})
-CALLS = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
 REFUSED = [
-    ("{oops", "not JSON"), ("[" * 100_000, "JSON array"), (json.dumps([{"prompt": "q", "response": "a"}]), "JSON array"),
-    ("3", "3 is no record"), ({}, "neither prompt"), ({"text": "a"}, '"text"'),
-    ({"instruction": "q", "input": "", "output": "a"}, "Alpaca"), ({"prompt": "q"}, "without a response"),
+    ("{oops", "not JSON"),
+    ("[" * 100_000, "JSON array"),
+    (json.dumps([{"prompt": "q", "response": "a"}]), "JSON array"),
+    ("3", "3 is no record"),
+    ({}, "neither prompt"),
+    ({"text": "a"}, '"text"'),
+    ({"instruction": "q", "input": "", "output": "a"}, "Alpaca"),
+    ({"prompt": "q"}, "without a response"),
+    ({"prompt": "q", "completion": ANSWER}, "same kind"),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference pair"),
     ({"prompt": "q", "response": ""}, "empty response"),
-    ({"prompt": "q", "completion": said("a", roles=("assistant",))}, "same kind"),
-    ({"prompt": "q", "response": "a", "thinking": "t"}, "thoughts"),
-    ({"messages": "q"}, "not a list"), ({"messages": []}, "last message"), ({"messages": ["q"]}, 'message that is "q"'),
-    ({"messages": said("q", None)}, "content null"), ({"messages": said("q", 3)}, "content 3"),
-    ({"messages": said("q", " ")}, "empty response"), ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
+    ({"prompt": "q", "response": "a", "thinking": "t"}, "thinking"),
+    ({"prompt": "q", "response": "a", "system": "s"}, "system"),
+    ({"messages": "q"}, "not a list"),
+    ({"messages": ["q"]}, 'message that is "q"'),
+    ({"messages": []}, "last message"),
+    ({"messages": said("q", None)}, "content null"),
+    ({"messages": said("q", 3)}, "content 3"),
+    ({"messages": said("q", " ")}, "empty response"),
+    ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
     ({"messages": said(["q"], "a")}, 'type "q"'),
-    ({"messages": ASKED + [CALLS]}, "tool calls"), ({"messages": said("q", "a"), "tools": [{}]}, "tool calls"),
-    ({"messages": said("q", "a", roles=("tool", "assistant"))}, 'role "tool"'),
-    ({"messages": said("q", "a", roles=([], "assistant"))}, "role"),
-    ({"messages": said("q", "q", "a", roles=("user", "user", "assistant"))}, "out of order"),
-    ({"messages": said("a", roles=("assistant",))}, "out of order"), ({"messages": said("q", "a", "r")}, "last message"),
-    ({"messages": said("s", "s", "q", "a", roles=("system", "system", "user", "assistant"))}, "second system"),
-    ({"messages": said("q", "a") + said("s", roles=("system",))}, "second system message, or one that is not the first"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0}]}, "no response to train on"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "thinking": 3}]}, "no text"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "<think>u</think>a", "thinking": "t"}]}, "others in <think>"),
-    ({"conversations": said("q", "a", roles=("human", "observation"), keys=("from", "value"))}, "observation"),
+    (answered("", tool_calls=[{"name": "f"}]), "tool calls"),
+    ({"messages": said("q", "a"), "tools": [{}]}, "tool calls"),
+    (mixed("tool", "assistant"), 'role "tool"'),
+    (mixed([], "assistant"), "role"),
+    (mixed("user", "user", "assistant"), "out of order"),
+    (mixed("assistant"), "out of order"),
+    (mixed("user", "assistant", "user"), "last message"),
+    (mixed("system", "system", "user", "assistant"), "second system"),
+    (mixed("user", "assistant", "system"), "second system message, or one that is not the first"),
+    ({"messages": [ASKED[0] | {"thinking": "t"}] + ANSWER}, "somebody else"),
+    (answered(weight=0), "no response to train on"),
+    (answered(weight=0.5), "weight 0.5"),
+    (answered(thinking=3), "no text"),
+    (answered("<think>u</think>a", thinking="t"), "others in <think>"),
+    ({"conversations": said("q", "a", **SHAREGPT | {"roles": ("human", "observation")})},
+     "observation"),
 ]
 
 
@@ -3814,8 +3993,9 @@ def test_plain_and_packed_files_are_read_alike(traces, tmp_path):
 
 
 @pytest.mark.parametrize("data, words", [
-    (b"PAR1\x15\x04PAR1", "parquet"), (b'{"prompt": "\xff"}', "UTF-8"), (GOOD.encode("utf-16"), "UTF-8"),
-    (gzip.compress(GOOD.encode() * 99)[:-20], "cannot read"), (b"\x1f\x8bno", "cannot read"), (b"", "0 usable records")])
+    (b"PAR1\x15\x04PAR1", "parquet"), (b'{"prompt": "\xff"}', "UTF-8"),
+    (GOOD.encode("utf-16"), "UTF-8"), (gzip.compress(GOOD.encode() * 99)[:-20], "cannot read"),
+    (b"\x1f\x8bno", "cannot read"), (b"", "0 usable records")])
 def test_a_file_that_is_no_text_is_refused_by_what_it_is(traces, tmp_path, data, words):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(UserError, match=words):
@@ -4436,8 +4616,9 @@ def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(traces, family, 
 
 def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
     teacher = load_pretrained(traces[0])
-    for i, block in enumerate(teacher.layers):                               # layer 2 writes nothing, the others a lot
-        block.mixer.o_proj.weight.data *= 0 if i == 2 else 5
+    for i, block in enumerate(teacher.layers):
+        # Layers 0 and 2 write nothing, the others a lot.
+        block.mixer.o_proj.weight.data *= 0 if i in (0, 2) else 5
     before = distill.weights_hash(teacher)
     setup = distill_setup(traces, teacher)
     args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", lr=1e-4,
@@ -4765,6 +4946,8 @@ def test_a_signal_waits_for_the_end_of_a_step_however_often_it_comes(number, cap
 @pytest.mark.parametrize("script, flags, words", [
     (distill, ("--replace", 1, "--rank", "first", "--init", "identity", "--train", "mixers"), "no Mamba mixer"),
     (train_sft, ("--steps", 0), "--steps must be at least 1"),
+    (train_sft, ("--lr", 0), "--lr 0.0"),
+    (train_sft, ("--lr-rest", -1), "--lr-rest -1.0"),
     (train_sft, ("--batch", -3), "--batch must be at least 1")])
 def test_what_would_train_nothing_is_refused(traces, tmp_path, script, flags, words):
     start = "--teacher" if script is distill else "--model"
@@ -4820,7 +5003,7 @@ def mutate_json(text, rng):
             return to_json(rng.choice(STRANGE))
         where, i = rng.choice(spots)
         other, j = rng.choice(spots)
-        strange = rng.choice(STRANGE)
+        strange = copy.deepcopy(rng.choice(STRANGE))
         what = rng.choice(["replace", "replace", "replace", "swap", "rename", "delete", "double"])
         if what == "replace":
             where[i] = (where[i][0], strange) if isinstance(where, Pairs) else strange
@@ -4968,7 +5151,7 @@ def read_progress_with_meta(path):
 # name -> (make(directory) writes good files, which of them are damaged, load(directory))
 READERS = {
     "config.json of a hybrid": (good_checkpoint(), ["config.json"], load_pretrained),
-    "config.json of Llama 3": (good_checkpoint(model_type="llama", rope_scaling=LLAMA3), ["config.json"],
+    "config.json of Llama 3": (good_checkpoint(model_type="llama", rope_scaling=ROPE_LLAMA3), ["config.json"],
                                load_pretrained),
     "config.json of Qwen3": (good_checkpoint(model_type="qwen3", use_sliding_window=True, max_window_layers=3),
                              ["config.json"], load_pretrained),
