@@ -47,7 +47,7 @@ Upstream code is named by commit: Fast-LLM 7d61a1ba (Apriel), state-spaces/mamba
 """
 import math
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")    # waiting threads sleep: on a shared machine 10 times faster
@@ -237,7 +237,7 @@ def rotary(x, cos, sin):
 class LayerState:
     """What one layer remembers: a dataclass of tensors (b, ...). Part 2 has the operations."""
     def __iter__(self):
-        return iter([getattr(self, field.name) for field in fields(self)])
+        return iter(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -996,7 +996,7 @@ def scan_backend_reason(device):
 class Joined(NamedTuple):
     weight: torch.Tensor                     # (rows of all, d_model)
     bias: torch.Tensor | None
-    addresses: list                          # [(linear, "weight" or "bias", address of its rows)]
+    addresses: list                          # [(parameters of a linear layer, name, address of its rows)]
 
 
 @torch.no_grad()
@@ -1011,7 +1011,7 @@ def join(*linears):
         joined[name] = torch.cat([getattr(linear, name) for linear in linears])
         for linear, rows in zip(linears, joined[name].split(sizes)):
             getattr(linear, name).data = rows
-            addresses.append((linear, name, rows.data_ptr()))
+            addresses.append((linear._parameters, name, rows.data_ptr()))
     return Joined(joined["weight"], joined["bias"], addresses)
 
 
@@ -1019,8 +1019,8 @@ def usable(joined):
     """Is it there, are no gradients wanted, and are the weights and biases still its rows?"""
     if joined is None or torch.is_grad_enabled():
         return False
-    for linear, name, address in joined.addresses:
-        if getattr(linear, name).data_ptr() != address:
+    for parameters, name, address in joined.addresses:
+        if parameters[name].data_ptr() != address:
             return False
     return True
 
@@ -1050,7 +1050,7 @@ def mlp_joined(mlp, x):
     if not usable(mlp.joined):
         return mlp_by_definition(mlp, x)
     gate, up = F.linear(x, mlp.joined.weight).chunk(2, dim=-1)
-    return mlp.down_proj(F.silu(gate) * up)
+    return F.linear(F.silu(gate) * up, mlp.down_proj.weight)
 
 
 def rotary_rolled(x, cos, sin):
@@ -1066,12 +1066,12 @@ def project_joined(attention, x, place):
     b, t, _ = x.shape
     heads = F.linear(x, attention.joined.weight, attention.joined.bias)
     heads = heads.view(b, t, -1, c.head_dim).transpose(1, 2)       # (b, n_head + 2 n_kv_head, t, head_dim)
-    qk, v = heads.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+    qk, v = heads.split_with_sizes([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
     if c.qk_norm:
-        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+        q, k = qk.split_with_sizes([c.n_head, c.n_kv_head], dim=1)
         qk = torch.cat([attention.q_norm(q), attention.k_norm(k)], dim=1)
     qk = rotary_rolled(qk, place.cos, place.sin)
-    q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+    q, k = qk.split_with_sizes([c.n_head, c.n_kv_head], dim=1)
     return q, k, v
 
 
@@ -1096,11 +1096,12 @@ def norm_on_cpu(norm, x):
     # Above a thousand numbers rms_norm is faster all the same: 36 times at 2500 rows of 64.
     if not x.is_cpu or torch.is_grad_enabled() or x.numel() > 1024:
         return norm_by_definition(norm, x)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x
+    if x.dtype != torch.float32:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n = x.shape[-1]
-    both = torch.cat([wide, -wide], dim=-1)
-    y = F.layer_norm(both, (2 * n,), eps=norm.eps)[..., :n]
-    return y.to(x.dtype) * norm.weight
+    y = F.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=norm.eps)
+    return y.narrow(-1, 0, n).to(x.dtype) * norm.weight
 
 
 def mix_one_token(mixer, u, dt, B, C, z, state, place):
