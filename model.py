@@ -39,6 +39,7 @@ Read it top to bottom: every name is defined before it is used. Where a function
 named: Fast-LLM 7d61a1ba (the Apriel model code), state-spaces/mamba e9594ce1, MambaInLlama 60d64dc6.
 """
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -1182,6 +1183,17 @@ def provenance(device):
             name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
     return {"commit": commit, "device": f"{device.type}: {name or platform.machine()}", "torch": torch.__version__,
             "triton": getattr(triton, "__version__", None), "threads": torch.get_num_threads()}
+
+
+def weights_hash(model):
+    """A fingerprint of all weights: what was made with a model is continued with that model only."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        # The name counts, too: two equal layers may have changed places.
+        digest.update(name.encode())
+        # As bytes, because numpy has no bfloat16.
+        digest.update(p.detach().to("cpu").contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def run_main(main):

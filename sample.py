@@ -4,21 +4,26 @@ Generate text with a checkpoint: the teacher, a hybrid that distill.py made, or 
     python sample.py --prompt "Tom has 3 apples and buys 4 more. How many apples does Tom have?"
     python sample.py --model out/h25 --prompt-file questions.txt --json > answers.jsonl
     python sample.py --model out/h25 --chat
+    python sample.py --model out/smollm2 --prompt-file smollm2/prompts.txt --temperature 0.7 --traces out/traces.jsonl
 
 The text goes to stdout, everything else (speed, bytes, warnings, progress) to stderr. A transformer's key/value cache
-grows with every token; the recurrent state of a Mamba layer does not: the last line shows both.
+grows with every token; the recurrent state of a Mamba layer does not: the report at the end shows both.
 """
 import argparse
 import codecs
+import dataclasses
+import hashlib
 import json
+import os
 import sys
 import time
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from model import (UserError, choose_threads, format_prompt, join_projections, load_pretrained, load_tokenizer,
-                   run_main, scan_backend_reason, start_script, sync)
+import model as nano
+from model import UserError, load_pretrained, load_tokenizer, run_main, start_script
 
 
 def parse_args():
@@ -26,11 +31,14 @@ def parse_args():
     add = p.add_argument
     add("--model", default="teacher", help="checkpoint directory (default: teacher)")
     # What to ask. One of the three; the default is --prompt with an empty text.
-    add("--prompt", default=None, help="one question")
-    add("--prompt-file", help="a file with one prompt per line, - for standard input; all lines run as one batch")
-    add("--chat", action="store_true", help="a conversation on standard input; the state is kept between turns")
-    add("--raw", action="store_true", help="continue the prompt as it is. Default: <s>[INST] prompt [/INST], for every "
-        "checkpoint; for one with another chat template write that template into the prompt and add --raw")
+    add("--prompt", help="one question")
+    add("--prompt-file", help="a file of prompts, - for standard input. A text file: one question per line. "
+        "x.jsonl or x.jsonl.gz: the records that train_sft.py reads; the last user turn of messages is asked, a prompt "
+        "is taken verbatim, as in training, and the response in a record is ignored")
+    add("--chat", action="store_true", help="a conversation on standard input, one line per turn; the state is kept "
+        "between turns where the checkpoint's template only adds to the text so far, else all is read again")
+    add("--raw", action="store_true", help="continue the prompts as they are, with the begin token in front where this "
+        "tokenizer adds one by itself (Llama-3). Default: as a user's turn in the checkpoint's own chat template")
     add("--num-samples", type=int, default=1, help="answers per prompt, all from one prefill (default: 1)")
     # How to draw.
     add("--max-new-tokens", type=int, default=512, help="at most this many tokens per answer (default: 512)")
@@ -39,52 +47,112 @@ def parse_args():
     add("--top-p", type=float, default=1.0, help="draw among the smallest set with this probability (default: 1)")
     add("--seed", type=int, default=0, help="same seed, same text, alone or in a batch (default: 0)")
     # How to compute.
+    add("--batch", type=int, default=32, help="answers that are written at the same time (default: 32)")
     add("--prefill-chunk", type=int, default=2048, help="tokens of the prompt per forward (default: 2048)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
     add("--dtype", default="auto", help="float32 or bfloat16 (default: bfloat16 on cuda, else float32)")
+    # What to write.
     add("--json", action="store_true", help="one JSON object per answer on stdout: prompt, text, tokens (a count), "
         "ids, prefill_tokens_per_s, decode_tokens_per_s (whole batch), kv_bytes, state_bytes (one text, as allocated)")
+    add("--traces", metavar="FILE", help="write FILE instead: JSON lines of prompt and response, with all tags, as "
+        "distill.py --data and train_sft.py --data read them. The same command again goes on where it was stopped")
+    add("--keep-cut", action="store_true", help="with --traces: keep answers that --max-new-tokens cut; they lack the "
+        "token that ends an answer (default: they are left out and counted)")
     args = p.parse_args()
-    if sum((args.prompt is not None, args.prompt_file is not None, args.chat)) > 1:
-        raise UserError("give one of --prompt, --prompt-file and --chat")
-    for flag, value, ok, wanted in (
-            ("--num-samples", args.num_samples, args.num_samples >= 1, "at least 1"),
-            ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
-            ("--temperature", args.temperature, 0 <= args.temperature < float("inf"), "0 or more"),
-            ("--top-k", args.top_k, args.top_k >= 0, "0 or more"),
-            ("--top-p", args.top_p, 0 < args.top_p <= 1, "in (0, 1]"),
-            ("--prefill-chunk", args.prefill_chunk, args.prefill_chunk >= 1, "at least 1")):
-        if not ok:
-            raise UserError(f"{flag} must be {wanted}, got {value}")
-    if args.chat and (args.num_samples > 1 or args.raw or args.json):
-        raise UserError("--chat goes without --num-samples, --raw and --json")
+    check_args(args)
     return args
 
 
-def read_prompts(args):
-    """-> the list of prompts that the flags name."""
-    if args.prompt_file is None:
-        return [args.prompt or ""]
+def check_args(args):
+    if sum((args.prompt is not None, args.prompt_file is not None, args.chat)) > 1:
+        raise UserError("give one of --prompt, --prompt-file and --chat")
+    for flag in ("--num-samples", "--max-new-tokens", "--batch", "--prefill-chunk"):
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value < 1:
+            raise UserError(f"{flag} must be at least 1, got {value}")
+    if not 0 <= args.temperature < float("inf"):
+        raise UserError(f"--temperature must be 0 or more, got {args.temperature}")
+    if args.top_k < 0:
+        raise UserError(f"--top-k must be 0 or more, got {args.top_k}")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p must be in (0, 1], got {args.top_p}")
+    if args.chat and (args.num_samples > 1 or args.raw or args.json or args.traces):
+        raise UserError("--chat goes without --num-samples, --raw, --json and --traces")
+    if args.traces and args.json:
+        raise UserError("give one of --json and --traces")
+    if args.traces and not args.traces.endswith(".jsonl"):
+        raise UserError(f"--traces writes JSON lines: call the file {args.traces}.jsonl")
+    if args.keep_cut and not args.traces:
+        raise UserError("--keep-cut belongs to --traces")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts.
+
+class Prompt(NamedTuple):
+    asked: str                               # as the user wrote it
+    text: str                                # as the model sees it
+    ids: list
+
+
+def read_prompts(args, lm, enc, chat):
+    """-> the Prompts that the flags name."""
+    file = args.prompt_file
+    if file is None:
+        return [question_prompt(args, lm, enc, chat, args.prompt or "")]
+    if file.endswith((".jsonl", ".jsonl.gz")):
+        return [record_prompt(args, lm, enc, chat, record) for record in nano.read_records(file)]
     try:
-        with open(0 if args.prompt_file == "-" else args.prompt_file, encoding="utf-8") as f:
+        # utf-8-sig skips the mark that some editors put at a file's beginning.
+        with open(0 if file == "-" else file, encoding="utf-8-sig") as f:
             lines = f.read().removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read {args.prompt_file}: {getattr(e, 'strerror', None) or e}") from None
+        raise UserError(f"cannot read {file}: {getattr(e, 'strerror', None) or e}") from None
     if lines == [""]:
-        raise UserError(f"{args.prompt_file} is empty")
-    return lines
+        raise UserError(f"{file} is empty")
+    return [question_prompt(args, lm, enc, chat, line) for line in lines]
 
 
-def encode(enc, config, text, raw):
-    """A prompt -> its ids, at least one. An empty raw prompt is the begin token alone."""
-    ids = enc.encode(text if raw else format_prompt(text), allowed_special="all")
+def question_prompt(args, lm, enc, chat, question):
+    """A question -> Prompt: through the template, or with --raw as it is."""
+    if not args.raw:
+        text = chat.prompt([{"role": "user", "content": question}])
+        return Prompt(question, text, encode(enc, lm.config, text))
+    begin = nano.begin_tokens(args.model, enc)
+    ids = encode(enc, lm.config, question)
+    if ids[:len(begin)] != begin:
+        ids = begin + ids
+        question = enc.decode(begin) + question
+    return Prompt(question, question, ids)
+
+
+def record_prompt(args, lm, enc, chat, record):
+    """A line of a JSONL file -> Prompt: messages up to the last turn of the user, or a prompt verbatim."""
+    if isinstance(record.get("prompt"), str):
+        return Prompt(record["prompt"], record["prompt"], encode(enc, lm.config, record["prompt"]))
+    messages = nano.messages_of(record)
+    while messages and messages[-1]["role"] != "user":
+        messages.pop()
+    text = chat.prompt(messages)
+    return Prompt(messages[-1]["content"], text, encode(enc, lm.config, text))
+
+
+def encode(enc, config, text):
+    """A text -> its ids, at least one: an empty text is the begin token alone."""
+    try:
+        ids = enc.encode(text, allowed_special="all")
+    except ValueError as e:
+        raise UserError(f"the tokenizer cannot read a prompt of {len(text)} characters: {e}") from None
     if not ids and config.bos_id is None:
         raise UserError("an empty prompt needs a begin token, and this checkpoint has none")
     ids = ids or [config.bos_id]
     if max(ids) >= config.vocab_size:
-        raise UserError(f"the tokenizer makes id {max(ids)}, but the model knows only {config.vocab_size} tokens")
+        raise UserError(f"the tokenizer makes id {max(ids)}, but the model knows {config.vocab_size} tokens")
     return ids
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens to text.
 
 def token_bytes(enc, token):
     """Bytes of one token. Embedding tables may be padded beyond the tokenizer: such an id shows as U+FFFD."""
@@ -94,119 +162,346 @@ def token_bytes(enc, token):
         return "\ufffd".encode()
 
 
-def warn_length(tokens, config):
-    if tokens > config.max_length:
-        print(f"warning: {tokens} tokens of context, trained on {config.max_length}: it may get worse", file=sys.stderr)
+def text_of(enc, ids):
+    """The text of these tokens. Bytes that are no UTF-8, as in half a character, show as U+FFFD."""
+    return b"".join(token_bytes(enc, token) for token in ids).decode("utf-8", errors="replace")
 
 
-def answer(model, enc, args, logits, state, streams, show=None):
-    """Draw from logits (b, vocab_size) on, until every row met a stop token or its length. streams (b): which random
-    stream each row uses. show(text) is called with the newest text of row 0. -> ids per row (without the stop token),
-    the State and the token of row 0 that it does not hold yet, and timings."""
-    stop, rows = set(model.config.eos_ids), len(logits)
-    outputs, done, times = [[] for _ in range(rows)], [False] * rows, []
-    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")           # holds back the bytes of a cut character
-    tokens = model.decode(logits, state, args.temperature, args.top_k, args.top_p, (args.seed, streams))
-    bar = tqdm(total=args.max_new_tokens, unit="step", leave=False, disable=bool(show) or not sys.stderr.isatty())
-    while not all(done):
-        token, state = next(tokens)
-        token = token.tolist()                                               # waits for the device
-        times.append(time.perf_counter())
-        for i in range(rows):
-            done[i] = done[i] or token[i] in stop
-            if not done[i]:
-                outputs[i].append(token[i])
-                if i == 0 and show:
-                    show(utf8.decode(token_bytes(enc, token[i])))
-                done[i] = len(outputs[i]) >= args.max_new_tokens
-        bar.update()
-    bar.close()
-    if show:
-        show(utf8.decode(b"", final=True))
-    made = sum(map(len, outputs)) - sum(1 for ids in outputs if ids)         # the first token belongs to the prefill
-    rate = made / (times[-1] - times[0]) if made and len(times) > 1 else None
-    return outputs, state, token[0], {"first": times[0], "decode_tokens_per_s": rate}
+class Printer:
+    """Shows a text while it is made, token by token. The bytes of a character wait until it is complete."""
+    def __init__(self, enc):
+        self.enc = enc
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def put(self, token):
+        print(self.utf8.decode(token_bytes(self.enc, token)), end="", flush=True)
+
+    def close(self):
+        print(self.utf8.decode(b"", final=True))
 
 
-def report(n_prompt, seconds, n_new, start, timing, state, rows):
-    """The figures of one run, on stderr. Rates are those of the whole batch."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Answers. Answer number r is sample r % num_samples to prompt r // num_samples; its random stream is that of the sample.
+
+class Answer(NamedTuple):
+    ids: list                                # without the token that ended it
+    end: int | None                          # that token; None: cut at --max-new-tokens
+
+
+@dataclasses.dataclass
+class Speed:
+    """Tokens and seconds. The first token of every answer comes from the prefill, those after it are decoded."""
+    read: int = 0
+    read_seconds: float = 0.0
+    written: int = 0
+    decoded: int = 0
+    decode_seconds: float = 0.0
+
+    def add(self, other):
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def prefill_rate(self):
+        return self.read / self.read_seconds
+
+    def decode_rate(self):
+        """Tokens per second of the whole batch, None where no token was decoded."""
+        return self.decoded / self.decode_seconds if self.decoded else None
+
+
+def next_tokens(lm, args, logits, state, streams):
+    """STAND-IN for the generator of part 2."""
+    stop = set(lm.config.eos_ids)
+    rows = list(range(len(logits)))
+    count = 0
+    for tokens, _ in lm.decode(logits, state, args.temperature, args.top_k, args.top_p, (args.seed, streams)):
+        tokens = tokens.tolist()
+        count += 1
+        yield rows, [tokens[row] for row in rows]
+        rows = [row for row in rows if tokens[row] not in stop]
+        if not rows or count == args.max_new_tokens:
+            break
+
+
+def write_answers(lm, args, device, prompts, numbers, bar, printer=None):
+    """One batch: the answers with these numbers. bar moves on with every finished one; printer shows the text of a
+    single one while it is made. -> a list of Answers, their Speed, and the State in which they were begun."""
+    n = args.num_samples
+    # Each prompt is read once, however many samples of it there are.
+    asked = sorted({number // n for number in numbers})
+    began = time.perf_counter()
+    logits, state = lm.prefill([prompts[i].ids for i in asked], args.max_new_tokens, args.prefill_chunk)
+    nano.sync(device)
+    speed = Speed(read=sum(len(prompts[i].ids) for i in asked), read_seconds=time.perf_counter() - began)
+    rows = [asked.index(number // n) for number in numbers]
+    if len(rows) > len(asked):
+        logits = logits[rows]
+        state = state.take(rows)
+    answers = [Answer([], None) for _ in rows]
+    first = None
+    for rows, tokens in next_tokens(lm, args, logits, state, [number % n for number in numbers]):
+        now = time.perf_counter()
+        first = first or now
+        for row, token in zip(rows, tokens):
+            answer = answers[row]
+            if token in lm.config.eos_ids:
+                answers[row] = answer._replace(end=token)
+            else:
+                answer.ids.append(token)
+                speed.written += 1
+                speed.decoded += len(answer.ids) > 1
+                if printer:
+                    printer.put(token)
+            if token in lm.config.eos_ids or len(answer.ids) == args.max_new_tokens:
+                bar.update()
+        speed.decode_seconds = now - first
+        bar.set_postfix_str(f"{speed.decode_rate() or 0:.0f} tokens/s", refresh=False)
+    return answers, speed, state
+
+
+def report(speed, state, rows):
+    """The figures of a run, on stderr. Rates are those of the whole batch."""
     kv, ssm = state.nbytes()
-    rate = timing["decode_tokens_per_s"]
-    print(f"prefill {n_prompt} tokens, {n_prompt / seconds:.0f} tokens/s; first token after "
-          f"{timing['first'] - start:.3f} s; decode {n_new} tokens, {'-' if rate is None else f'{rate:.0f}'} tokens/s\n"
-          f"{rows} text{'s' * (rows > 1)} of at most {state.max_length} tokens: KV cache {kv / 1e6:.3f} MB, "
+    rate = speed.decode_rate()
+    print(f"prefill {speed.read} tokens in {speed.read_seconds:.3f} s, {speed.prefill_rate():.0f} tokens/s; "
+          f"decode {speed.written} tokens, {'-' if rate is None else round(rate)} tokens/s", file=sys.stderr)
+    print(f"{rows} text{'s' * (rows > 1)} of at most {state.max_length} tokens: KV cache {kv / 1e6:.3f} MB, "
           f"recurrent state {ssm / 1e6:.3f} MB", file=sys.stderr)
 
 
-def show_text(text):
-    print(text, end="", flush=True)
+def warn_length(tokens, config):
+    if tokens > config.max_length:
+        print(f"warning: {tokens} tokens of context, trained on {config.max_length}: it may get worse",
+              file=sys.stderr)
 
 
-def sample(model, enc, args, device):
-    """All prompts in one batch, --num-samples answers each."""
-    prompts, n = read_prompts(args), args.num_samples
-    ids = [encode(enc, model.config, prompt, args.raw) for prompt in prompts]
-    print(scan_backend_reason(device), file=sys.stderr)                      # now that the prompts are known to be good
-    warn_length(max(map(len, ids)), model.config)
-    start = time.perf_counter()
-    logits, state = model.prefill(ids, args.max_new_tokens, args.prefill_chunk)
-    sync(device)
-    seconds, n_prompt = time.perf_counter() - start, sum(map(len, ids))
-    if n > 1:                                                                # each prompt is read once, then copied
-        rows = [row for row in range(len(ids)) for _ in range(n)]
-        logits, state = logits[rows], state.take(rows)
-    single = len(ids) * n == 1 and not args.json
-    outputs, state, _, timing = answer(model, enc, args, logits, state, [i % n for i in range(len(ids) * n)],
-                                       show_text if single else None)
-    kv, ssm = (size // len(outputs) for size in state.nbytes())
-    for i, new in enumerate(outputs):
-        text = b"".join(token_bytes(enc, token) for token in new).decode("utf-8", errors="replace")
-        if args.json:
-            print(json.dumps({
-                "prompt": prompts[i // n], "text": text, "tokens": len(new), "ids": new,
-                "prefill_tokens_per_s": n_prompt / seconds, "decode_tokens_per_s": timing["decode_tokens_per_s"],
-                "kv_bytes": kv, "state_bytes": ssm}, ensure_ascii=False))
-        elif not single:
-            print(f"--- {prompts[i // n]}\n{text}")
-    print(end="\n" if single else "")
-    warn_length(state.position if state.position > max(map(len, ids)) else 0, model.config)
-    report(n_prompt, seconds, sum(map(len, outputs)), start, timing, state, len(outputs))
+def sample(lm, enc, args, device, chat):
+    """All prompts, --num-samples answers each, --batch answers at a time."""
+    prompts = read_prompts(args, lm, enc, chat)
+    n = args.num_samples
+    count = len(prompts) * n
+    traces = TraceFile(args, lm, enc, prompts, device) if args.traces else None
+    begin = traces.note["done"] if traces else 0
+    # What follows takes time: prompts and file are known to be good by now.
+    print(nano.scan_backend_reason(device), file=sys.stderr)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    warn_length(longest, lm.config)
+    alone = count == 1 and not args.json and not traces
+    hidden = alone or not sys.stderr.isatty()
+    printer = Printer(enc) if alone else None
+    total = Speed()
+    with tqdm(total=count, initial=begin, unit=" answers", leave=False, disable=hidden) as bar:
+        for low in range(begin, count, args.batch):
+            numbers = range(low, min(low + args.batch, count))
+            answers, speed, state = write_answers(lm, args, device, prompts, numbers, bar, printer)
+            total.add(speed)
+            asked = [prompts[number // n] for number in numbers]
+            context = max(len(prompt.ids) + len(answer.ids) for prompt, answer in zip(asked, answers))
+            if longest <= lm.config.max_length:
+                warn_length(context, lm.config)
+            longest = max(longest, context)
+            if traces:
+                traces.add(asked, answers)
+            elif args.json:
+                print_json(enc, asked, answers, speed, state)
+            elif alone:
+                printer.close()
+            else:
+                print_texts(enc, asked, answers)
+    if begin < count:
+        report(total, state, len(answers))
+    if traces:
+        traces.report()
 
 
-def chat(model, enc, args, device):
-    """One conversation. Between turns only the new question is read: the state holds all that was said before."""
-    state, pending = None, []                                                # tokens that the state does not hold yet
-    stop = model.config.eos_ids
-    print(scan_backend_reason(device), file=sys.stderr)
+def print_texts(enc, prompts, answers):
+    for prompt, answer in zip(prompts, answers):
+        print(f"--- {prompt.asked}\n{text_of(enc, answer.ids)}", flush=True)
+
+
+def print_json(enc, prompts, answers, speed, state):
+    kv, ssm = state.nbytes()
+    for prompt, answer in zip(prompts, answers):
+        row = {
+            "prompt": prompt.asked, "text": text_of(enc, answer.ids), "tokens": len(answer.ids), "ids": answer.ids,
+            "prefill_tokens_per_s": speed.prefill_rate(), "decode_tokens_per_s": speed.decode_rate(),
+            "kv_bytes": kv // len(answers), "state_bytes": ssm // len(answers),
+        }
+        print(json.dumps(row, ensure_ascii=not utf8_output()), flush=True)
+
+
+def utf8_output():
+    """Can stdout show every character? If not, JSON has escapes of its own."""
+    return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Traces. A run of hours must survive Ctrl-C, a full disk and a crash. After every batch its rows are appended to FILE,
+# and only then FILE.run.json is replaced, which says how many answers are done and how many bytes of FILE hold them.
+# Going on begins with cutting FILE to these bytes: half a line, or rows of a batch that was not noted, are written anew.
+
+class TraceFile:
+    def __init__(self, args, lm, enc, prompts, device):
+        """Raises UserError for a FILE that was begun in another way: it would hold answers of two kinds."""
+        self.path = args.traces
+        self.note_path = args.traces + ".run.json"
+        self.enc = enc
+        self.keep_cut = args.keep_cut
+        texts = json.dumps([prompt.text for prompt in prompts])
+        run = {
+            "model": nano.weights_hash(lm), "prompts": hashlib.sha256(texts.encode()).hexdigest()[:16],
+            "num_samples": args.num_samples, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
+            "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed, "keep_cut": args.keep_cut,
+        }
+        self.note = {"run": run, "done": 0, "bytes": 0, "rows": 0, "cut": 0, "broken": 0, "path": args.model,
+                     "prompt_file": args.prompt_file, **nano.provenance(device)}
+        if os.path.exists(self.note_path):
+            self.note |= self.read_note(run)
+        elif os.path.exists(self.path):
+            raise UserError(f"{self.path} is there already, but not {self.note_path}: choose another --traces")
+        self.append("")
+
+    def read_note(self, run):
+        """-> what an earlier run has noted."""
+        note = nano.read_json(self.note_path, dict)
+        for key, now in run.items():
+            before = note.get("run", {}).get(key)
+            if before != now:
+                raise UserError(f"{self.path} was begun with {key} = {before}, now it is {now}: choose another --traces")
+        return note
+
+    def add(self, prompts, answers):
+        """Append the answers that are whole texts, and note it."""
+        lines = []
+        for prompt, answer in zip(prompts, answers):
+            ids = answer.ids if answer.end is None else answer.ids + [answer.end]
+            text = text_of(self.enc, ids)
+            if answer.end is None and not self.keep_cut:
+                self.note["cut"] += 1
+            elif "\ufffd" in text:
+                self.note["broken"] += 1
+            else:
+                lines.append(json.dumps({"prompt": prompt.text, "response": text}, ensure_ascii=False) + "\n")
+        self.note["done"] += len(answers)
+        self.note["rows"] += len(lines)
+        self.append("".join(lines))
+
+    def append(self, text):
+        """Raises UserError where the file cannot be written, or is shorter than it was."""
+        # A lone surrogate is no UTF-8, but its escape is JSON.
+        data = text.encode("utf-8", errors="backslashreplace")
+        try:
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            with open(self.path, "a+b") as f:
+                size = f.seek(0, os.SEEK_END)
+                if size < self.note["bytes"]:
+                    raise UserError(f"{self.path} holds {size} bytes, {self.note_path} noted {self.note['bytes']}: "
+                                    f"delete the latter to begin anew")
+                f.truncate(self.note["bytes"])
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            self.note["bytes"] += len(data)
+            nano.write_json(self.note_path, self.note)
+        except OSError as e:
+            raise UserError(f"cannot write {self.path}: {e.strerror}; the same command goes on from "
+                            f"answer {self.note['done']}") from None
+
+    def report(self):
+        note = self.note
+        print(f"{self.path}: {note['rows']} traces of {note['done']} answers; left out: {note['cut']} that "
+              f"--max-new-tokens cut, {note['broken']} with half a character", file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A conversation. What the model sees is always the template's rendering of all messages so far, as one prompt. The
+# state of the turn before is of use if it has read exactly the beginning of that: then only the rest must be read.
+# Templates that drop the thoughts of earlier turns make it useless.
+
+def converse(lm, enc, args, device, chat):
+    messages = []
+    state = None
+    # The ids that the state has read.
+    known = []
+    # The answer, and the token that the template puts behind it.
+    room = args.max_new_tokens + 1
+    print(nano.scan_backend_reason(device), file=sys.stderr)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         question = sys.stdin.readline()
         if not question:
             break
-        text = format_prompt(question.strip())
-        new = encode(enc, model.config, text if state is None else text.removeprefix("<s>"), raw=True)
-        start, room = time.perf_counter(), args.max_new_tokens + 1
-        if state is not None and state.position + len(pending + new) + room > state.max_length:
-            state = state.resize(2 * (state.position + len(pending + new) + room))
-        logits, state = model.prefill([pending + new], room, args.prefill_chunk, state)
-        sync(device)
-        seconds = time.perf_counter() - start
-        outputs, state, last, timing = answer(model, enc, args, logits, state, [0], show_text)
-        pending = [last] if last in stop or not stop else [last, stop[0]]    # an answer cut short is closed, too
-        print()
-        warn_length(state.position, model.config)
-        report(len(new), seconds, len(outputs[0]), start, timing, state, 1)
+        messages.append({"role": "user", "content": question.strip()})
+        ids = encode(enc, lm.config, chat.prompt(messages))
+        if ids[:len(known)] != known:
+            state = None
+            known = []
+        elif state is not None and len(ids) + room > state.max_length:
+            state = state.resize(2 * (len(ids) + room))
+        began = time.perf_counter()
+        logits, state = lm.prefill([ids[len(known):]], room, args.prefill_chunk, state)
+        nano.sync(device)
+        speed = Speed(read=len(ids) - len(known), read_seconds=time.perf_counter() - began)
+        new, state = speak(lm, enc, args, logits, state, speed)
+        # The last token of an answer that was cut is not read yet.
+        known = (ids + new)[:state.position]
+        messages.append({"role": "assistant", "content": text_of(enc, new)})
+        warn_length(state.position, lm.config)
+        report(speed, state, 1)
+
+
+def speak(lm, enc, args, logits, state, speed):
+    """Show one answer while it is made. -> its ids, without the token that ended it, and the State that has read all
+    but the newest token."""
+    printer = Printer(enc)
+    new = []
+    first = None
+    for token, state in lm.decode(logits, state, args.temperature, args.top_k, args.top_p, args.seed):
+        token = token.item()
+        now = time.perf_counter()
+        first = first or now
+        speed.decode_seconds = now - first
+        if token in lm.config.eos_ids:
+            break
+        new.append(token)
+        printer.put(token)
+        if len(new) == args.max_new_tokens:
+            break
+    printer.close()
+    speed.written = len(new)
+    speed.decoded = max(0, len(new) - 1)
+    return new, state
+
+
+def next_command(args, config):
+    if args.traces:
+        return f"python distill.py --teacher {args.model} --data {args.traces}"
+    if "t" in config.layout and "m2" not in config.layout:
+        return f"python distill.py --teacher {args.model} --replace {config.n_layer // 2}"
+    return f"python bench.py --model {args.model}"
 
 
 def main():
     args = parse_args()
     device, dtype = start_script(args)
-    torch.backends.cuda.enable_cudnn_sdp(False)                              # cuDNN makes a plan for every new length
-    model = join_projections(load_pretrained(args.model, device, dtype))
+    # cuDNN makes a plan for every new length.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if hasattr(sys.stdout, "reconfigure"):
+        # A terminal that lacks a character shows its number.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    lm = nano.join_projections(load_pretrained(args.model, device, dtype))
     enc = load_tokenizer(args.model)
-    choose_threads(model, device)
-    with torch.inference_mode():
-        (chat if args.chat else sample)(model, enc, args, device)
+    chat = nano.load_chat(args.model, enc)
+    nano.choose_threads(lm, device)
+    try:
+        with torch.inference_mode():
+            (converse if args.chat else sample)(lm, enc, args, device, chat)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads our output has enough, as in sample.py | head -1. What is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    print(f"next: {next_command(args, lm.config)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
