@@ -39,15 +39,18 @@ Read it top to bottom: every name is defined before it is used. Where a function
 named: Fast-LLM 7d61a1ba (the Apriel model code), state-spaces/mamba e9594ce1, MambaInLlama 60d64dc6.
 """
 import contextlib
+import datetime
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -67,6 +70,9 @@ except ImportError:                          # optional: without Triton the pure
 
 class UserError(ValueError):
     """Something the user can put right (a path, a file, a flag). Scripts print it as one line and exit with code 2."""
+    def __init__(self, message):
+        # A name in a damaged file may hold line ends.
+        super().__init__(" ".join(message.splitlines()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -742,31 +748,84 @@ def choose(logits, temperature, top_k, top_p, rngs):
 
 
 def cast(module, device, dtype):
-    """Move to device and dtype; A_log and D stay float32 (the recurrence is sensitive to them)."""
+    """Move module to device and dtype, in place. A_log and D stay float32: the recurrence is sensitive to them."""
     for name, p in module.named_parameters():
-        p.data = p.data.to(device, torch.promote_types(dtype, torch.float32) if keeps_float32(name) else dtype)
+        p.data = p.data.to(device, stored_dtype(name, dtype))
     return module
 
 
 def keeps_float32(name):
     """Is this parameter, of a whole model or of a mixer alone, stored and used in float32 at least?"""
-    return name.endswith((".A_log", ".D")) or name in ("A_log", "D")
+    return name.rpartition(".")[2] in ("A_log", "D")
+
+
+def stored_dtype(name, dtype):
+    """A parameter's name, the model's dtype -> the dtype of this parameter."""
+    return torch.promote_types(dtype, torch.float32) if keeps_float32(name) else dtype
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a directory with config.json and safetensors, in the Hugging Face layout. All-attention models are
-# Mistral's format, hybrids Apriel-H1's. Everything that would change the result is either implemented or refused.
+# Mistral's format, hybrids Apriel-H1's.
+#
+# What a file asks for is implemented, or it changes nothing, or it is refused by name. A setting that is passed over
+# gives a model that is nearly right, and nobody would notice. The same for tensors: each parameter has exactly one
+# Source, and each tensor of the file is used.
 
-MODEL_TYPES = ("mistral", "llama", "apriel_hybrid_ssm", "apriel_h")
-SSM_KEYS = {                                 # ssm_cfg key -> (Config field or None if it changes nothing, default)
-    "d_state": ("d_state", 64), "d_inner": ("d_inner", 4096), "d_xb": ("d_xb", None), "dt_rank": ("dt_rank", None),
-    "d_conv": ("d_conv", 4), "repeat_kv_before_conv": ("expand_before_conv", True), "conv_bias": ("conv_bias", True),
-    "dt_proj_bias": ("dt_bias", True), "bias": ("proj_bias", False), "dt_min": ("dt_min", 0.001),
-    "dt_max": ("dt_max", 0.1), "dt_scale": ("dt_scale", 1.0), "dt_init_floor": ("dt_init_floor", 1e-4),
-    "expand": (None, 1), "dt_init": (None, "random"),
-    "activation": (None, "identity"),        # belongs to another mixer; m2 is always SiLU
-    "n_v_heads": (None, None), "n_qk_heads": (None, None), "chunk_size": (None, None),           # the same
+HYBRID_TYPES = ("apriel_hybrid_ssm", "apriel_h")
+MODEL_TYPES = ("mistral", "llama", *HYBRID_TYPES)
+
+# Sizes that every config.json must name: its key -> the field of Config.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "d_mlp",
 }
+
+# Settings that are read only to refuse them: key -> the values that change nothing. An absent key is one of them.
+NEUTRAL = {
+    "hidden_act": ("silu", "swish", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1.0, None),
+}
+
+# The same for the keys of rope_scaling (transformers 4) and rope_parameters (transformers 5).
+NEUTRAL_ROPE = {
+    "rope_type": ("default", None),
+    "type": ("default", None),
+    "factor": (1.0, None),
+    "partial_rotary_factor": (1.0, None),
+}
+
+# The keys of ssm_cfg -> (field of Config, default).
+SSM_KEYS = {
+    "d_state": ("d_state", 64),
+    "d_inner": ("d_inner", 4096),
+    "d_xb": ("d_xb", None),
+    "dt_rank": ("dt_rank", None),
+    "d_conv": ("d_conv", 4),
+    "repeat_kv_before_conv": ("expand_before_conv", True),
+    "conv_bias": ("conv_bias", True),
+    "dt_proj_bias": ("dt_bias", True),
+    "bias": ("proj_bias", False),
+    "dt_min": ("dt_min", 0.001),
+    "dt_max": ("dt_max", 0.1),
+    "dt_scale": ("dt_scale", 1.0),
+    "dt_init_floor": ("dt_init_floor", 1e-4),
+}
+
+# Keys of ssm_cfg that change nothing: expand is read where d_inner is null, dt_init is about new layers, and the rest
+# belongs to other mixers (m2 is always SiLU, whatever `activation` says). The first three are written.
+SSM_IGNORED = {"expand": 1, "dt_init": "random", "activation": "identity"}
+SSM_OTHERS = ("n_v_heads", "n_qk_heads", "chunk_size")
+
+# No real size is near these. A config.json that asks for more is damaged, and must not cost memory or time first.
+LARGEST = 1 << 24
+MOST_LAYERS = 10_000
 
 
 def read_json(path, kind=object):
@@ -776,6 +835,8 @@ def read_json(path, kind=object):
             value = json.load(f)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid JSON: it is nested too deeply") from None
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(value, kind):
@@ -783,122 +844,275 @@ def read_json(path, kind=object):
     return value
 
 
+def refuse_value(name, value, expected):
+    """Raise the UserError for a value of config.json that is not what it must be."""
+    shown = repr(value)
+    if len(shown) > 60:
+        shown = shown[:60] + " ..."
+    raise UserError(f"{name} must be {expected}, got {shown}")
+
+
+def whole(name, value, most=LARGEST):
+    """value, if it is a whole number from 1 to most. The name is for the error message, as in the next two."""
+    if type(value) is not int or not 1 <= value <= most:
+        refuse_value(name, value, f"a whole number from 1 to {most}")
+    return value
+
+
+def number(name, value):
+    """value as a float, if it is a finite number above 0."""
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        refuse_value(name, value, "a number above 0")
+    return float(value)
+
+
+def flag(name, value):
+    """value, if it is true or false."""
+    if type(value) is not bool:
+        refuse_value(name, value, "true or false")
+    return value
+
+
 def config_from_json(raw, where="config.json"):
-    """raw: the dict in config.json -> Config. Defaults for absent keys are those of transformers' classes."""
+    """raw: the dict in config.json -> Config. Defaults for absent keys are those of transformers' classes.
+    Raises UserError for what is missing, of the wrong type, or changes the result and is not implemented."""
     try:
         return Config(**config_fields(raw))
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
-        raise UserError(f"{where}: a value has the wrong type ({e})") from None
 
 
 def config_fields(raw):
-    """The dict in config.json -> the arguments of Config. Refuses, by name, what changes the result but is not here."""
-    kind, hybrid = raw.get("model_type"), raw.get("model_type") in MODEL_TYPES[2:]
-    if kind not in MODEL_TYPES:
-        raise UserError(f"model_type {kind!r} is not supported; known: {', '.join(MODEL_TYPES)}")
-    needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"]
-    for key in needed + ["hybrid_block_layout"] * hybrid:
+    """The dict in config.json -> the arguments of Config."""
+    if not isinstance(raw, dict):
+        refuse_value("it", raw, "a JSON object")
+    family = raw.get("model_type")
+    if family not in MODEL_TYPES:
+        raise UserError(f"model_type {family!r} is not supported; known: {', '.join(MODEL_TYPES)}")
+    hybrid = family in HYBRID_TYPES
+    for key in [*SIZES, "hybrid_block_layout"] if hybrid else SIZES:
         if raw.get(key) is None:
             raise UserError(f"the key {key!r} is missing")
-    refused = {"hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias"),
-               "mlp_bias": raw.get("mlp_bias"), "quantization_config": raw.get("quantization_config"),
-               "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1}
-    rope = {}
-    for key in ("rope_scaling", "rope_parameters"):                          # transformers 4 and 5
-        part = raw.get(key) or {}
-        refused[key] = (part.get("rope_type", part.get("type", "default")) != "default" or
-                        part.get("partial_rotary_factor", 1) != 1 or
-                        set(part) - {"rope_theta", "rope_type", "type", "partial_rotary_factor"})
-        rope |= part
-    for key, bad in refused.items():
-        if bad:
-            raise UserError(f"{key} = {json.dumps(raw.get(key))} changes the result and is not implemented")
-    n_head, eos = raw["num_attention_heads"], raw.get("eos_token_id", 2)
-    kv_default, window_default = (n_head, None) if kind == "llama" else (8, 4096)
-    fields = dict(
-        vocab_size=raw["vocab_size"], d_model=raw["hidden_size"], n_layer=raw["num_hidden_layers"], n_head=n_head,
-        n_kv_head=raw.get("num_key_value_heads", kv_default) or n_head, d_mlp=raw["intermediate_size"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // n_head,
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)), sliding_window=raw.get("sliding_window", window_default),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)), bos_id=raw.get("bos_token_id", 1),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        max_length=raw.get("max_position_embeddings", 4096))
+    refuse_settings(raw, NEUTRAL)
+
+    fields = {field: whole(key, raw[key]) for key, field in SIZES.items()}
+    whole("num_hidden_layers", raw["num_hidden_layers"], MOST_LAYERS)
+    fields |= attention_fields(raw, family)
+    fields |= rope_fields(raw)
+    fields |= token_fields(raw)
+    fields["norm_eps"] = number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6))
+    fields["tie_embeddings"] = flag("tie_word_embeddings", raw.get("tie_word_embeddings", False))
+    fields["max_length"] = whole("max_position_embeddings", raw.get("max_position_embeddings", 4096), 1 << 40)
     if hybrid:
-        ssm = raw.get("ssm_cfg") or {}
-        unknown = sorted(set(ssm) - set(SSM_KEYS))
+        fields |= mamba_fields(raw)
+    return fields
+
+
+def refuse_settings(raw, neutral, where=""):
+    """Raise UserError for the first key of the table `neutral` whose value in raw is none of those that change
+    nothing. where: a prefix for its name in the message."""
+    for key, values in neutral.items():
+        if key in raw and raw[key] not in values:
+            shown = json.dumps(raw[key])[:200]
+            raise UserError(f"{where}{key} = {shown} changes the result and is not implemented")
+
+
+def attention_fields(raw, family):
+    """config.json -> heads, their width, and the sliding window."""
+    n_head = raw["num_attention_heads"]
+    n_kv_head = raw.get("num_key_value_heads", n_head if family == "llama" else 8)
+    head_dim = raw.get("head_dim")
+    # Only an absent window has the default. Llama has none.
+    window = raw.get("sliding_window", None if family == "llama" else 4096)
+    return {
+        "n_kv_head": n_head if n_kv_head is None else whole("num_key_value_heads", n_kv_head),
+        "head_dim": raw["hidden_size"] // n_head if head_dim is None else whole("head_dim", head_dim),
+        "sliding_window": None if window is None else whole("sliding_window", window),
+    }
+
+
+def rope_fields(raw):
+    """config.json -> the base of the rotary frequencies: flat in transformers 4, in rope_parameters in 5."""
+    theta = raw.get("rope_theta", 10000.0)
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            refuse_value(name, rope, "a JSON object or null")
+        refuse_settings(rope, NEUTRAL_ROPE, name + ".")
+        unknown = sorted(set(rope) - set(NEUTRAL_ROPE) - {"rope_theta"})
         if unknown:
-            raise UserError(f"ssm_cfg.{unknown[0]} is not known to this reader")
-        fields |= {field: ssm.get(key, default) for key, (field, default) in SSM_KEYS.items() if field}
-        fields["layout"] = tuple(raw["hybrid_block_layout"])
-        fields["d_inner"] = fields["d_inner"] or ssm.get("expand", 1) * raw["hidden_size"]
-        fields["d_xb"] = fields["d_xb"] or raw["hidden_size"]
-        fields["dt_rank"] = None if fields["dt_rank"] == "auto" else fields["dt_rank"]
+            raise UserError(f"{name}.{unknown[0]} is not known to this reader")
+        theta = rope.get("rope_theta", theta)
+    return {"rope_theta": number("rope_theta", theta)}
+
+
+def token_fields(raw):
+    """config.json -> the tokens that begin and end a text. Null: none. Absent: Mistral's and Llama's."""
+    eos = raw.get("eos_token_id", 2)
+    eos = eos if isinstance(eos, list) else [eos]
+    bos = raw.get("bos_token_id", 1)
+    for key, token in [("bos_token_id", bos), *(("eos_token_id", token) for token in eos)]:
+        if token is not None and type(token) is not int:
+            refuse_value(key, token, "a token id, or null")
+    return {"bos_id": bos, "eos_ids": tuple(token for token in eos if token is not None)}
+
+
+def mamba_fields(raw):
+    """config.json of a hybrid -> the layout, and the sizes of its Mamba layers from ssm_cfg."""
+    layout = raw["hybrid_block_layout"]
+    if not isinstance(layout, list):
+        refuse_value("hybrid_block_layout", layout, "a list")
+    ssm = raw.get("ssm_cfg")
+    ssm = {} if ssm is None else ssm
+    if not isinstance(ssm, dict):
+        refuse_value("ssm_cfg", ssm, "a JSON object")
+    unknown = sorted(set(ssm) - set(SSM_KEYS) - set(SSM_IGNORED) - set(SSM_OTHERS))
+    if unknown:
+        raise UserError(f"ssm_cfg.{unknown[0]} is not known to this reader")
+
+    given = {key: ssm.get(key, default) for key, (_, default) in SSM_KEYS.items()}
+    if given["d_inner"] is None:
+        given["d_inner"] = raw["hidden_size"] * whole("ssm_cfg.expand", ssm.get("expand", 1))
+    if given["d_xb"] is None:
+        given["d_xb"] = raw["hidden_size"]
+    if given["dt_rank"] in ("auto", None):
+        given["dt_rank"] = math.ceil(raw["hidden_size"] / 16)
+    fields = {"layout": tuple(layout)}
+    checks = {bool: flag, float: number}
+    for key, (field, default) in SSM_KEYS.items():
+        check = checks.get(type(default), whole)
+        fields[field] = check(f"ssm_cfg.{key}", given[key])
     return fields
 
 
 def config_to_json(config, dtype):
     """Config -> the dict for config.json; dtype: a torch dtype, recorded as the weights' dtype."""
-    c, hybrid = config, any(kind != "t" for kind in config.layout)
-    raw = {"architectures": ["AprielHybridSSMForCausalLM" if hybrid else "MistralForCausalLM"],
-           "model_type": "apriel_hybrid_ssm" if hybrid else "mistral",
-           "vocab_size": c.vocab_size, "hidden_size": c.d_model, "num_hidden_layers": c.n_layer,
-           "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
-           "intermediate_size": c.d_mlp, "hidden_act": "silu", "rope_theta": c.rope_theta, "rms_norm_eps": c.norm_eps,
-           "sliding_window": c.sliding_window, "tie_word_embeddings": c.tie_embeddings, "bos_token_id": c.bos_id,
-           "eos_token_id": list(c.eos_ids) if len(c.eos_ids) > 1 else c.eos_ids[0] if c.eos_ids else None,
-           "max_position_embeddings": c.max_length, "torch_dtype": str(dtype).removeprefix("torch.")}
+    c = config
+    hybrid = any(kind != "t" for kind in c.layout)
+    eos = list(c.eos_ids)
+    raw = {
+        "architectures": ["AprielHybridSSMForCausalLM" if hybrid else "MistralForCausalLM"],
+        "model_type": "apriel_hybrid_ssm" if hybrid else "mistral",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.d_mlp,
+        "hidden_act": "silu",
+        "rope_theta": c.rope_theta,
+        "rms_norm_eps": c.norm_eps,
+        "sliding_window": c.sliding_window,
+        "tie_word_embeddings": c.tie_embeddings,
+        "bos_token_id": c.bos_id,
+        "eos_token_id": eos if len(eos) > 1 else (eos + [None])[0],
+        "max_position_embeddings": c.max_length,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
     if hybrid:
         raw["hybrid_block_layout"] = list(c.layout)
-        raw["ssm_cfg"] = {key: getattr(c, field) for key, (field, _) in SSM_KEYS.items() if field}
-        raw["ssm_cfg"] |= {"expand": 1, "dt_init": "random", "activation": "identity"}
+        raw["ssm_cfg"] = {key: getattr(c, field) for key, (field, _) in SSM_KEYS.items()} | SSM_IGNORED
     return raw
 
 
+class Source(NamedTuple):
+    """Where the numbers of one parameter lie."""
+    file: object              # an open safetensors file
+    name: str                 # the tensor's name in it
+    shape: tuple              # of the parameter
+    rows: slice | None = None # the rows of the tensor that are meant; None: all of it
+
+    def read(self):
+        """-> the tensor, in the dtype of the file."""
+        tensor = self.file.get_tensor(self.name)
+        return tensor if self.rows is None else tensor[self.rows]
+
+
 def open_tensors(path):
-    """path: a checkpoint directory -> {tensor name: (open file, shape)}, following the index where there is one."""
+    """path: a checkpoint directory -> {tensor name: Source}, following the index where there is one."""
     from safetensors import SafetensorError, safe_open
     index = os.path.join(path, "model.safetensors.index.json")
-    names, files = None, ["model.safetensors"]
-    if os.path.exists(index):
-        names = read_json(index, dict).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-            raise UserError(f"{index} has no weight_map from tensor to file")
-        files = sorted(set(names.values()))
-    tensors = {}
-    for file in files:
-        full = os.path.join(path, file)
-        if not os.path.exists(full):
+    where = read_index(index) if os.path.exists(index) else None
+    sources = {}
+    for name in ["model.safetensors"] if where is None else sorted(set(where.values())):
+        full = os.path.join(path, name)
+        if not os.path.isfile(full):
             raise UserError(f"{full} is missing")
         try:
-            f = safe_open(full, framework="pt")
-            tensors |= {key: (f, tuple(f.get_slice(key).get_shape())) for key in f.keys()
-                        if names is None or names.get(key) == file}
+            file = safe_open(full, framework="pt")
+            for tensor in file.keys():
+                if where is None or where.get(tensor) == name:
+                    sources[tensor] = Source(file, tensor, tuple(file.get_slice(tensor).get_shape()))
         except (SafetensorError, OSError) as e:
             raise UserError(f"{full} is not a readable safetensors file: {e}") from None
-    lost = sorted(set(names or ()) - set(tensors))
+    lost = sorted(set(where or ()) - set(sources))
     if lost:
         raise UserError(f"{index} names tensors that are not in their files: {some(lost)}")
-    return tensors
+    return sources
 
 
-def without_copies(tensors, tied, path):
-    """tensors as from open_tensors -> the same without what follows from the rest: rotary frequencies (older files hold
-    them as buffers), and the head of a tied model, which must then be the embedding."""
-    tensors = {name: found for name, found in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if tied and "lm_head.weight" in tensors and "model.embed_tokens.weight" in tensors:
-        head, embedding = (tensors[key][0].get_tensor(key) for key in ("lm_head.weight", "model.embed_tokens.weight"))
-        if not torch.equal(head, embedding):
+def read_index(index):
+    """model.safetensors.index.json -> {tensor name: file name}."""
+    where = read_json(index, dict).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise UserError(f"{index} has no weight_map from tensor to file")
+    return where
+
+
+def find_sources(path, config):
+    """The tensors of a checkpoint directory -> {parameter's name in the file: Source}. Names in old files, and tensors
+    that follow from the others, are settled here."""
+    sources = {}
+    rows = 2 * config.d_inner + 2 * config.d_xb
+    tensors = open_tensors(path)
+    for name, source in tensors.items():
+        # Older files hold the rotary frequencies as buffers.
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        sources[name] = source
+        # M1 and older Fast-LLM have no dt_in_proj: its rows come last in in_proj, [z, x, B, C, dt].
+        dt_name = name.replace(".in_proj.", ".dt_in_proj.")
+        is_matrix = name.endswith("mixer.in_proj.weight") and len(source.shape) == 2
+        if is_matrix and dt_name not in tensors and source.shape[0] > rows:
+            rank = source.shape[0] - rows
+            width = source.shape[1]
+            sources[name] = source._replace(shape=(rows, width), rows=slice(0, rows))
+            sources[dt_name] = source._replace(shape=(rank, width), rows=slice(rows, None))
+    head = sources.get("lm_head.weight")
+    embedding = sources.get("model.embed_tokens.weight")
+    # A tied model may hold its head a second time. It must then be the embedding.
+    if config.tie_embeddings and head is not None and embedding is not None:
+        if not is_copy(head, embedding):
             raise UserError(f"{path}: config.json ties the embeddings, but lm_head.weight is not the embedding")
-        del tensors["lm_head.weight"]
-    return tensors
+        del sources["lm_head.weight"]
+    return sources
+
+
+def is_copy(one, other):
+    """Do two Sources hold the same numbers?"""
+    first = one.read()
+    second = other.read()
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+def check_fit(path, sources, shapes):
+    """Raise UserError unless the Sources are those of a model with these {parameter's name in the file: shape}."""
+    wrong = [f"missing {name}" for name in shapes if name not in sources]
+    wrong += [f"unexpected {name}" for name in sources if name not in shapes]
+    for name, shape in shapes.items():
+        if name in sources and sources[name].shape != shape:
+            wrong.append(f"{name} has shape {sources[name].shape}, expected {shape}")
+    if wrong:
+        raise UserError(f"{path}: {len(wrong)} tensors do not fit config.json: {some(wrong)}")
 
 
 def some(names, most=5):
     """Names for an error message: the first few, and how many more. A wrong file may miss hundreds."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def file_name(name):
@@ -916,196 +1130,707 @@ def load_pretrained(path, device="cpu", dtype=torch.float32):
         raise UserError(f"no such directory: {path}")
     file = os.path.join(path, "config.json")
     config = config_from_json(read_json(file, dict), file)
-    tensors = without_copies(open_tensors(path), config.tie_embeddings, path)
-    shapes, joined = {name: shape for name, (_, shape) in tensors.items()}, {}
-    rows = 2 * config.d_inner + 2 * config.d_xb                              # of in_proj: z, x, B, C
-    for name in [name for name in shapes if name.endswith("mixer.in_proj.weight") and len(shapes[name]) == 2]:
-        dt_name = name.replace(".in_proj.", ".dt_in_proj.")
-        if dt_name not in shapes and shapes[name][0] > rows:                 # M1, older Fast-LLM: dt's rows come last
-            joined[dt_name], width = name, shapes[name][1]
-            shapes[name], shapes[dt_name] = (rows, width), (shapes[name][0] - rows, width)
-    ranks = [shape[0] for name, shape in shapes.items() if name.endswith("dt_in_proj.weight") and len(shape) == 2]
-    config = replace(config, dt_rank=ranks[0]) if ranks else config          # configs disagree on it; weights decide
+    sources = find_sources(path, config)
+    # Published configs disagree with their weights on the rank of dt: the weights decide.
+    for name, source in sources.items():
+        if name.endswith("dt_in_proj.weight") and len(source.shape) == 2:
+            config = replace(config, dt_rank=source.shape[0])
+            break
+    # A layer count that the file does not bear out is found here, before so many layers are built.
+    layers = [i for i, kind in enumerate(config.layout) if kind != "i"]
+    norms = [f"model.layers.{i}.post_attention_layernorm.weight" for i in layers]
+    lost = [f"missing {name}" for name in norms if name not in sources]
+    if lost:
+        raise UserError(f"{path}: {len(lost)} layers of config.json have no tensors: {some(lost)}")
+
+    # On the meta device a model has shapes and no memory. A tied head is not listed.
     with torch.device("meta"):
         model = HybridLM(config)
-    params = {file_name(name): (name, p) for name, p in model.named_parameters()}            # a tied head is not listed
-    wrong = ([f"missing {name}" for name in params if name not in shapes] +
-             [f"unexpected {name}" for name in shapes if name not in params] +
-             [f"{name} has shape {shapes[name]}, expected {tuple(p.shape)}" for name, (_, p) in params.items()
-              if name in shapes and shapes[name] != tuple(p.shape)])
-    if wrong:
-        raise UserError(f"{path}: {len(wrong)} tensors do not fit config.json: {some(wrong)}")
+    names = {name: file_name(name) for name, _ in model.named_parameters()}
+    check_fit(path, sources, {names[name]: tuple(p.shape) for name, p in model.named_parameters()})
     weights = {}
-    for name, (own, p) in params.items():
-        w = tensors[joined.get(name, name)][0].get_tensor(joined.get(name, name))
-        w = w[rows:] if name in joined else w[:rows] if name in joined.values() else w
-        to = torch.promote_types(dtype, torch.float32) if keeps_float32(own) else dtype
-        weights[own] = nn.Parameter(w.to(device, to, copy=True))
-    model.load_state_dict(weights, strict=False, assign=True)                # it was strict above, with better words
+    for name, in_file in names.items():
+        tensor = sources[in_file].read().to(device, stored_dtype(name, dtype), copy=True)
+        weights[name] = nn.Parameter(tensor)
+    # Not strict only because of the tied head: check_fit was strict, and has the better words.
+    model.load_state_dict(weights, strict=False, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                   "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def write_atomic(path, write):
-    """write(temporary path), then rename: a reader, or a crash, never meets half a file."""
-    write(path + ".tmp")
-    mask = os.umask(0)                                                       # it can only be read by setting it
+    """write(temporary path), then rename: a reader, or a crash, never meets half a file.
+    Raises UserError where that fails (a full disk, a missing directory); the old file is then still there."""
+    write_together({path: write})
+
+
+def write_together(writers):
+    """{path: write}, as write_atomic for several files. None is replaced before all of them are on the disk."""
+    from safetensors import SafetensorError
+    # The umask can only be read by setting it.
+    mask = os.umask(0)
     os.umask(mask)
-    os.chmod(path + ".tmp", 0o666 & ~mask)                                   # safetensors allows its owner only
-    os.replace(path + ".tmp", path)
+    path = None
+    try:
+        for path, write in writers.items():
+            write(path + ".tmp")
+            # safetensors allows its owner only.
+            os.chmod(path + ".tmp", 0o666 & ~mask)
+        for path in writers:
+            os.replace(path + ".tmp", path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
+    finally:
+        for path in writers:
+            if os.path.exists(path + ".tmp"):
+                os.remove(path + ".tmp")
+
+
+def json_writer(value):
+    """value -> a function that writes it to a path, as indented JSON with a newline at its end."""
+    def write(path):
+        with open(path, "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=1)
+            f.write("\n")
+    return write
+
+
+def tensor_writer(tensors):
+    """{name: tensor} -> a function that writes them as a safetensors file."""
+    from safetensors.torch import save_file
+    return lambda path: save_file(tensors, path, metadata={"format": "pt"})
+
+
+def file_writer(original):
+    """The path of a file -> a function that writes its copy."""
+    return lambda to: shutil.copyfile(original, to)
 
 
 def write_json(path, value):
-    """value as indented JSON with a newline at its end, all or nothing. Raises OSError as open does."""
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1)
-            f.write("\n")
-    write_atomic(path, write)
+    """value as indented JSON, all or nothing. Raises UserError as write_atomic does."""
+    write_atomic(path, json_writer(value))
+
+
+def deal_out(parameters, shard_bytes):
+    """{name: tensor} -> [{name: tensor}, ...] in the same order, each of at most shard_bytes (or a single tensor)."""
+    shards = [{}]
+    size = 0
+    for name, p in parameters.items():
+        if shards[-1] and size + p.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = p
+        size += p.nbytes
+    return shards
 
 
 @torch.no_grad()
 def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30):
     """Write model to the directory path: config.json and model.safetensors, or shards of at most shard_bytes with an
-    index. tokenizer_from: a directory whose tokenizer files are copied along. A_log and D are written in float32."""
-    from safetensors.torch import save_file
+    index. tokenizer_from: a directory whose tokenizer files are copied along. A_log and D are written in float32.
+    Raises UserError where that fails; what was in the directory before is then still there."""
     path = os.fspath(path)
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot make the directory {path}: {e.strerror}") from None
-    shards, size = [{}], 0
-    for name, p in model.named_parameters():                                 # a tied head appears as the embedding
-        w = (p.float() if keeps_float32(name) and p.dtype != torch.float64 else p).detach().cpu().contiguous()
-        if shards[-1] and size + w.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][file_name(name)], size = w, size + w.nbytes
-    count, index = len(shards), os.path.join(path, "model.safetensors.index.json")
-    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    files = ["model.safetensors"] if count == 1 else files
-    for file, shard in zip(files, shards):
-        write_atomic(os.path.join(path, file), lambda to, shard=shard: save_file(shard, to, metadata={"format": "pt"}))
+    parameters = {}
+    # A tied head appears as the embedding.
+    for name, p in model.named_parameters():
+        w = p.detach().to(stored_dtype(name, p.dtype))
+        parameters[file_name(name)] = w.cpu().contiguous()
+    shards = deal_out(parameters, shard_bytes)
+    count = len(shards)
+    files = ["model.safetensors"]
     if count > 1:
-        total = sum(w.nbytes for shard in shards for w in shard.values())
-        where = {name: file for file, shard in zip(files, shards) for name in shard}
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
-    stale = index if count == 1 else os.path.join(path, "model.safetensors")
-    if os.path.exists(stale):                                                # left by a save of the other kind, where
-        os.remove(stale)                                                     # some readers look first
-    write_json(os.path.join(path, "config.json"), config_to_json(model.config, model.embed_tokens.weight.dtype))
-    for file in TOKENIZER_FILES if tokenizer_from else ():
-        source = os.path.join(os.fspath(tokenizer_from), file)
-        if os.path.exists(source) and os.path.abspath(source) != os.path.abspath(os.path.join(path, file)):
-            write_atomic(os.path.join(path, file), lambda to, source=source: shutil.copyfile(source, to))
+        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+    writers = {file: tensor_writer(shard) for file, shard in zip(files, shards)}
+    index = "model.safetensors.index.json"
+    if count > 1:
+        where = {}
+        for file, shard in zip(files, shards):
+            where |= dict.fromkeys(shard, file)
+        total = sum(w.nbytes for w in parameters.values())
+        writers[index] = json_writer({"metadata": {"total_size": total}, "weight_map": where})
+    writers["config.json"] = json_writer(config_to_json(model.config, model.embed_tokens.weight.dtype))
+    writers |= copies(tokenizer_from, path)
+    write_together({os.path.join(path, file): write for file, write in writers.items()})
+    # Left by a save of the other kind, where some readers look first.
+    stale = os.path.join(path, index if count == 1 else "model.safetensors")
+    if os.path.exists(stale):
+        os.remove(stale)
+
+
+def copies(source, path):
+    """-> {file: write} for the tokenizer files of the directory `source` (None: none), unless they are in path."""
+    found = {}
+    for file in TOKENIZER_FILES if source else ():
+        original = os.path.join(os.fspath(source), file)
+        if os.path.exists(original) and os.path.abspath(original) != os.path.abspath(os.path.join(path, file)):
+            found[file] = file_writer(original)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer: a byte-level BPE tokenizer.json becomes a tiktoken.Encoding with the same ids for every text.
+# Tokenizer: a tokenizer.json becomes an object that gives the same ids as the library `tokenizers`. It has
 #
-# tiktoken joins two neighbours whenever the joined bytes are in the vocabulary, lowest id first, and takes a whole
-# pre-token that is in the vocabulary as it is. tokenizer.json lists the allowed merges instead. The two agree if merges
-# come in the order of ids and no token can be reached in one way only by the one rule: that is checked token by token.
+#     encode(text, allowed_special="all")   ids; without "all", special tokens that stand in the text are plain text
+#     decode(ids)                           text
+#     decode_single_token_bytes(id)         bytes, to print while generating; KeyError for an id without a token
+#     max_token_value                       the largest id
+#     special, begin                        {text: id} of the added tokens; the ids that belong before a raw text
+#
+# A text takes four steps. Added tokens ("<s>") are cut out; the rest is normalised; patterns cut it into pieces (words,
+# mostly); byte pair encoding turns the bytes of a piece into ids. ByteTokenizer leaves the last step to tiktoken, which
+# joins two neighbours whenever the joined bytes are in the vocabulary, lowest id first, and takes a whole piece that is
+# in the vocabulary as it is. tokenizer.json lists the allowed merges instead. The two agree if merges come in the order
+# of ids and no token can be reached in one way only by the one rule: that is checked token by token.
+#
+# A tokenizer that is nearly right gives other ids and a model that is nearly right. So what ByteTokenizer cannot hold
+# exactly goes through the package `tokenizers` where that is installed (LibraryTokenizer), and is refused where not.
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
+class Unfit(Exception):
+    """A tokenizer.json may be sound, but ByteTokenizer cannot represent it exactly. The text says why."""
+
+
 def byte_characters():
-    """GPT-2's table {character in tokenizer.json: byte}: printable bytes are themselves, others from U+0100 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    """GPT-2's table {character in tokenizer.json: byte}.
+    Printable bytes are themselves, the others follow from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(byte): byte for byte in printable}
+    for byte in range(256):
+        if byte not in printable:
+            table[chr(256 + len(table) - len(printable))] = byte
+    return table
 
 
 def bpe(parts, rank):
     """Join neighbours in parts (a list of bytes), lowest rank[left, right] first, until none is left to join."""
     while len(parts) > 1:
-        best = min(range(len(parts) - 1), key=lambda i: rank.get((parts[i], parts[i + 1]), math.inf))
-        if (parts[best], parts[best + 1]) not in rank:
+        pairs = list(zip(parts, parts[1:]))
+        ranks = [rank.get(pair, math.inf) for pair in pairs]
+        best = ranks.index(min(ranks))
+        if pairs[best] not in rank:
             break
         parts = parts[:best] + [parts[best] + parts[best + 1]] + parts[best + 2:]
     return parts
 
 
-def split_pattern(pre, refuse):
-    """The pre_tokenizer of a tokenizer.json -> the regular expression for tiktoken."""
-    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
-    level = steps[-1] if steps else {}
+def steps_of(part, key):
+    """A part of a tokenizer.json: nothing, one step, or a Sequence of such parts under this key -> its steps."""
+    if not part:
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    steps = []
+    for inner in part[key]:
+        steps += steps_of(inner, key)
+    return steps
+
+
+def normal_forms(normalizer):
+    """The normalizer of a tokenizer.json -> Unicode normal forms ("NFC"), to be applied one after the other."""
+    forms = [step.get("type") for step in steps_of(normalizer, "normalizers")]
+    for form in forms:
+        if form not in ("NFC", "NFD", "NFKC", "NFKD"):
+            raise Unfit(f"it has a normalizer ({form})")
+    return forms
+
+
+def split_patterns(pre_tokenizer):
+    """The pre_tokenizer of a tokenizer.json -> regular expressions. The first cuts the text, the next its pieces."""
+    import regex
+    *splits, level = steps_of(pre_tokenizer, "pretokenizers") or [{}]
     if level.get("type") != "ByteLevel" or level.get("add_prefix_space", True):
-        refuse("the pre-tokenizer does not end with ByteLevel without a prefix space")
-    if len(steps) == 1 and level.get("use_regex", True):
-        return GPT2_PATTERN
-    split = steps[0]
-    if len(steps) != 2 or split.get("type") != "Split" or level.get("use_regex", True):
-        refuse("the pre-tokenizer is not one Split followed by ByteLevel")
-    if split.get("behavior") != "Isolated" or split.get("invert") or "Regex" not in split.get("pattern", {}):
-        refuse(f"Split with behavior {split.get('behavior')}, invert {split.get('invert')}, "
-               f"pattern {split.get('pattern')}")
-    pattern = split["pattern"]["Regex"]
-    return f"{pattern}|(?:(?!{pattern})(?s:.))+"                             # what the pattern skips is a piece too
+        raise Unfit("the pre-tokenizer does not end with ByteLevel without a prefix space")
+    patterns = []
+    for step in splits:
+        kind = step.get("type")
+        if kind == "Digits":
+            patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+        elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            pattern = step["pattern"]
+            patterns.append(pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"]))
+        else:
+            how = f", behavior {step.get('behavior')}, invert {step.get('invert')}" if kind == "Split" else ""
+            raise Unfit(f"the pre-tokenizer has a step {kind}{how}")
+    if level.get("use_regex", True):
+        patterns.append(GPT2_PATTERN)
+    try:
+        # What a pattern skips is a piece too.
+        return [regex.compile(f"{pattern}|(?:(?!{pattern})(?s:.))+") for pattern in patterns]
+    except regex.error as e:
+        raise Unfit(f"the package regex does not read its pattern: {e}") from None
+
+
+def check_ids(ids):
+    """Raises UserError where these cannot be the ids of different tokens."""
+    for token in ids:
+        if type(token) is not int or not 0 <= token < 2**31:
+            raise UserError(f"{token!r} is no token id")
+    if len(set(ids)) < len(ids):
+        raise UserError("two tokens have the same id")
+
+
+def check_added(added, vocab_size, id_of):
+    """added: the added_tokens of a tokenizer.json; id_of(text): the id in the vocabulary itself, or None. `tokenizers`
+    goes by the texts and ignores the ids in added_tokens: a new token gets the next free one. Raises UserError where
+    the file says another."""
+    following = vocab_size
+    seen = set()
+    for token in added:
+        text = token["content"]
+        expected = id_of(text)
+        if expected is None:
+            expected = following
+        if not text or text in seen:
+            raise UserError(f"the added token {text!r} stands there twice, or is empty")
+        if token["id"] != expected:
+            raise UserError(f"the added token {text!r} has the id {token['id']}; "
+                            f"by the vocabulary it is {expected}")
+        seen.add(text)
+        following = max(following, expected + 1)
+
+
+def byte_merges(model, special):
+    """The model of a tokenizer.json -> {bytes: id}, and its merges in order as a list of (left bytes, right bytes)."""
+    # GPT-2's own file names no type.
+    if model.get("type", "BPE") != "BPE" or "vocab" not in model or "merges" not in model:
+        raise Unfit(f"model type {model.get('type')}, not byte-level BPE")
+    if model.get("dropout"):
+        raise UserError(f"model.dropout = {model['dropout']!r}: the ids of a text are random")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise Unfit(f"model.{key} = {model[key]!r}")
+    table = byte_characters()
+    for text in special:
+        if text in table:
+            raise Unfit(f"the added token {text!r} is the token of a byte, too")
+
+    def as_bytes(text):
+        return bytes(table[character] for character in text)
+
+    try:
+        ranks = {as_bytes(text): token for text, token in model["vocab"].items() if text not in special}
+        pairs = []
+        for merge in model["merges"]:
+            texts = merge.split(" ") if isinstance(merge, str) else merge
+            pairs.append(tuple(map(as_bytes, texts)))
+    except KeyError as e:
+        raise Unfit(f"{e.args[0]!r} is not a character of byte-level BPE") from None
+    if any(len(pair) != 2 for pair in pairs):
+        raise UserError("a merge does not name two tokens")
+    return ranks, pairs
+
+
+def check_merges(ranks, pairs, ignore_merges):
+    """Raises Unfit where tiktoken, which knows ids alone, could join otherwise than these merges do."""
+    ids = [ranks.get(left + right, -1) for left, right in pairs]
+    parts = {part for pair in pairs for part in pair}
+    if min(ids, default=0) < 0 or not parts <= ranks.keys():
+        raise Unfit("a merge names a token that is not in the vocabulary")
+    if ids != sorted(ids):
+        raise Unfit("its merges are not in the order of ids")
+    rank = {pair: i for i, pair in enumerate(pairs)}
+    for token in ranks:
+        if len(token) > 1000:
+            # bpe() takes time that grows with the square of the length.
+            raise Unfit(f"a token has {len(token)} bytes")
+        letters = [token[i:i + 1] for i in range(len(token))]
+        known = all(letter in ranks for letter in letters)
+        whole = ignore_merges and all(pair in rank for pair in ways_to_join(token, ranks))
+        if not known or not (whole or bpe(letters, rank) == [token]):
+            raise Unfit(f"the token {token!r} is not what its merges give; "
+                        "tiktoken would use it elsewhere")
+
+
+def ways_to_join(token, ranks):
+    """All (left, right) in the vocabulary that tiktoken would join to this token."""
+    cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+    return [(left, right) for left, right in cuts if left in ranks and right in ranks]
+
+
+def find_longest(texts):
+    """-> a regular expression that finds these texts, the longest where several begin; None for no texts."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+
+def cut(pattern, text):
+    """Cut text by a pattern of find_longest -> [(part, whether it was found or stands between)]."""
+    if pattern is None:
+        return [(text, False)]
+    return [(part, i % 2 == 1) for i, part in enumerate(pattern.split(text))]
+
+
+def valid_unicode(text):
+    """text with two surrogates as the character that they mean, and a lone one as U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class ByteTokenizer:
+    """Byte-level BPE: GPT-2, Llama 3, Mistral Nemo, Qwen, SmolLM, DeepSeek. raw: the dict in a tokenizer.json.
+    Raises Unfit, or UserError if the file contradicts itself."""
+
+    def __init__(self, raw):
+        import tiktoken
+        model = raw.get("model") or {}
+        added = raw.get("added_tokens") or []
+        self.special = {token["content"]: token["id"] for token in added}
+        ranks, pairs = byte_merges(model, self.special)
+        check_added(added, len(model["vocab"]), model["vocab"].get)
+        check_ids([*ranks.values(), *self.special.values()])
+        for token in added:
+            if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+                raise Unfit(f"the added token {token['content']!r} strips or needs word borders")
+        self.forms = normal_forms(raw.get("normalizer"))
+        self.patterns = split_patterns(raw.get("pre_tokenizer"))
+        check_merges(ranks, pairs, model.get("ignore_merges"))
+        # A vocabulary may lack bytes that its training text never had. `tokenizers` drops them without a word.
+        self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+        if self.missing and (model.get("unk_token") or model.get("byte_fallback")):
+            raise Unfit("bytes without a token become other tokens")
+        # Tokens that are "normalized" are found in the normalised text, after all others.
+        late = [token for token in added if token.get("normalized")]
+        self.late = {self.normalise(token["content"]): token["id"] for token in late}
+        if len(self.late) < len(late):
+            raise Unfit("two added tokens are the same once they are normalised")
+        self.find_late = find_longest(self.late)
+        self.find_early = find_longest([token["content"] for token in added if token not in late])
+        # The pattern is not used: tiktoken gets piece by piece. (Its own patterns fail at 500,000 spaces in a row.)
+        self.core = tiktoken.Encoding("tokenizer.json", pat_str="(?s:.+)", mergeable_ranks=ranks,
+                                      special_tokens=self.special)
+        self.decode = self.core.decode
+        self.decode_single_token_bytes = self.core.decode_single_token_bytes
+        self.max_token_value = self.core.max_token_value
+
+    def normalise(self, text):
+        for form in self.forms:
+            text = unicodedata.normalize(form, text)
+        return text
+
+    def encode_plain(self, text):
+        """A normalised text without added tokens -> ids."""
+        pieces = [text]
+        for pattern in self.patterns:
+            pieces = [match.group() for piece in pieces for match in pattern.finditer(piece)]
+        ids = []
+        for piece in pieces:
+            known = piece.encode().translate(None, self.missing)
+            if known:
+                ids += self.core._encode_single_piece(known)
+        return ids
+
+    def encode(self, text, allowed_special=()):
+        text = valid_unicode(text)
+        if allowed_special != "all":
+            return self.encode_plain(self.normalise(text))
+        ids = []
+        for part, early in cut(self.find_early, text):
+            if early:
+                ids.append(self.special[part])
+                continue
+            for smaller, late in cut(self.find_late, self.normalise(part)):
+                ids += [self.late[smaller]] if late else self.encode_plain(smaller)
+        return ids
+
+
+class LibraryTokenizer:
+    """Any other tokenizer.json, by the package `tokenizers`: Llama 2, Mistral 7B, Gemma (SentencePiece), Unigram.
+    Kinds that put a space before a text put it before every text that they are given."""
+
+    def __init__(self, library, raw):
+        self.library = library
+        self.library.no_truncation()
+        self.library.no_padding()
+        added = raw.get("added_tokens") or []
+        check_added(added, self.library.get_vocab_size(False), self.library.token_to_id)
+        self.special = {token["content"]: token["id"] for token in added}
+        self.find = find_longest(self.special)
+        self.max_token_value = max(self.library.get_vocab().values())
+        steps = steps_of(raw.get("decoder"), "decoders")
+        kinds = [step.get("type") for step in steps]
+        if not {"ByteLevel", "ByteFallback", "Metaspace"}.intersection(kinds):
+            raise UserError(f"the decoder {kinds} does not say which bytes a token has")
+        self.table = byte_characters() if "ByteLevel" in kinds else {}
+        self.fallback = "ByteFallback" in kinds
+
+    def encode(self, text, allowed_special=()):
+        text = valid_unicode(text)
+        if allowed_special != "all" and self.find and self.find.search(text):
+            raise UserError("this tokenizer cannot read a special token in a text as plain text")
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.library.decode(ids, skip_special_tokens=False)
+
+    def decode_single_token_bytes(self, token):
+        text = self.library.id_to_token(token)
+        if text is None:
+            raise KeyError(token)
+        if text in self.special:
+            return text.encode()
+        if self.fallback and re.fullmatch("<0x[0-9A-F]{2}>", text):
+            return bytes.fromhex(text[3:5])
+        if self.table and all(character in self.table for character in text):
+            return bytes(self.table[character] for character in text)
+        # U+2581 is the space of SentencePiece.
+        return text.replace("\u2581", " ").encode()
+
+
+def begin_ids(post_processor):
+    """The post_processor of a tokenizer.json -> ids that it puts before a text. What it appends is not wanted here:
+    a text that goes on has no end."""
+    ids = []
+    for step in steps_of(post_processor, "processors"):
+        if step.get("type") != "TemplateProcessing":
+            continue
+        for item in step["single"]:
+            if "Sequence" in item:
+                break
+            name = item["SpecialToken"]["id"]
+            ids += step["special_tokens"][name]["ids"]
+    check_ids([*set(ids)])
+    return ids
 
 
 def load_tokenizer(path):
-    """path/tokenizer.json -> tiktoken.Encoding. Encode with allowed_special="all" to cut special tokens out of a text.
-    Raises UserError, with the reason, for a tokenizer that tiktoken cannot represent exactly."""
-    import tiktoken
+    """path/tokenizer.json -> a tokenizer. Encode with allowed_special="all" to cut special tokens out of a text.
+    Raises UserError, with the reason, for a tokenizer that cannot be represented exactly."""
     file = os.path.join(os.fspath(path), "tokenizer.json")
-    raw, table = read_json(file, dict), byte_characters()
+    raw = read_json(file, dict)
+    with refusing(file):
+        try:
+            enc = ByteTokenizer(raw)
+        except Unfit as e:
+            enc = other_tokenizer(file, raw, e)
+        enc.begin = begin_ids(raw.get("post_processor"))
+        return enc
 
-    def refuse(reason):
-        """A tokenizer that is nearly right gives other ids and a model that is nearly right: refuse it by name."""
-        raise UserError(f"{file}: {reason}")
 
-    model, added = raw.get("model") or {}, raw.get("added_tokens") or []
-    if model.get("type") != "BPE" or "vocab" not in model or "merges" not in model:
-        refuse(f"model type {model.get('type')}, only byte-level BPE is supported")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            refuse(f"model.{key} = {model[key]!r}")
-    if raw.get("normalizer"):
-        refuse(f"it has a normalizer ({raw['normalizer'].get('type')})")
-    for token in added:
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            refuse(f"the added token {token['content']!r} strips or needs word borders")
-    special = {token["content"]: token["id"] for token in added}
-    for a, b in zip(sorted(special), sorted(special)[1:]):                   # a prefix sorts right before its extension
-        if b.startswith(a):
-            refuse(f"the special token {a!r} is a prefix of {b!r}")
+def other_tokenizer(file, raw, reason):
+    """What ByteTokenizer refused for this reason -> a LibraryTokenizer."""
     try:
-        as_bytes = lambda text: bytes(table[character] for character in text)
-        ranks = {as_bytes(text): i for text, i in model["vocab"].items() if text not in special}
-        pairs = [tuple(map(as_bytes, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
-    except KeyError as e:
-        refuse(f"{e.args[0]!r} is not a character of byte-level BPE")
-    if any(len(pair) != 2 for pair in pairs):
-        refuse("a merge does not name two tokens")
-    ids = [ranks.get(left + right, -1) for left, right in pairs]
-    if min(ids, default=0) < 0 or ids != sorted(ids) or any(bytes([byte]) not in ranks for byte in range(256)):
-        refuse("its merges are not in the order of ids, or a byte or a merged token is not in the vocabulary")
-    rank = {pair: i for i, pair in enumerate(pairs)}
-    for token in ranks:
-        every = all((token[:i], token[i:]) in rank for i in range(1, len(token))
-                    if token[:i] in ranks and token[i:] in ranks)
-        if not (every and model.get("ignore_merges")) and bpe([bytes([x]) for x in token], rank) != [token]:
-            refuse(f"the token {token!r} is not what its merges give; tiktoken would use it elsewhere")
+        import tokenizers
+    except ImportError:
+        raise UserError(f"{reason}; it needs the package tokenizers: pip install tokenizers") from None
+    with refusing(f"{reason}; with the package tokenizers"):
+        return LibraryTokenizer(tokenizers.Tokenizer.from_file(file), raw)
+
+
+@contextlib.contextmanager
+def refusing(file):
+    """Turn whatever a damaged file raises inside into a UserError that names the file."""
     try:
-        pattern = split_pattern(raw.get("pre_tokenizer") or {}, refuse)
-        return tiktoken.Encoding(os.path.basename(os.path.normpath(path)), pat_str=pattern, mergeable_ranks=ranks,
-                                 special_tokens=special)
-    except UserError:
+        yield
+    except UserError as e:
+        raise UserError(f"{file}: {e}") from None
+    except (KeyboardInterrupt, SystemExit, MemoryError, TimeoutError):
         raise
-    except ValueError as e:
-        refuse(f"tiktoken refused the pattern: {e}")
+    except BaseException as e:
+        # Rust's panics, of tiktoken or tokenizers, are not Exceptions.
+        first_line = str(e).strip().partition("\n")[0]
+        raise UserError(f"{file}: not understood ({type(e).__name__}: {first_line})") from None
 
+
+def begin_tokens(path, enc):
+    """Ids that the tokenizer of the checkpoint at path puts before a raw text: [] mostly, [128000] for Llama 3.
+    The end token that some append as well is left out."""
+    return list(enc.begin)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chat: messages become the text that the model was trained on.
+#
+# A checkpoint brings its own template, a program in the language of jinja2. It writes the marks of the roles, often a
+# system message of its own, and the begin token. One that brings none gets Mistral's form, <s>[INST] question [/INST]
+# answer</s>, if its tokenizer knows those marks: where they fall into letters, a model would learn to write letters and
+# never to stop. What the model is to learn (the answer, and the token that ends it) is never searched for in rendered
+# text: a prompt ends where the answer begins, and answer + chat.end follows.
 
 def format_prompt(question):
     """The template of Mistral's instruct models. [INST] and <s> are single tokens."""
     return f"<s>[INST] {question} [/INST]"
+
+
+class Chat:
+    """What load_chat returns. render(messages, add_generation_prompt) -> text; end: the text of the token that ends an
+    answer; refusal: why there is no template, or None."""
+
+    def __init__(self, render=None, end=None, refusal=None):
+        self.render = render
+        self.refusal = refusal
+        self.known_end = end
+
+    @property
+    def end(self):
+        if self.refusal is not None:
+            raise UserError(self.refusal)
+        return self.known_end
+
+    def prompt(self, messages):
+        """messages: [{"role": "system", "user" or "assistant", "content": text}] -> the text before the answer."""
+        if self.refusal is not None:
+            raise UserError(self.refusal)
+        return self.render(messages, add_generation_prompt=True)
+
+
+def load_chat(path, enc):
+    """The chat template of the checkpoint at path, or Mistral's form. Where there is neither, or none that works here,
+    chat.refusal says why; prompt() and end raise it as a UserError."""
+    path = os.fspath(path)
+    try:
+        template = find_template(path)
+        return built_in_chat(enc) if template is None else template_chat(path, template, enc)
+    except UserError as e:
+        return Chat(refusal=f"{path}: {e}")
+
+
+def built_in_chat(enc):
+    """Mistral's form, for a tokenizer that knows its marks."""
+    for mark in ("<s>", "[INST]", "[/INST]", "</s>"):
+        if len(enc.encode(mark, allowed_special="all")) != 1:
+            raise UserError("it has no chat template, and Mistral's form does not fit: "
+                            f"{mark} is not a single token of its tokenizer")
+    return Chat(built_in_render, "</s>")
+
+
+def built_in_render(messages, add_generation_prompt):
+    """Mistral's form. A system message goes in front of the first user message."""
+    text = "<s>"
+    system = ""
+    for message in messages:
+        role = message["role"]
+        content = message["content"]
+        if role == "system":
+            system = content + "\n\n"
+        elif role == "user":
+            text += f"[INST] {system}{content} [/INST]"
+            system = ""
+        elif role == "assistant":
+            text += content + "</s>"
+        else:
+            raise UserError(f"the role {role!r} is not system, user or assistant")
+    return text
+
+
+def read_if_there(path, file):
+    """The JSON object in path/file, or {} if there is no such file."""
+    file = os.path.join(path, file)
+    return read_json(file, dict) if os.path.exists(file) else {}
+
+
+def find_template(path):
+    """The text of a checkpoint's chat template, or None. The file chat_template.jinja has the first word."""
+    file = os.path.join(path, "chat_template.jinja")
+    if os.path.exists(file):
+        try:
+            with open(file, encoding="utf-8") as f:
+                return f.read()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"cannot read chat_template.jinja: {e}") from None
+    template = read_if_there(path, "tokenizer_config.json").get("chat_template")
+    with refusing("chat_template"):
+        if isinstance(template, list):
+            named = {entry["name"]: entry["template"] for entry in template}
+            if "default" not in named:
+                raise UserError(f"of the templates {', '.join(named)} none is named default")
+            template = named["default"]
+        if not isinstance(template, str | None):
+            raise UserError(f"expected a text, found {type(template).__name__}")
+    return template
+
+
+def token_texts(path):
+    """The tokens that a checkpoint names, as its template sees them -> {"eos_token": "</s>", ...}."""
+    texts = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        for name, value in read_if_there(path, file).items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(text, str):
+                texts[name] = text
+    return texts
+
+
+def compile_template(text):
+    """A chat template -> a jinja2 template that knows what transformers lets templates use, and nothing else."""
+    try:
+        import jinja2
+        from jinja2.ext import Extension
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UserError("its chat template needs the package jinja2: pip install jinja2") from None
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %} marks what is trained; here it is only read over."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(form):
+        return datetime.datetime.now().strftime(form)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols", Generation])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    with refusing("its chat template"):
+        return environment.from_string(text)
+
+
+def template_chat(path, text, enc):
+    """A checkpoint's own template, with the names of its tokens in it."""
+    template = compile_template(text)
+    names = token_texts(path)
+
+    def render(messages, add_generation_prompt):
+        with refusing("its chat template"):
+            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
+                                   documents=None, **names)
+
+    return Chat(render, end_of_answer(render, names, enc))
+
+
+def end_of_answer(render, names, enc):
+    """The token that a template writes after an answer, or else the checkpoint's eos_token."""
+    answer = "the answer"
+    messages = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": answer}]
+    try:
+        after = render(messages, add_generation_prompt=False).partition(answer)[2].lstrip()
+    except UserError:
+        # Some want more: tools, or a system message.
+        after = ""
+    ends = [special for special in enc.special if after.startswith(special)]
+    end = max(ends, key=len, default=names.get("eos_token"))
+    if end not in enc.special:
+        raise UserError(f"no single token ends an answer: the chat template writes none, and eos_token is {end!r}")
+    return end
 
 
 # ----------------------------------------------------------------------------------------------------------------------

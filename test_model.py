@@ -17,13 +17,16 @@ import io
 import itertools
 import json
 import math
+import pathlib
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -1082,7 +1085,7 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "sliding-window layers": ({"hybrid_block_layout": ["m2", "swa", "m2"]}, "swa"),
     "gated delta layers": ({"hybrid_block_layout": ["m2", "t", "gdn"]}, "gdn"),
     "a layout of another length": ({"hybrid_block_layout": ["m2", "t"]}, "2 layers, the model has 3"),
-    "a layout that is no list": ({"hybrid_block_layout": 3}, "wrong type"),
+    "a layout that is no list": ({"hybrid_block_layout": 3}, "hybrid_block_layout must be a list, got 3"),
     "another model type": ({"model_type": "qwen2"}, "qwen2"),
     "no model type": ({"model_type": ...}, "None"),
     "no layout": ({"hybrid_block_layout": ...}, "hybrid_block_layout"),
@@ -1104,13 +1107,13 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "quantisation": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
     "an unknown key of ssm_cfg": ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate"),
     "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "16 % 5"),
-    "d_state null": ({"ssm_cfg": {"d_state": None}}, "wrong type|d_state"),
+    "d_state null": ({"ssm_cfg": {"d_state": None}}, "ssm_cfg.d_state must be a whole number.*None"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "4 % 3"),
-    "a width in words": ({"hidden_size": "twenty-four"}, "d_model.*twenty-four"),
-    "a width of zero": ({"intermediate_size": 0}, "d_mlp.*0"),
-    "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "wrong type|n_head"),
-    "theta in words": ({"rope_theta": "big"}, "wrong type"),
-    "rope as a list": ({"rope_scaling": [1, 2]}, "wrong type"),
+    "a width in words": ({"hidden_size": "twenty-four"}, "hidden_size.*twenty-four"),
+    "a width of zero": ({"intermediate_size": 0}, "intermediate_size.*0"),
+    "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads.*0"),
+    "theta in words": ({"rope_theta": "big"}, "rope_theta must be a number above 0, got 'big'"),
+    "rope as a list": ({"rope_scaling": [1, 2]}, "rope_scaling must be a JSON object or null"),
 }
 
 
@@ -1486,18 +1489,22 @@ def teacher_place(model, x):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer, against a naive reading of tokenizer.json: cut out the added tokens, split by the pattern (what it skips is
-# a piece too), take a whole piece if ignore_merges says so, else join the neighbours of lowest merge rank, leftmost one
-# first.
+# Tokenizer, against a naive reading of tokenizer.json: cut out the added tokens, normalise, split by one step of the
+# pre-tokenizer after the other (what a pattern skips is a piece too), take a whole piece if ignore_merges says so, else
+# join the neighbours of lowest merge rank, leftmost one first. Where the package `tokenizers` is installed, against
+# that as well; the long run of it: python test_model.py --texts 20000
 
 PATTERNS = {
-    "gpt2": GPT2_PATTERN,
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
               r"\s*[\r\n]+|\s+(?!\S)|\s+",
     "nemo": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
             r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
             r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "words only": r"\p{L}+",                                                 # skips all the rest
+    "up to three digits": r"\p{N}{1,3}",
+    "CJK": r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    "DeepSeek": r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+                r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
 CORPUS = """It's the 1999 story of 12345 apples; don't count them twice. The teacher's answer: 3 + 4 = 7, 70 / 7 = 10.
@@ -1516,7 +1523,8 @@ def byte_letters():
 
 def split_by(pattern, text):
     """Pieces of text: the matches, and what lies between them."""
-    pieces, end = [], 0
+    pieces = []
+    end = 0
     for match in regex.finditer(pattern, text):
         pieces += [text[end:match.start()], match.group()]
         end = match.end()
@@ -1524,25 +1532,50 @@ def split_by(pattern, text):
 
 
 def join(parts, rank):
-    while pairs := [(rank[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in rank]:
-        i = min(pairs)[1]
+    while True:
+        found = [(rank[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in rank]
+        if not found:
+            return parts
+        i = min(found)[1]
         parts = parts[:i] + [parts[i] + parts[i + 1]] + parts[i + 2:]
-    return parts
+
+
+def split_step(step):
+    """One step of a pre-tokenizer -> its pattern, or None."""
+    if step["type"] == "Split":
+        return step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
+    if step["type"] == "Digits":
+        return r"\p{N}" if step["individual_digits"] else r"\p{N}+"
+    return GPT2_PATTERN if step["use_regex"] else None
+
+
+def naive_words(raw, text):
+    """A text without added tokens -> its words, in the letters of tokenizer.json, without those that it lacks."""
+    pieces = [text]
+    for step in raw["pre_tokenizer"]["pretokenizers"]:
+        pattern = split_step(step)
+        if pattern:
+            pieces = [smaller for piece in pieces for smaller in split_by(pattern, piece)]
+    letters = byte_letters()
+    words = ["".join(letters[byte] for byte in piece.encode()) for piece in pieces]
+    vocab = raw["model"]["vocab"]
+    return ["".join(letter for letter in word if letter in vocab) for word in words]
 
 
 def naive_encode(raw, text):
-    model, letters = raw["model"], byte_letters()
+    model = raw["model"]
     rank = {tuple(m.split(" ") if isinstance(m, str) else m): i for i, m in enumerate(model["merges"])}
     added = {token["content"]: token["id"] for token in raw["added_tokens"]}
-    pre, ids = raw["pre_tokenizer"], []
-    pattern = pre["pretokenizers"][0]["pattern"]["Regex"] if pre["type"] == "Sequence" else GPT2_PATTERN
-    cut = "|".join(map(regex.escape, sorted(added, key=len, reverse=True)))
-    for piece in regex.split(f"({cut})", text) if cut else [text]:
+    form = raw["normalizer"]["type"] if raw["normalizer"] else "Sequence"
+    cuts = "|".join(map(regex.escape, sorted(added, key=len, reverse=True)))
+    ids = []
+    for piece in regex.split(f"({cuts})", text) if cuts else [text]:
         if piece in added:
             ids.append(added[piece])
             continue
-        for word in split_by(pattern, piece):
-            word = "".join(letters[byte] for byte in word.encode())
+        if form != "Sequence":
+            piece = unicodedata.normalize(form, piece)
+        for word in naive_words(raw, piece):
             whole = model.get("ignore_merges") and word in model["vocab"]
             ids += [model["vocab"][part] for part in ([word] if whole else join(list(word), rank))]
     return ids
@@ -1551,42 +1584,56 @@ def naive_encode(raw, text):
 @functools.cache
 def train_merges(pattern, count):
     """The plain BPE trainer on CORPUS: join the most frequent pair, again and again."""
-    letters, merges = byte_letters(), []
+    letters = byte_letters()
     words = [[letters[byte] for byte in word.encode()] for word in split_by(pattern, CORPUS)]
+    merges = []
     for _ in range(count):
-        counts = {}
-        for word in words:
-            for pair in zip(word, word[1:]):
-                counts[pair] = counts.get(pair, 0) + 1
+        counts = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
         best = max(counts, key=lambda pair: (counts[pair], pair))
         merges.append(best)
         words = [join(word, {best: 0}) if best[0] in word else word for word in words]
     return merges
 
 
-def make_tokenizer(pattern="llama3", count=120, special_first=True, ignore_merges=False, all_splits=False,
-                   as_strings=True, extra=(), merges=None):
-    """The dict of a tokenizer.json. all_splits: list every way to make a token, as files converted from tiktoken do.
-    extra: tokens without any merge, found only when a whole piece is looked up."""
-    merges = train_merges(PATTERNS[pattern], count) if merges is None else merges
-    special = ["<s>", "</s>", "[INST]", "[/INST]", "<think>"]
-    tokens = [*byte_letters(), *dict.fromkeys(a + b for a, b in merges), *extra]
-    tokens = special + tokens if special_first else tokens + special
+SPECIAL = ("<s>", "</s>", "[INST]", "[/INST]", "<think>")
+
+
+def added_token(token, text, **change):
+    return {"id": token, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+            "special": True} | change
+
+
+def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merges=False, all_splits=False,
+                   as_strings=True, extra=(), merges=None, special=SPECIAL, normalizer=None, missing="", byte_regex=False,
+                   named=True):
+    """The dict of a tokenizer.json. steps: names in PATTERNS, or "digits"; byte_regex: ByteLevel splits, too.
+    all_splits: list every way to make a token, as files converted from tiktoken do. extra: tokens without any merge,
+    found only when a whole piece is looked up. missing: bytes without a token. named: the model names its type."""
+    first = PATTERNS.get(steps[0] if steps else "", GPT2_PATTERN)
+    merges = train_merges(first, count) if merges is None else merges
+    letters = [letter for byte, letter in enumerate(byte_letters()) if chr(byte) not in missing]
+    tokens = [*letters, *dict.fromkeys(left + right for left, right in merges), *extra]
+    tokens = [*special, *tokens] if special_first else [*tokens, *special]
     vocab = {token: i for i, token in enumerate(tokens)}
     if all_splits:
-        merges = [(token[:i], token[i:]) for token in tokens if token not in special for i in range(1, len(token))
-                  if token[:i] in vocab and token[i:] in vocab]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern == "gpt2"}
-    split = {"type": "Split", "pattern": {"Regex": PATTERNS[pattern]}, "behavior": "Isolated", "invert": False}
-    added = [{"id": vocab[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True} for token in special]
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": level if pattern == "gpt2" else {"type": "Sequence", "pretokenizers": [split, level]},
-            "post_processor": None, "decoder": {"type": "ByteLevel"},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                      "ignore_merges": ignore_merges, "vocab": vocab,
-                      "merges": [" ".join(m) if as_strings else list(m) for m in merges]}}
+        ordinary = [token for token in tokens if token not in special]
+        cuts = [(token[:i], token[i:]) for token in ordinary for i in range(1, len(token))]
+        merges = [(left, right) for left, right in cuts if left in vocab and right in vocab]
+    pre = []
+    for name in steps:
+        if name == "digits":
+            pre.append({"type": "Digits", "individual_digits": True})
+        else:
+            pre.append({"type": "Split", "pattern": {"Regex": PATTERNS[name]}, "behavior": "Isolated", "invert": False})
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": byte_regex}
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [added_token(vocab[text], text) for text in special],
+            "normalizer": normalizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*pre, level]},
+            "post_processor": None, "decoder": dict(level),
+            "model": ({"type": "BPE"} if named else {}) | {
+                "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                "fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges, "vocab": vocab,
+                "merges": [" ".join(m) if as_strings else list(m) for m in merges]}}
 
 
 def load_from(raw, path):
@@ -1598,77 +1645,168 @@ def load_from(raw, path):
 SNIPPETS = [
     "the", "The", " other", "aaaa", "ab", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\xa0", "1", "2024", "12345678", "½",
     "'s", "'S", "'re", "don't", "é", "e\u0301", "\u0301", "ß", "ǅ", "Привет", "你好", "हिन्दी", "한국", "👩‍👩‍👧", "🇩🇪", "👍🏽",
-    "\u200d", "\ufe0f", "?!", "...", "/", "//", "#", "_x", "\x00", "\x7f", "\ufffd",
-    "<s>", "</s>", "<think>", "[INST]", "[/INST]", "<s", "<thin", "[[INST]]"]
+    "\u200d", "\ufe0f", "?!", "...", "/", "//", "#", "_x", "\x00", "\x7f", "\ufffd", "\u0340", "\u212b", "\u1100\u1161",
+    "<s>", "</s>", "<think>", "[INST]", "[/INST]", "<s", "<thin", "[[INST]]", "<s>>", "s>"]
 
 TOKENIZERS = {
-    "Nemo kind": dict(pattern="nemo"),
-    "Llama 3 kind": dict(pattern="llama3", special_first=False, ignore_merges=True, all_splits=True,
+    "Nemo kind": dict(steps=("nemo",)),
+    "Llama 3 kind": dict(steps=("llama3",), special_first=False, ignore_merges=True, all_splits=True,
                          extra=["xyzzy", "Ġplugh"]),
-    "pairs, trained merges, ignore_merges": dict(pattern="llama3", ignore_merges=True, as_strings=False),
-    "GPT-2 kind": dict(pattern="gpt2", special_first=False),
-    "a pattern that skips text": dict(pattern="words only", as_strings=False),
+    "pairs, trained merges, ignore_merges": dict(ignore_merges=True, as_strings=False),
+    "GPT-2's own file": dict(steps=(), special_first=False, byte_regex=True, named=False),
+    "a pattern that skips text": dict(steps=("words only",), as_strings=False),
+    "SmolLM kind": dict(steps=("digits",), missing="\x00\x04\x7f\xc0\xc1\xf1", byte_regex=True),
+    "half of the bytes missing": dict(missing="".join(map(chr, range(1, 256, 2))), count=0),
+    "Qwen kind": dict(steps=("llama3",), normalizer={"type": "NFC"}),
+    "NFKD": dict(steps=("llama3",), normalizer={"type": "NFKD"}),
+    "DeepSeek kind": dict(steps=("up to three digits", "CJK", "DeepSeek"),
+                          normalizer={"type": "Sequence", "normalizers": []}),
+    "special tokens that begin alike": dict(special=("<s>", "<s>>", "<s", "</s>", "[INST]", "[[INST]")),
 }
+
+
+def random_texts(count, seed=0):
+    """Mixtures of digits, whitespace runs, line ends, emoji, combining marks, special tokens and parts of them."""
+    rng = random.Random(seed)
+    texts = [CORPUS, "", *SNIPPETS, "xyzzy plugh xyzzyx", "a" * 300, " " * 70]
+    for _ in range(count):
+        parts = rng.choices(SNIPPETS, k=rng.randrange(1, 12))
+        if rng.random() < 0.3:
+            spaces = rng.choice(" \n\r\t\v\f\x1c\x85\u2028\u3000") * rng.randrange(1, 5)
+            parts[rng.randrange(len(parts))] = spaces
+        for _ in range(rng.choice([0, 0, 3])):
+            plane = rng.choice([0x80, 0x2000, 0xD800, 0x110000])
+            letter = chr(rng.randrange(plane))
+            parts.append(letter if letter.isprintable() else "")
+        texts.append("".join(parts))
+    return texts
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)
 def test_token_ids_are_those_of_the_naive_reading(case, tmp_path):
-    """On random mixtures of digits, whitespace runs, line ends, emoji, combining marks, special tokens and parts of
-    them; and every text comes back from its ids."""
     raw = make_tokenizer(**TOKENIZERS[case])
-    enc, rng = load_from(raw, tmp_path), random.Random(0)
-    texts = [CORPUS, "", *SNIPPETS, "xyzzy plugh xyzzyx", "a" * 300, " " * 70]
-    texts += ["".join(rng.choice(SNIPPETS) for _ in range(rng.randrange(1, 12))) for _ in range(1500)]
-    letter = lambda: chr(rng.choice((rng.randrange(32, 127), rng.randrange(160, 0x2000))))
-    texts += ["".join(letter() for _ in range(8)) for _ in range(200)]
-    for text in texts:
+    enc = load_from(raw, tmp_path)
+    for text in random_texts(1000):
         ids = enc.encode(text, allowed_special="all")
         assert ids == naive_encode(raw, text), repr(text)
-        assert enc.decode(ids) == text
-    assert len(enc.encode(CORPUS)) < 0.8 * len(CORPUS.encode())              # merges were at work at all
+        if not raw["normalizer"] and not enc.missing:
+            assert enc.decode(ids) == text
+    merged = len(enc.encode(CORPUS)) < 0.8 * len(CORPUS.encode())
+    assert merged or not raw["model"]["merges"]
+
+
+def compare_with_library(raw, texts, path, decode=True):
+    """Raises AssertionError for the first text whose ids, or whose text from these ids, are not the library's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    enc = load_from(raw, path)
+    library = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    for text in texts:
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert enc.encode(text, allowed_special="all") == ids, repr(text)
+        assert not decode or enc.decode(ids) == library.decode(ids, skip_special_tokens=False), repr(text)
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_token_ids_are_those_of_the_library(case, tmp_path):
+    compare_with_library(make_tokenizer(**TOKENIZERS[case]), random_texts(400, seed=1), tmp_path)
 
 
 def test_special_tokens_are_cut_out_only_when_allowed(tmp_path):
     enc = load_from(make_tokenizer(), tmp_path)
     assert enc.encode("a</s>b", allowed_special="all").count(1) == 1
-    assert 1 not in enc.encode("a</s>b", disallowed_special=())
-    assert enc.decode(enc.encode("a</s>b", disallowed_special=())) == "a</s>b"
+    assert 1 not in enc.encode("a</s>b")
+    assert enc.decode(enc.encode("a</s>b")) == "a</s>b"
 
 
-def test_accepted_merges_give_the_same_ids_however_strange_they_are(tmp_path):
-    """tiktoken joins whatever is in the vocabulary, tokenizer.json only what its merges allow. Random merges over two
-    letters, where the two rules often differ: what is accepted must agree, and what is refused must be for a reason."""
-    rng, accepted, refused = random.Random(0), 0, 0
+def test_lone_surrogates_become_the_replacement_character(tmp_path):
+    enc = load_from(make_tokenizer(), tmp_path)
+    assert enc.decode(enc.encode("a\ud83d\ude00b\ud800c")) == "a\U0001f600b\ufffdc"
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "\n"])
+def test_a_million_times_the_same_character_is_encoded(unit, tmp_path):
+    """tiktoken's own patterns run out of stack at half a million spaces; older ones end the process."""
+    enc = load_from(make_tokenizer(), tmp_path)
+    text = unit * 1_000_000
+    assert enc.decode(enc.encode(text)) == text
+
+
+def random_merges(rng, size):
+    """Merges over two letters, sometimes two ways to the same token -> merges, all tokens."""
+    parts = ["a", "b"]
+    merges = []
+    while len(parts) < size:
+        pair = (rng.choice(parts), rng.choice(parts))
+        if "".join(pair) in parts:
+            continue
+        merges.append(pair)
+        parts.append("".join(pair))
+        while rng.random() < 0.3:
+            at = rng.randrange(1, len(parts[-1])) if len(parts[-1]) > 1 else 0
+            second = (parts[-1][:at], parts[-1][at:])
+            if set(second) <= set(parts) and second not in merges:
+                merges.append(second)
+    return merges, parts
+
+
+def test_accepted_merges_give_the_same_ids_however_strange_they_are(tmp_path, no_library):
+    """tiktoken joins whatever is in the vocabulary, tokenizer.json only what its merges allow. Random merges, where the
+    two rules often differ: what is accepted must agree, and what is refused must be for a reason."""
+    rng = random.Random(0)
+    accepted = 0
+    refused = 0
     for _ in range(200):
-        parts, merges, size = ["a", "b"], [], rng.choice((4, 7, 12))
-        while len(parts) < size:
-            pair = rng.choice(parts), rng.choice(parts)
-            if "".join(pair) not in parts:
-                merges.append(pair)
-                parts.append("".join(pair))
-                while rng.random() < 0.3:                                    # sometimes a second way to the same token
-                    cut = rng.randrange(1, len(parts[-1])) if len(parts[-1]) > 1 else 0
-                    second = parts[-1][:cut], parts[-1][cut:]
-                    merges += [second] * (set(second) <= set(parts) and second not in merges)
+        merges, parts = random_merges(rng, rng.choice((4, 7, 12)))
         style = dict(ignore_merges=rng.random() < 0.5, all_splits=rng.random() < 0.5)
         raw = make_tokenizer(merges=merges, **style)
-        texts = ["".join(rng.choice("ab") for _ in range(rng.randrange(1, 14))) for _ in range(80)] + parts
+        texts = ["".join(rng.choices("ab", k=rng.randrange(1, 14))) for _ in range(80)]
         try:
             enc = load_from(raw, tmp_path)
         except UserError as error:
             refused += "merges" in str(error)
             continue
         accepted += 1
-        for text in texts:
+        for text in texts + parts:
             assert enc.encode(text) == naive_encode(raw, text), (merges, style, text)
     assert accepted > 50 and refused > 25
+
+
+def test_accepted_added_tokens_give_the_ids_of_the_library(tmp_path):
+    """Added tokens that begin alike, overlap, are normalised or not, have ids of their own, of the vocabulary, or with
+    a hole before them: refused, or the same ids in every text."""
+    rng = random.Random(0)
+    accepted = 0
+    refused = 0
+    for _ in range(150):
+        raw = make_tokenizer(special=(), count=20, normalizer=rng.choice([None, {"type": "NFC"}, {"type": "NFKD"}]))
+        vocab = raw["model"]["vocab"]
+        following = len(vocab)
+        for _ in range(rng.randrange(1, 5)):
+            text = "".join(rng.choices(["a", "b", "<", "g", "\u0301", "\u01f5", "\u212b"], k=rng.randrange(1, 4)))
+            token = vocab.get(text, following) if rng.random() < 0.9 else following + rng.randrange(3)
+            raw["added_tokens"].append(added_token(token, text, normalized=rng.random() < 0.5))
+            following = max(following, token + 1)
+        texts = ["".join(rng.choices("ab<g\u0301\u01f5\u212b", k=rng.randrange(1, 14))) for _ in range(60)]
+        try:
+            # The library decodes a token with accents as if it were bytes, or as it is normalised.
+            compare_with_library(raw, texts, tmp_path, decode=False)
+            accepted += 1
+        except UserError:
+            refused += 1
+    assert accepted > 50 and refused > 25
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    """As if the package tokenizers were not installed."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
 
 
 def edit(**change):
     return lambda raw: raw["model"].update(change)
 
 
-def edit_split(step=0, **change):
+def edit_step(step, **change):
     return lambda raw: raw["pre_tokenizer"]["pretokenizers"][step].update(change)
 
 
@@ -1676,48 +1814,76 @@ def edit_added(**change):
     return lambda raw: raw["added_tokens"][2].update(change)
 
 
+def edit_vocab(**change):
+    return lambda raw: raw["model"]["vocab"].update(change)
+
+
+def add_merge(merge):
+    return lambda raw: raw["model"]["merges"].append(merge)
+
+
 def swap_merges(raw):
     merges = raw["model"]["merges"]
     merges[3], merges[90] = merges[90], merges[3]
 
 
-REFUSED_TOKENIZERS = {
-    "a normalizer": (lambda raw: raw.update(normalizer={"type": "NFC"}), "normalizer.*NFC"),
-    "special tokens that are prefixes": (edit_added(content="<s>x"), "'<s>' is a prefix of '<s>x'"),
-    "a special token that strips": (edit_added(lstrip=True), r"\[INST\].* strips"),
-    "a special token between word borders": (edit_added(single_word=True), r"\[INST\].* word"),
-    "removed separators": (edit_split(behavior="Removed"), "behavior Removed"),
-    "separators merged with what precedes": (edit_split(behavior="MergedWithPrevious"), "MergedWithPrevious"),
-    "an inverted split": (edit_split(invert=True), "invert True"),
-    "a split by a string": (edit_split(pattern={"String": " "}), "String"),
-    "a pattern that is no regex": (edit_split(pattern={"Regex": "(a"}), "pattern"),
-    "a digits step": (lambda raw: raw["pre_tokenizer"]["pretokenizers"].insert(1, {"type": "Digits"}), "one Split"),
+# What ByteTokenizer cannot hold: where the package tokenizers is missing, the reason and what to install.
+NEEDS_LIBRARY = {
+    "a normalizer": (lambda raw: raw.update(normalizer={"type": "Lowercase"}), r"a normalizer \(Lowercase\)"),
+    "a special token that strips": (edit_added(lstrip=True), r"'\[INST\]' strips"),
+    "a special token between word borders": (edit_added(single_word=True), r"'\[INST\]' .* word borders"),
+    "removed separators": (edit_step(0, behavior="Removed"), "Split, behavior Removed"),
+    "separators merged with what precedes": (edit_step(0, behavior="MergedWithPrevious"), "MergedWithPrevious"),
+    "an inverted split": (edit_step(0, invert=True), "invert True"),
+    "a pattern that is no regex": (edit_step(0, pattern={"Regex": "(a"}), "pattern: missing"),
+    "another step": (lambda raw: raw["pre_tokenizer"]["pretokenizers"].insert(1, {"type": "BertPreTokenizer"}), "step BertP"),
     "another splitter": (lambda raw: raw.update(pre_tokenizer={"type": "Metaspace"}), "ByteLevel"),
     "no splitter": (lambda raw: raw.update(pre_tokenizer=None), "ByteLevel"),
-    "a prefix space": (edit_split(1, add_prefix_space=True), "prefix space"),
-    "two patterns": (edit_split(1, use_regex=True), "one Split"),
-    "Unigram": (edit(type="Unigram"), "Unigram"),
-    "WordPiece": (edit(type="WordPiece"), "WordPiece"),
-    "no model": (lambda raw: raw.update(model=None), "only byte-level BPE"),
-    "dropout": (edit(dropout=0.1), "dropout"),
-    "a continuation prefix": (edit(continuing_subword_prefix="##"), "continuing_subword_prefix"),
-    "a word suffix": (edit(end_of_word_suffix="</w>"), "end_of_word_suffix"),
-    "byte fallback": (lambda raw: raw["model"]["vocab"].update({"▁the": 900, "<0x0A>": 901}), "byte-level"),
-    "a byte that is missing": (lambda raw: raw["model"]["vocab"].pop("Z"), "a byte"),
-    "merges out of order": (swap_merges, "order of ids"),
-    "a merge of unknown tokens": (lambda raw: raw["model"]["merges"].append("Z Z"), "not in the vocabulary"),
-    "a merge of three": (lambda raw: raw["model"]["merges"].append("Z Z Z"), "two tokens"),
-    "a token that no merge gives": (lambda raw: raw["model"]["vocab"].update(ZZZ=9000), "ZZZ"),
+    "a prefix space": (edit_step(1, add_prefix_space=True), "prefix space"),
+    "Unigram": (edit(type="Unigram"), "model type Unigram"),
+    "no model": (lambda raw: raw.update(model=None), "not byte-level BPE"),
+    "a continuation prefix": (edit(continuing_subword_prefix="##"), "continuing_subword_prefix = '##'"),
+    "a word suffix": (edit(end_of_word_suffix="</w>"), "end_of_word_suffix = '</w>'"),
+    "byte fallback": (edit_vocab(**{"▁the": 380, "<0x0A>": 381}), "'▁' is not a character of byte-level BPE"),
+    "a byte that a merge needs": (lambda raw: raw["model"]["vocab"].pop("t"), "not in the vocabulary"),
+    "bytes that become unknown": (lambda raw: raw["model"].update(unk_token="Z") or raw["model"]["vocab"].pop("\u0100"),
+                                  "bytes without a token"),
+    "merges out of order": (swap_merges, "not in the order of ids"),
+    "a merge of unknown tokens": (add_merge("Z Z"), "not in the vocabulary"),
+    "a token that no merge gives": (edit_vocab(ZZZ=9000), "b'ZZZ' is not what its merges give"),
+    "a very long token": (edit_vocab(**{"Z" * 2000: 9000}), "a token has 2000 bytes"),
+}
+# What no package would put right.
+CONTRADICTIONS = {
+    "dropout": (edit(dropout=0.1), "model.dropout = 0.1: the ids of a text are random"),
+    "a merge of three": (add_merge("Z Z Z"), "a merge does not name two tokens"),
+    "an id that is another's": (edit_vocab(Z=70), "two tokens have the same id"),
+    "an id that is none": (edit_vocab(Z=-1), "-1 is no token id"),
+    "an id that is text": (edit_vocab(Z="7"), "'7' is no token id"),
+    "a special token that is there twice": (edit_added(content="<s>", id=0), "'<s>' stands there twice"),
+    "a special token without text": (edit_added(content=""), "'' stands there twice, or is empty"),
+    "a hole before a special token": (edit_added(content="<x>", id=900), "the id 900; by the vocabulary it is 3[0-9]+"),
+    "a special token that is in the vocabulary": (edit_added(content="the"), "'the' has the id 2; by the .* it is"),
+    "a list of nothing": (lambda raw: raw.update(added_tokens=[None]), r"not understood \(TypeError"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED_TOKENIZERS)
-def test_tokenizer_that_would_give_other_ids_is_refused_with_the_reason(case, tmp_path):
-    damage, named = REFUSED_TOKENIZERS[case]
+@pytest.mark.parametrize("case", NEEDS_LIBRARY)
+def test_what_only_the_library_reads_names_the_reason_and_the_package(case, tmp_path, no_library):
+    damage, words = NEEDS_LIBRARY[case]
     raw = make_tokenizer()
     load_from(raw, tmp_path)
     damage(raw)
-    with pytest.raises(UserError, match=f"tokenizer.json: .*{named}"):
+    with pytest.raises(UserError, match=rf"tokenizer.json: .*{words}.*; it needs .*pip install tokenizers$"):
+        load_from(raw, tmp_path)
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_file_that_contradicts_itself_is_refused_with_the_reason(case, tmp_path):
+    damage, words = CONTRADICTIONS[case]
+    raw = make_tokenizer()
+    damage(raw)
+    with pytest.raises(UserError, match=f"tokenizer.json: .*{words}"):
         load_from(raw, tmp_path)
 
 
@@ -1728,6 +1894,243 @@ def test_unreadable_tokenizer_files_are_refused(tmp_path):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(UserError, match="tokenizer.json"):
             load_tokenizer(tmp_path)
+
+
+# The rest goes through the package tokenizers.
+
+def sentencepiece(metaspace=False):
+    """The dict of a tokenizer.json like Llama 2's: byte fallback, a space before every text."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    merges = [("\u2581", "t"), ("h", "e"), ("\u2581t", "he"), ("a", "a"), ("\u2581", "\u2581")]
+    tokens += [*"abcdefghijklmnopqrstuvwxyz\u4f60", *(left + right for left, right in merges)]
+    raw = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None, "post_processor": None}
+    raw["added_tokens"] = [added_token(i, tokens[i]) for i in range(3)]
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    raw["normalizer"] = {"type": "Sequence", "normalizers": [prepend, replace]}
+    back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    raw["decoder"] = {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]}
+    if metaspace:
+        raw["normalizer"] = None
+        space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+        raw["pre_tokenizer"] = space
+    raw["model"] = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                    "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+                    "vocab": {token: i for i, token in enumerate(tokens)}, "merges": [" ".join(m) for m in merges]}
+    return raw
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_sentencepiece_goes_through_the_library_with_the_same_four_methods(metaspace, tmp_path):
+    raw = sentencepiece(metaspace)
+    compare_with_library(raw, ["", "the cat", "<s>the  </s>", "caf\u00e9 \u4f60\u597d \U0001f600\n", "aaa"], tmp_path)
+    enc = load_tokenizer(tmp_path)
+    text = "the caf\u00e9 \u4f60\u597d \U0001f600</s>"
+    ids = enc.encode(text, allowed_special="all")
+    assert b"".join(map(enc.decode_single_token_bytes, ids)).decode() == " " + text
+    assert enc.decode_single_token_bytes(3 + 0xC3) == b"\xc3" and enc.decode_single_token_bytes(1) == b"<s>"
+    assert enc.max_token_value == len(raw["model"]["vocab"]) - 1
+    with pytest.raises(KeyError):
+        enc.decode_single_token_bytes(enc.max_token_value + 1)
+    assert enc.decode(enc.encode("a cat")) == "a cat"
+    with pytest.raises(UserError, match="special token in a text as plain text"):
+        enc.encode("a</s>")
+
+
+def test_byte_level_kinds_that_go_through_the_library_print_their_bytes(tmp_path):
+    raw = make_tokenizer()
+    edit_added(rstrip=True)(raw)
+    compare_with_library(raw, random_texts(50), tmp_path)
+    enc = load_tokenizer(tmp_path)
+    ids = enc.encode("na\u00efve [INST]  x", allowed_special="all")
+    assert b"".join(map(enc.decode_single_token_bytes, ids)).decode() == "na\u00efve [INST]x"
+
+
+def test_what_the_library_does_not_read_either_says_both_reasons(tmp_path):
+    pytest.importorskip("tokenizers")
+    raw = make_tokenizer()
+    raw["normalizer"] = {"type": "Strange"}
+    with pytest.raises(UserError, match=r"a normalizer \(Strange\); with the package tokenizers: not understood"):
+        load_from(raw, tmp_path)
+    raw = sentencepiece()
+    raw["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    with pytest.raises(UserError, match="the decoder .*WordPiece.* does not say which bytes"):
+        load_from(raw, tmp_path)
+
+
+def template_processor(*before, after=()):
+    """A post_processor that puts tokens before and after a text."""
+    def special(text):
+        return {"SpecialToken": {"id": text, "type_id": 0}}
+    single = [*map(special, before), {"Sequence": {"id": "A", "type_id": 0}}, *map(special, after)]
+    tokens = {text: {"id": text, "ids": [SPECIAL.index(text)], "tokens": [text]} for text in [*before, *after]}
+    return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens}
+
+
+@pytest.mark.parametrize("processor, ids", [
+    (None, []),
+    ({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}, []),
+    (template_processor("<s>"), [0]),
+    (template_processor("<s>", after=["</s>"]), [0]),
+    (template_processor(after=["</s>"]), []),
+    ({"type": "Sequence", "processors": [template_processor("</s>", "<s>")]}, [1, 0])])
+def test_begin_tokens_are_those_that_the_library_puts_before_a_text(processor, ids, tmp_path):
+    raw = make_tokenizer()
+    raw["post_processor"] = processor
+    enc = load_from(raw, tmp_path)
+    assert nano.begin_tokens(tmp_path, enc) == ids
+    library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert library.encode("a").ids[:len(ids) + 1] == [*ids, *enc.encode("a")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chat templates.
+
+CHATML = """{% for message in messages %}
+    {%- if loop.first and message.role != 'system' %}
+        {{- '<|im_start|>system\\nYou help.<|im_end|>\\n' }}
+    {%- endif %}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+LLAMA3 = """{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system = "" %}
+{%- endif %}
+{%- set date = strftime_now("%Y") if strftime_now is defined else "none" %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nThe year: " + date + "\\n" + system + "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+
+MISTRAL = """{{ bos_token }}{% for message in messages %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('roles must alternate user/assistant') }}
+{%- endif %}
+{%- if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{%- else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}
+{%- endfor %}"""
+
+QWEN = """{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if message.role == 'assistant' and '</think>' in content and not loop.last %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {%- if message.role == 'tool' %}{% continue %}{% endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n<think>\\n' }}
+    {{- {'tools': tools, 'text': '<&>'} | tojson }}
+{%- endif %}"""
+
+MARKS = ("<s>", "</s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
+         "<|eot_id|>")
+NAMES = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False, "__type": "AddedToken"}}
+TEMPLATES = {"ChatML": (CHATML, "<|im_end|>"), "Llama 3": (LLAMA3, "<|eot_id|>"), "Mistral": (MISTRAL, "</s>"),
+             "Qwen": (QWEN, "<|im_end|>")}
+TALKS = [[("user", " Hi\n")], [("user", "a"), ("assistant", "<think>t</think>\n\nb"), ("user", "c \u00e9 <s>")],
+         [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")], [("assistant", "first")]]
+
+
+def talk(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def chat_from(path, special=MARKS, **config):
+    """A checkpoint's tokenizer files with this tokenizer_config.json -> its Chat."""
+    enc = load_from(make_tokenizer(special=special), path)
+    (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return nano.load_chat(path, enc)
+
+
+def test_a_chatml_template_reads_as_it_is_written(tmp_path):
+    chat = chat_from(tmp_path, chat_template=CHATML, **NAMES)
+    text = chat.prompt(talk(("user", "Hi"), ("assistant", "Yes?"), ("user", "No")))
+    assert text == ("<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+                    "Yes?<|im_end|>\n<|im_start|>user\nNo<|im_end|>\n<|im_start|>assistant\n")
+    assert chat.end == "<|im_end|>" and chat.refusal is None
+
+
+@pytest.mark.parametrize("form", ["text", "list", "file"])
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_prompts_are_those_of_transformers(case, form, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    template, end = TEMPLATES[case]
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+    chat = chat_from(tmp_path, chat_template={"text": template, "list": named, "file": "not this"}[form], **NAMES)
+    if form == "file":
+        (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+        chat = nano.load_chat(tmp_path, load_tokenizer(tmp_path))
+    assert chat.end == end
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for turns in TALKS:
+        messages = talk(*turns)
+        try:
+            expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            with pytest.raises(UserError, match=f"its chat template: .*{error}"):
+                chat.prompt(messages)
+            continue
+        assert chat.prompt(messages) == expected
+
+
+def test_the_built_in_form_needs_its_marks_as_single_tokens(tmp_path):
+    chat = chat_from(tmp_path)
+    messages = talk(("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"))
+    assert chat.prompt(messages) == "<s>[INST] S\n\na [/INST]b</s>[INST] c [/INST]"
+    assert chat.end == "</s>"
+    chat = chat_from(tmp_path, special=[mark for mark in MARKS if mark != "[INST]"])
+    words = r"no chat template, and .* does not fit: \[INST\] is not a single token"
+    with pytest.raises(UserError, match=words):
+        chat.prompt(messages)
+    with pytest.raises(UserError, match=words):
+        chat.end
+
+
+def test_a_template_without_an_end_token_takes_the_checkpoints(tmp_path):
+    silent = "{{ messages[-1].content }}"
+    assert chat_from(tmp_path, chat_template=silent, **NAMES).end == "</s>"
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|eot_id|>"}')
+    assert chat_from(tmp_path, chat_template=silent).end == "<|eot_id|>"
+    chat = chat_from(tmp_path, chat_template=silent, eos_token="<end>")
+    assert "no single token ends an answer" in chat.refusal and "'<end>'" in chat.refusal
+
+
+@pytest.mark.parametrize("config, words", [
+    (dict(chat_template="{% if %}"), "its chat template: .*Expected an expression"),
+    (dict(chat_template=5), "chat_template: expected a text, found int"),
+    (dict(chat_template=[5]), "chat_template: not understood"),
+    (dict(chat_template=[{"name": "rag", "template": "x"}]), "chat_template: of the templates rag none is named default")])
+def test_a_template_that_cannot_be_read_is_a_refusal_not_a_failure(config, words, tmp_path):
+    chat = chat_from(tmp_path, **config)
+    assert re.search(f"{tmp_path}: {words}", chat.refusal)
+    with pytest.raises(UserError, match=words):
+        chat.prompt(talk(("user", "a")))
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path):
+    chat = chat_from(tmp_path, chat_template="{{ messages.append(1) }}", **NAMES)
+    with pytest.raises(UserError, match="its chat template: .*SecurityError"):
+        chat.prompt(talk(("user", "a")))
+
+
+def test_a_template_without_jinja2_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert chat_from(tmp_path, chat_template=CHATML).refusal.endswith("pip install jinja2")
+    assert chat_from(tmp_path).end == "</s>"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3305,6 +3708,200 @@ def test_a_progress_file_without_its_header_is_refused(traces, tmp_path):
     save_file({"weight|norm.weight": torch.ones(3)}, tmp_path / "progress.safetensors")
     with pytest.raises(UserError, match="does not continue this run"):
         run(train_sft, "--model", traces[0], "--steps", 1, "--resume", "--out", tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Readers under mutation. A file that was damaged, or written by a program that means something else, loads or is
+# refused with a UserError of one line. No other exception, no more than 5 seconds, no more than 3 GB.
+#
+# A new reader is one line in READERS. The short run is a test; the long one: python test_model.py --mutate 10000
+
+class Pairs(list):
+    """A JSON object as a list of (key, value): a key may be there twice."""
+
+
+class Text(str):
+    """JSON as it is to be written."""
+
+
+STRANGE = [None, True, False, 0, 1, -1, 2, 7, 0.5, -0.5, 1e-300, 1e300, 10 ** 6, 2 ** 31, 2 ** 63, 10 ** 30, "", "x",
+           "auto", "\ud800", "a\nb", "../x", "\0", [], [1], [None], ["t"], Pairs(), Pairs([("a", 1)]),
+           Text("NaN"), Text("Infinity"), Text("-Infinity"), Text("9" * 5000), Text("[" * 100_000 + "]" * 100_000)]
+
+
+def to_json(value):
+    """What json.loads(..., object_pairs_hook=Pairs) gave -> text."""
+    if isinstance(value, Pairs):
+        return "{" + ", ".join(json.dumps(key) + ": " + to_json(item) for key, item in value) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(to_json, value)) + "]"
+    return value if isinstance(value, Text) else json.dumps(value)
+
+
+def places(value):
+    """Every (list or Pairs, index) within a JSON value."""
+    found = []
+    for i, item in enumerate(value if isinstance(value, list) else ()):
+        found.append((value, i))
+        found += places(item[1] if isinstance(value, Pairs) else item)
+    return found
+
+
+def mutate_json(text, rng):
+    """One to three values replaced by strange ones or by each other; keys renamed, deleted, doubled."""
+    value = json.loads(text, object_pairs_hook=Pairs)
+    for _ in range(rng.randint(1, 3)):
+        spots = places(value)
+        if not spots:
+            return to_json(rng.choice(STRANGE))
+        where, i = rng.choice(spots)
+        other, j = rng.choice(spots)
+        strange = rng.choice(STRANGE)
+        what = rng.choice(["replace", "replace", "replace", "swap", "rename", "delete", "double"])
+        if what == "replace":
+            where[i] = (where[i][0], strange) if isinstance(where, Pairs) else strange
+        elif what == "swap" and type(where) is type(other) is Pairs:
+            where[i] = (where[i][0], copy.deepcopy(other[j][1]))
+        elif what == "rename" and isinstance(where, Pairs):
+            where[i] = (strange if isinstance(strange, str) else "x" + where[i][0], where[i][1])
+        elif what == "delete":
+            del where[i]
+        elif what == "double":
+            where.append((where[i][0], strange) if isinstance(where, Pairs) else where[i])
+    return to_json(value)
+
+
+def mutate(data, rng):
+    """bytes of a JSON, JSON lines, safetensors or any other file -> damaged bytes."""
+    size = len(data)
+    start = rng.randrange(size)
+    stop = start + rng.choice([1, 8, 100, size])
+    what = rng.choice(["flip", "cut", "end", "double", "json", "json", "json", "json"])
+    if what == "flip":
+        # Most of a file is weights: look at its beginning, too.
+        start = rng.choice([start, start % 8, start % 400])
+        return data[:start] + bytes([data[start] ^ (1 << rng.randrange(8))]) + data[start + 1:]
+    if what == "cut":
+        return data[:start] + data[stop:]
+    if what == "end":
+        return data[:start]
+    if what == "double":
+        return data[:stop] + data[start:]
+    header = int.from_bytes(data[:8], "little")
+    if size > 8 and header < size:
+        text = mutate_json(data[8:8 + header], rng).encode("utf-8", "surrogatepass")
+        return len(text).to_bytes(8, "little") + text + data[8 + header:]
+    try:
+        return mutate_json(data, rng).encode("utf-8", "surrogatepass")
+    except ValueError:
+        lines = data.split(b"\n")
+        i = rng.randrange(len(lines))
+        if lines[i].strip():
+            lines[i] = mutate_json(lines[i], rng).encode("utf-8", "surrogatepass")
+        return b"\n".join(lines)
+
+
+def good_checkpoint(shards=1, **change):
+    """-> a function that writes the checkpoint into a directory."""
+    def make(path):
+        raw = raw_config(**change)
+        write_checkpoint(path, raw, random_tensors(raw), shards)
+        (path / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2, 3], "top_p": 0.9}')
+    return make
+
+
+# name -> (make(directory) writes good files, which of them are damaged, load(directory))
+INDEX = "model.safetensors.index.json"
+READERS = {
+    "config.json of a hybrid": (good_checkpoint(), ["config.json"], load_pretrained),
+    "config.json of Llama": (good_checkpoint(model_type="llama"), ["config.json"], load_pretrained),
+    "generation_config.json": (good_checkpoint(), ["generation_config.json"], load_pretrained),
+    "safetensors": (good_checkpoint(), ["model.safetensors"], load_pretrained),
+    "safetensors, index": (good_checkpoint(shards=3), [INDEX, "part_1.safetensors"], load_pretrained),
+}
+
+
+@contextlib.contextmanager
+def limited(seconds, extra_bytes):
+    """Inside, more seconds raise TimeoutError, and more memory than now plus extra_bytes MemoryError or the like."""
+    def too_long(*args):
+        raise TimeoutError(f"more than {seconds} seconds")
+    resource = pytest.importorskip("resource")
+    old_limit = resource.getrlimit(resource.RLIMIT_AS)
+    old_handler = signal.signal(signal.SIGALRM, too_long)
+    if os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm", encoding="ascii") as f:
+            now = int(f.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + extra_bytes, old_limit[1]))
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old_handler)
+        resource.setrlimit(resource.RLIMIT_AS, old_limit)
+
+
+def run_mutations(name, folder, count):
+    """Damage the files of READERS[name] `count` times -> ({"loaded": n, "refused": n}, [(number, exception), ...])."""
+    make, files, load = READERS[name]
+    folder.mkdir()
+    make(folder)
+    load(folder)
+    good = {file: (folder / file).read_bytes() for file in files}
+    counts = {"loaded": 0, "refused": 0}
+    failed = []
+    for i in range(count):
+        rng = random.Random(f"{name} {i}")
+        file = rng.choice(files)
+        # A new file: the old one may still be mapped into memory.
+        (folder / file).unlink()
+        (folder / file).write_bytes(mutate(good[file], rng))
+        try:
+            with limited(5, 3 << 30):
+                load(folder)
+            counts["loaded"] += 1
+        except UserError as e:
+            counts["refused"] += 1
+            if "\n" in str(e):
+                failed.append((i, ValueError(f"two lines: {e}")))
+        except BaseException as e:
+            if isinstance(e, KeyboardInterrupt):
+                raise
+            failed.append((i, e))
+        (folder / file).unlink()
+        (folder / file).write_bytes(good[file])
+    return counts, failed
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the limits are POSIX")
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_loads_or_is_refused(name, tmp_path):
+    counts, failed = run_mutations(name, tmp_path / "files", 200)
+    assert not failed, failed[0]
+    assert counts["loaded"] + counts["refused"] == 200
+
+
+def main():
+    """The long run of the mutations."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mutate", type=int, required=True, metavar="N", help="damaged files in all")
+    wanted = parser.parse_args().mutate
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in enumerate(READERS):
+            begin = time.time()
+            counts, failed = run_mutations(name, pathlib.Path(folder) / str(number), -(-wanted // len(READERS)))
+            print(f"{name:26} {counts['loaded']:6} loaded {counts['refused']:6} refused {len(failed):6} failed "
+                  f"{time.time() - begin:6.0f} s", flush=True)
+            for i, error in failed[:5]:
+                print(f"    number {i}: {type(error).__name__}: {error}"[:300])
+            bad += len(failed)
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
