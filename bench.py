@@ -4,7 +4,8 @@ What the conversion buys: tokens/s of a transformer (H-0) and of its hybrids (H-
     python bench.py --ctx 32768                                 # GPU: largest shape that fits; CPU: tiny, 2 minutes
     python bench.py --shape 3b --replace 0,20 --batch 1,8 --json bench.jsonl --plot bench.png
     python bench.py --what scan                                 # the selective scans that run here
-    python bench.py --figures out/h25 out/h27 out/h30           # a table and two pictures of what distill.py has saved
+    python bench.py --table out/h25 out/h27                     # what distill.py and train_sft.py have saved, in a table
+    python bench.py --figures results/ten.jsonl --out out/ten   # ... and in two pictures
 
 Weights are random (speed does not depend on them) unless --model names a checkpoint. All rows run the same code and the
 same attention kernel, H-0 too: a slow baseline would flatter the ratio.
@@ -18,22 +19,24 @@ import argparse
 import datetime
 import importlib.util
 import json
+import math
 import os
 import re
 import statistics
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import model as nanoh1
-from model import (KV, Config, HybridLM, State, UserError, claim_out, harm, join_projections, load_pretrained,
-                   provenance, run_main, scan_backend, selective_scan, start_script, sync)
+import model as nano
+from model import (Config, HybridLM, State, UserError, claim_out, harm, join_projections,
+                   load_pretrained, provenance, run_main, scan_backend, selective_scan,
+                   start_script, sync)
 
 # 15b is Apriel's teacher, 8b ... 1b are Llama-3 shapes, tiny has the depth of the first
 # and the width of a toy, so that a laptop shows the effect. Bytes and speed need no more than the shape.
@@ -47,46 +50,53 @@ SHAPES = {
 
 # Which of 50 layers go first: the published order, and then the one layer that it never replaces, so that H-50 can be
 # asked for. Speed depends on the count only.
-ORDER = [*nanoh1.APRIEL15B, 2]
+ORDER = [*nano.APRIEL15B, 2]
+
+WHAT = ("prefill", "decode", "scan")
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--ctx", default="32768", help="tokens of context; several, with commas, for --plot (default: 32768)")
+    add("--ctx", default="32768",
+        help="tokens of context; several, with commas, for --plot (default: 32768)")
     add("--shape", help=f"{', '.join(SHAPES)} (default: the largest that fits on a GPU, tiny on a CPU)")
-    add("--model", help="bench this checkpoint directory, beside an H-0 of its shape (default: random weights)")
-    add("--replace", help="layers replaced, of 50; scaled to other depths (default: 0,25,30,34,37,40; with --model: 0)")
-    add("--batch", help="texts at once; max: as many as fit (default: 1,16,max on a GPU, 1,4,max elsewhere)")
-    add("--what", default="prefill,decode", help="prefill, decode, scan (default: prefill,decode)")
-    add("--prefill-tokens", type=int, help="length of the measured prefill (default: --ctx on a GPU, else 1024)")
-    add("--seconds", type=float, default=2.0, help="time spent per measured cell, at least 3 runs (default: 2 s)")
-    add("--memory", type=float, help="GB for weights and caches (default: 96 %% of what is free on a GPU, else 4 GB)")
-    add("--graph", action="store_true", help="decode by replaying a CUDA graph of the steps (not measured yet)")
+    add("--model", help="bench this checkpoint directory, beside an H-0 of its shape "
+        "(default: random weights)")
+    add("--replace", help="layers replaced, of 50; scaled to other depths "
+        "(default: 0,25,30,34,37,40; with --model: 0)")
+    add("--batch", help="texts at once; max: as many as fit "
+        "(default: 1,16,max on a GPU, 1,4,max elsewhere)")
+    add("--what", default="prefill,decode", help=f"{', '.join(WHAT)} (default: prefill,decode)")
+    add("--prefill-tokens", type=int,
+        help="length of the measured prefill (default: --ctx on a GPU, else 1024)")
+    add("--seconds", type=float, default=2.0,
+        help="time spent per measured cell, at least 3 runs (default: 2 s)")
+    add("--memory", type=float,
+        help="GB for weights and caches (default: 96 %% of what is free on a GPU, else 4 GB)")
+    add("--graph", action="store_true",
+        help="decode by replaying a CUDA graph of the steps (not measured yet)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
-    add("--dtype", default="auto", help="float32 or bfloat16 (default: bfloat16 on cuda, else float32)")
+    add("--dtype", default="auto",
+        help="float32 or bfloat16 (default: bfloat16 on cuda, else float32)")
     add("--seed", type=int, default=0, help="seed of weights and inputs (default: 0)")
-    add("--json", metavar="FILE", help="append one JSON line per row; with --table or --figures: write their "
-        "reports, one line each (such a file can be given to both instead of directories)")
-    add("--plot", metavar="FILE.png", help="tokens/s against context and against Mamba layers (needs matplotlib)")
+    add("--json", metavar="FILE", help="append one JSON line per row; with --table or --figures: "
+        "write their results, one line each (such a file can be given to both instead of directories)")
+    add("--plot", metavar="FILE.png",
+        help="tokens/s against context and against Mamba layers (needs matplotlib)")
     # Results of distill.py and train_sft.py instead of measurements.
-    add("--table", nargs="+", metavar="DIR", help="only print a table of these results (or those inside, or in a file of "
-        "--json)")
-    add("--figures", nargs="+", metavar="DIR", help="... and draw the family into --out")
+    add("--table", nargs="+", metavar="DIR",
+        help="only print a table of these results (or those inside, or in a file of --json)")
+    add("--figures", nargs="+", metavar="DIR", help="... and draw two pictures of them into --out")
     add("--out", default="results", help="directory for the pictures of --figures (default: results)")
     add("--speeds", metavar="FILE", help="for --figures: tokens/s from bench.py --model DIR --json FILE")
     args = p.parse_args()
     args.ctx = numbers("--ctx", args.ctx)
-    args.replace = numbers("--replace", args.replace or ("0" if args.model else "0,25,30,34,37,40"), least=0)
+    default = "0" if args.model else "0,25,30,34,37,40"
+    args.replace = numbers("--replace", args.replace or default, least=0)
     args.what = args.what.split(",")
-    for value, known, name in [(w, ("prefill", "decode", "scan"), "--what") for w in args.what] + [
-            (args.shape or "tiny", SHAPES, "--shape")]:
-        if value not in known:
-            raise UserError(f"{name} {value!r}: known are {', '.join(known)}")
-    if max(args.replace) > 50 or min(args.ctx) < 8 or (args.prefill_tokens or 1) < 1:
-        raise UserError("--replace goes from 0 to 50, --ctx starts at 8, --prefill-tokens at 1")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install matplotlib")
+    check_args(args)
     return args
 
 
@@ -101,35 +111,55 @@ def numbers(flag, text, least=1):
     return values
 
 
+def check_args(args):
+    """Raises UserError for what cannot be meant, before anything is measured."""
+    for what in args.what:
+        if what not in WHAT:
+            raise UserError(f"--what {what!r}: known are {', '.join(WHAT)}")
+    if args.shape and args.shape not in SHAPES:
+        raise UserError(f"--shape {args.shape!r}: known are {', '.join(SHAPES)}")
+    if max(args.replace) > 50:
+        raise UserError("--replace goes from 0 to 50")
+    if min(args.ctx) < 8:
+        raise UserError("--ctx starts at 8")
+    if args.prefill_tokens is not None and args.prefill_tokens < 1:
+        raise UserError("--prefill-tokens starts at 1")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# What must be kept and moved, computed from the shapes. test_model.py compares it with the real tensors.
+# What must be kept and moved, from the shapes alone: a model on the meta device has sizes and no memory.
 
 def hybrid(config, k):
     """config with k of 50 layers replaced, scaled to its own depth."""
     n = config.n_layer
-    order = sorted(range(n), key=lambda i: ORDER.index(i * 50 // n))         # layer i stands for layer i * 50 / n of 50
-    gone = order[:round(k * n / 50)]
+    # Layer i stands for layer i * 50 / n of 50.
+    turn = [ORDER.index(i * 50 // n) for i in range(n)]
+    first_to_go = sorted(range(n), key=turn.__getitem__)
+    gone = first_to_go[:round(k * n / 50)]
     return replace(config, layout=tuple("m2" if i in gone else "t" for i in range(n)))
 
 
 def sizes(config, dtype, ctx):
-    """-> parameters; bytes of all weights, of those read per step, of one text's caches and of its recurrent states."""
-    c, item = config, dtype.itemsize
-    with torch.device("meta"):                                               # shapes without memory
-        params = dict(HybridLM(config).named_parameters())
-    nbytes = lambda name, p: p.numel() * (4 if nanoh1.keeps_float32(name) else item)
-    weights = sum(nbytes(name, p) for name, p in params.items())
+    """-> parameters; bytes of all weights, of those read per step, of one text's caches and of its
+    recurrent states."""
+    with torch.device("meta"):
+        model = nano.cast(HybridLM(config), "meta", dtype)
+        kv_bytes, state_bytes = model.new_state(1, ctx).nbytes()
+    weight_bytes = sum(p.nbytes for p in model.parameters())
     # One row of the embedding table is read per token; the output head is read whole, also if it is the same table.
-    read = weights - (0 if c.tie_embeddings else nbytes("", params["embed_tokens.weight"]))
-    kv = 2 * ctx * c.n_kv_head * c.head_dim * item * c.layout.count("t")
-    state = ((c.d_conv - 1) * c.d_xb * item + c.d_inner * c.d_state * 4) * c.layout.count("m2")
-    return {"params": sum(p.numel() for p in params.values()), "weight_bytes": weights, "read_bytes": read,
-            "kv_bytes": kv, "state_bytes": state}
+    unread = 0 if config.tie_embeddings else model.embed_tokens.weight.nbytes
+    return {"params": sum(p.numel() for p in model.parameters()),
+            "weight_bytes": weight_bytes, "read_bytes": weight_bytes - unread,
+            "kv_bytes": kv_bytes, "state_bytes": state_bytes}
 
 
-def limit(size, batch, bandwidth):
+def decode_limit(size, batch, bandwidth):
     """Tokens/s if a step did nothing but move its bytes: weights and caches in, states in and out."""
-    return batch / ((size["read_bytes"] + batch * (size["kv_bytes"] + 2 * size["state_bytes"])) / bandwidth)
+    of_one_text = size["kv_bytes"] + 2 * size["state_bytes"]
+    seconds = (size["read_bytes"] + batch * of_one_text) / bandwidth
+    return batch / seconds
 
 
 def memory_for(args, device):
@@ -137,75 +167,88 @@ def memory_for(args, device):
     if args.memory:
         return args.memory * 1e9
     if device.type != "cuda":
-        return 4e9                                                           # a laptop stays usable, and the run short
+        # A laptop stays usable, and the run short.
+        return 4e9
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated() - 0.04 * torch.cuda.mem_get_info()[1]
+    free, total = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_allocated() - 0.04 * total
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring.
 
 def measure(run, device, seconds, warmup=1, least=3, most=50):
-    """-> (median, spread) of run() in seconds; spread: half the distance between the quartiles, relative. The first
-    calls (allocation, kernel compilation) are not counted."""
+    """-> (median, spread) of run() in seconds; spread: half the distance between the quartiles,
+    relative. The first calls (allocation, kernel compilation) are not counted."""
     for _ in range(warmup):
         run()
-    times, end = [], time.perf_counter() + seconds
+    times = []
+    end = time.perf_counter() + seconds
     while len(times) < least or (time.perf_counter() < end and len(times) < most):
-        sync(device)
-        start = time.perf_counter()
-        run()
-        sync(device)
-        times.append(time.perf_counter() - start)
+        times.append(time_once(run, device))
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return middle, (high - low) / 2 / middle
 
 
+def time_once(run, device):
+    """Seconds that one call of run() takes."""
+    sync(device)
+    start = time.perf_counter()
+    run()
+    sync(device)
+    return time.perf_counter() - start
+
+
 def copy_bandwidth(device):
     """Bytes/s of a large copy, read and write counted: what any kernel that streams memory can hope for."""
-    a = torch.empty(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device).random_()
+    a = torch.empty(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
+    a.random_()
     b = torch.empty_like(a)
-    return 2 * a.nbytes / measure(lambda: b.copy_(a), device, 0.5, warmup=3, least=5)[0]
+    seconds, _ = measure(lambda: b.copy_(a), device, 0.5, warmup=3, least=5)
+    return 2 * a.nbytes / seconds
 
 
 def random_model(config, device, dtype):
     """A model with random weights, made on the device: a 15B model never passes through the CPU's memory."""
     with torch.device("meta"):
-        model = HybridLM(config)
-    weights = {}
-    for name, p in model.named_parameters():
-        kind = torch.float32 if nanoh1.keeps_float32(name) else dtype
-        mean = 1 if name.endswith(("norm.weight", ".A_log", ".D")) else 0
-        w = torch.empty(p.shape, device=device, dtype=kind).normal_(mean, 0.02)
-        weights[name] = torch.nn.Parameter(w, requires_grad=False)
-    model.load_state_dict(weights, strict=False, assign=True)
+        model = nano.cast(HybridLM(config), "meta", dtype)
+    model.to_empty(device=device).requires_grad_(False)
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
+    for name, p in model.named_parameters():
+        centre = 1 if name.endswith(("norm.weight", ".A_log", ".D")) else 0
+        p.normal_(centre, 0.02)
     return model.eval()
 
 
 def filled_state(model, batch, ctx):
     """A State as after ctx tokens, filled with random values: prefilling would cost O(ctx^2), and a step costs the same
     whatever the caches hold (but zeros may be cheaper to move, so none are left)."""
-    state, c = model.new_state(batch, ctx), model.config
-    noise = torch.randn(ctx, c.n_kv_head, c.head_dim).to(model.embed_tokens.weight)
+    state = model.new_state(batch, ctx)
+    noise = {}
     for layer in state.layers:
         for m in layer or ():
-            m.copy_(noise) if isinstance(layer, KV) else m.normal_()
+            # The noise of one text does for all texts and layers: drawing it takes longer than moving it.
+            one = m.shape[1:]
+            if one not in noise:
+                noise[one] = torch.randn(one, device=m.device)
+            m.copy_(noise[one])
     return replace(state, position=ctx)
 
 
 def narrow(state, batch, back):
-    """The first `batch` texts of state, as views, `back` tokens before its end. A State is a value, so the same steps
-    can be taken again and again from here; they overwrite the caches' last entries with what belongs there."""
-    cut = lambda layer: None if layer is None else type(layer)(*(m[:batch] for m in layer))
-    return State(state.position - back, state.max_length, tuple(map(cut, state.layers)))
+    """The first `batch` texts of state, as views, `back` tokens before its end: steps of the same cost can be taken
+    again and again from here; they write over the caches' last entries, and over the cells where Triton runs."""
+    layers = []
+    for layer in state.layers:
+        layers.append(None if layer is None else type(layer)(*(m[:batch] for m in layer)))
+    return State(state.position - back, state.max_length, tuple(layers))
 
 
 def decode_steps(model, token, state, count):
-    """count greedy steps of one token per text, as in sample.py. token (b, 1)."""
+    """count greedy steps of one token per text, as in decode. token (b, 1)."""
     for _ in range(count):
-        x, state = model.hidden(token, state)
+        x, state = model.hidden(token, state, donate=True)
         token = model.lm_head(x[:, -1]).argmax(dim=-1, keepdim=True)
     return token
 
@@ -216,7 +259,8 @@ def graph_of(run):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):                                                   # kernels compile before the capture
+        # Kernels compile before the capture.
+        for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -227,19 +271,24 @@ def graph_of(run):
 
 def time_decode(model, state, batch, args, device):
     """-> seconds per step (median), spread."""
-    count = 16 if device.type == "cuda" else 1                               # steps between two looks at the clock
+    # Steps between two looks at the clock.
+    count = 16 if device.type == "cuda" else 1
     token = torch.randint(model.config.vocab_size, (batch, 1), device=device)
     start = narrow(state, batch, count)
-    run = lambda: decode_steps(model, token, start, count)
+
+    def run():
+        decode_steps(model, token, start, count)
     # On the GPU: flash attention and nothing else. It reads each key and value once; cuDNN, which SDPA prefers on
     # Hopper, would build a plan for every new length, and the other fallbacks would slow the baseline down unseen.
     flash = device.type == "cuda" and model.embed_tokens.weight.dtype == torch.bfloat16
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else nullcontext():
-        seconds, spread = measure(graph_of(run) if args.graph else run, device, args.seconds)
+        timed = graph_of(run) if args.graph else run
+        seconds, spread = measure(timed, device, args.seconds)
     return seconds / count, spread
 
 
 def prefill_length(args, ctx, device):
+    """Tokens of the measured prompt."""
     return args.prefill_tokens or (ctx if device.type == "cuda" else min(ctx, 1024))
 
 
@@ -247,6 +296,18 @@ def time_prefill(model, length, args, device):
     """-> seconds (median), spread, for one prompt of random tokens, in one pass, logits of the last position."""
     prompt = torch.randint(model.config.vocab_size, (length,)).tolist()
     return measure(lambda: model.prefill([prompt], 1, chunk=length), device, args.seconds)
+
+
+def peak_memory(device):
+    """Bytes: on a GPU of this row, elsewhere of the process so far; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        # Windows.
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,26 +321,38 @@ def amount(x, unit="B"):
     return f"{x:.4g} {unit}"
 
 
-def plan(args, config, device, dtype, memory, bandwidth, ctx):
-    """The computed half of every row, printed before anything is measured."""
-    rows, default = [], "1,16,max" if device.type == "cuda" else "1,4,max"
-    configs = [hybrid(replace(config, layout=()), k) for k in args.replace] + [config] * bool(args.model)
-    names = [f"H-{k}" for k in args.replace] + ["model"] * bool(args.model)
+def batches_that_fit(args, device, largest):
+    """--batch as numbers, without what does not fit."""
+    batches = args.batch or ("1,16,max" if device.type == "cuda" else "1,4,max")
+    wanted = [largest if b == "max" else numbers("--batch", b)[0] for b in batches.split(",")]
+    return sorted({b for b in wanted if 0 < b <= largest})
+
+
+def planned_rows(args, config, device, dtype, memory, bandwidth, ctx):
+    """-> [(row, its Config)]: the computed half of every row, printed before anything is measured."""
+    configs = {f"H-{k}": hybrid(replace(config, layout=()), k) for k in args.replace}
+    if args.model:
+        configs["model"] = config
     line = "{:>6} {:>5} {:>9} {:>9} {:>9} {:>10} {:>7}   {}"
-    print(f"\ncontext {ctx}: what is kept, how many texts fit into {amount(memory)}, and the limit in tokens/s")
-    print(line.format("model", "Mamba", "params", "weights", "KV/text", "state/text", "largest", "limit (batch)"))
-    for name, c in zip(names, configs):
+    print(f"\ncontext {ctx}: what is kept, how many texts fit into {amount(memory)}, "
+          "and the limit in tokens/s")
+    print(line.format("model", "Mamba", "params", "weights", "KV/text", "state/text", "largest",
+                      "limit (batch)"))
+    rows = []
+    for name, c in configs.items():
         size = sizes(c, dtype, ctx)
-        largest = int((memory - size["weight_bytes"]) // (size["kv_bytes"] + size["state_bytes"]))
-        batches = [largest if b == "max" else numbers("--batch", b)[0] for b in (args.batch or default).split(",")]
-        fits = sorted({b for b in batches if 0 < b <= largest})
-        row = {"row": name, "mamba_layers": c.layout.count("m2"), "layers": c.n_layer, "ctx": ctx, **size,
-               "largest_batch": max(largest, 0),
-               "decode": [{"batch": b, "limit_tokens_per_s": limit(size, b, bandwidth)} for b in fits]}
+        of_one_text = size["kv_bytes"] + size["state_bytes"]
+        largest = max(0, int((memory - size["weight_bytes"]) // of_one_text))
+        cells = []
+        for batch in batches_that_fit(args, device, largest):
+            cells.append({"batch": batch, "limit_tokens_per_s": decode_limit(size, batch, bandwidth)})
+        row = {"row": name, "mamba_layers": c.layout.count("m2"), "layers": c.n_layer, "ctx": ctx,
+               **size, "largest_batch": largest, "decode": cells}
         rows.append((row, c))
-        text = ", ".join(f"{d['limit_tokens_per_s']:.0f} ({d['batch']})" for d in row["decode"]) or "does not fit"
-        kept = [amount(size[key]) for key in ("weight_bytes", "kv_bytes", "state_bytes")]
-        print(line.format(name, row["mamba_layers"], amount(size["params"], ""), *kept, row["largest_batch"], text))
+        limits = [f"{cell['limit_tokens_per_s']:.0f} ({cell['batch']})" for cell in cells]
+        print(line.format(name, row["mamba_layers"], amount(size["params"], ""),
+                          amount(size["weight_bytes"]), amount(size["kv_bytes"]),
+                          amount(size["state_bytes"]), largest, ", ".join(limits) or "does not fit"))
     return rows
 
 
@@ -289,100 +362,129 @@ def measure_row(row, config, args, device, dtype):
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    model = load_pretrained(args.model, device, dtype) if row["row"] == "model" else random_model(config, device, dtype)
+    if row["row"] == "model":
+        model = load_pretrained(args.model, device, dtype)
+    else:
+        model = random_model(config, device, dtype)
     join_projections(model)
     if "prefill" in args.what:
         length = prefill_length(args, row["ctx"], device)
         seconds, spread = time_prefill(model, length, args, device)
-        row |= {"prefill_tokens": length, "prefill_tokens_per_s": length / seconds, "prefill_spread": spread}
+        row["prefill_tokens"] = length
+        row["prefill_tokens_per_s"] = length / seconds
+        row["prefill_spread"] = spread
     if "decode" in args.what and row["decode"]:
-        state = filled_state(model, row["decode"][-1]["batch"], row["ctx"])  # smaller batches are views of the largest
+        # Smaller batches are views of the largest.
+        state = filled_state(model, row["decode"][-1]["batch"], row["ctx"])
         for cell in row["decode"]:
             seconds, spread = time_decode(model, state, cell["batch"], args, device)
             rate = cell["batch"] / seconds
-            cell |= {"tokens_per_s": rate, "step_s": seconds, "spread": spread,
-                     "percent_of_limit": 100 * rate / cell["limit_tokens_per_s"]}
+            cell["tokens_per_s"] = rate
+            cell["step_s"] = seconds
+            cell["spread"] = spread
+            cell["percent_of_limit"] = 100 * rate / cell["limit_tokens_per_s"]
     row["peak_bytes"] = peak_memory(device)
 
 
-def peak_memory(device):
-    """Bytes: on a GPU of this row, elsewhere of the process so far; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:                                                      # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+ROW = "{:>6} {:>12}{} {:>8} {:>6} {:>9}"
 
 
-def print_row(row, columns, base):
-    """The measured half of one row; without a row, the header. columns: batches of the fullest row; base: H-0's row."""
-    line = "{:>6} {:>12}" + "{:>20}" * columns + " {:>8} {:>6} {:>9}"
-    if row is None:
-        decode = ["decode/s (batch)"] * (columns - 1) + ["at its largest"] * (columns > 0)
-        print(line.format("model", "prefill/s", *decode, "of limit", "x H-0", "peak"))
-        return
-    missing = row.get("failed", "")                                          # why a cell has no figure
-    cells = [f"{d['tokens_per_s']:.1f} +-{100 * d['spread']:.0f}% ({d['batch']})" if "tokens_per_s" in d else missing
-             for d in row["decode"]] or [missing or "does not fit"]
-    cells = cells[:-1] + [""] * (columns - len(cells)) + cells[-1:]          # the largest batch stands last
-    best, share, ratio, prefill = (row["decode"] or [{}])[-1], "", "", ""
+def print_header(columns):
+    """columns: cells of the row that has most batches."""
+    titles = ["decode/s (batch)"] * (columns - 1) + ["at its largest"]
+    cells = "".join(f"{title:>20}" for title in titles)
+    print(ROW.format("model", "prefill/s", cells, "of limit", "x H-0", "peak"))
+
+
+def print_row(row, columns):
+    """The measured half of one row."""
+    # Why a cell has no figure.
+    missing = row.get("failed", "")
+    cells = []
+    for cell in row["decode"]:
+        if "tokens_per_s" in cell:
+            cells.append(f"{cell['tokens_per_s']:.1f} +-{100 * cell['spread']:.0f}% ({cell['batch']})")
+        else:
+            cells.append(missing)
+    if not cells:
+        cells = [missing or "does not fit"]
+    # The largest batch stands last.
+    gap = [""] * (columns - len(cells))
+    cells = cells[:-1] + gap + cells[-1:]
+    prefill = ""
     if "prefill_spread" in row:
         prefill = f"{row['prefill_tokens_per_s']:.0f} +-{100 * row['prefill_spread']:.0f}%"
-    if "tokens_per_s" in best:
-        share = f"{best['percent_of_limit']:.1f}%"
-        if base:
-            row["ratio_to_h0"] = best["tokens_per_s"] / base["decode"][-1]["tokens_per_s"]
-            ratio = f"{row['ratio_to_h0']:.2f}"
+    share = ""
+    if row["decode"] and "percent_of_limit" in row["decode"][-1]:
+        share = f"{row['decode'][-1]['percent_of_limit']:.1f}%"
+    ratio = f"{row['ratio_to_h0']:.2f}" if "ratio_to_h0" in row else ""
     peak = amount(row["peak_bytes"]) if row.get("peak_bytes") else ""
-    print(line.format(row["row"], prefill, *cells, share, ratio, peak), flush=True)
+    cells = "".join(f"{cell:>20}" for cell in cells)
+    print(ROW.format(row["row"], prefill, cells, share, ratio, peak), flush=True)
 
 
-def bench_models(args, config, device, dtype, about, bandwidth):
+def ran_out_of_memory(error):
+    """On a GPU that is an error of its own, on a CPU a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+def best_rate(row):
+    """tokens/s at the row's largest batch, or None."""
+    return row["decode"][-1].get("tokens_per_s") if row.get("decode") else None
+
+
+def bench_models(args, config, device, dtype, bandwidth):
     """Prefill and decode of every row at every context. Yields rows as they are measured."""
     memory = memory_for(args, device)
     for ctx in args.ctx:
-        rows, base = plan(args, config, device, dtype, memory, bandwidth, ctx), None
+        rows = planned_rows(args, config, device, dtype, memory, bandwidth, ctx)
         columns = max(1, *(len(row["decode"]) for row, _ in rows))
         print("\nmeasured, tokens/s: median, spread (half the distance between the quartiles), (batch)")
         if "decode" in args.what:
-            print(f"decode: caches filled with random values as after {ctx} tokens, instead of prefilling them")
+            print(f"decode: caches filled with random values as after {ctx} tokens, "
+                  "instead of prefilling them")
         if "prefill" in args.what:
             print(f"prefill: one prompt of {prefill_length(args, ctx, device)} tokens")
-        print_row(None, columns, None)
+        print_header(columns)
+        base = None
         for row, c in tqdm(rows, desc=f"context {ctx}", leave=False, disable=not sys.stderr.isatty()):
             try:
                 measure_row(row, c, args, device, dtype)
-            except (RuntimeError, MemoryError) as e:                         # on a CPU it is a plain RuntimeError
-                if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(e):
+            except (RuntimeError, MemoryError) as e:
+                if not ran_out_of_memory(e):
                     raise
                 row["failed"] = "out of memory"
-            except KeyboardInterrupt:                                        # print the cells that are done
+            except KeyboardInterrupt:
+                # Print the cells that are done.
                 row["failed"] = "interrupted"
-                print_row(row, columns, base)
+                print_row(row, columns)
                 raise
-            if not row["mamba_layers"] and any("tokens_per_s" in d for d in row["decode"][-1:]):
-                base = row
-            print_row(row, columns, base)
-            yield about | row
+            if not row["mamba_layers"]:
+                base = best_rate(row)
+            if base and best_rate(row):
+                row["ratio_to_h0"] = best_rate(row) / base
+            print_row(row, columns)
+            yield row
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The scan alone.
 
 def scan_limits(b, t, d, n, xb, dtype, bandwidth, device):
-    """-> milliseconds (forward, backward) that no kernel can beat. Bytes: forward reads x, dt, z, C and writes y (t, d
+    """-> seconds (forward, backward) that no kernel can beat. Bytes: forward reads u, dt, z, C and writes y (t, d
     each), B is d_xb wide; backward reads these with dy for y and writes four gradients and that of B. On a GPU the
     special function units may be slower: n exponentials per channel and step and 4 for softplus and SiLU, 16 a cycle
     on each multiprocessor; backward needs those for rebuilding the states and for walking back, and 2 more."""
     item = dtype.itemsize
-    times = [b * t * (5 * d + xb) * item / bandwidth, b * t * (9 * d + 2 * xb) * item / bandwidth]
+    forward = b * t * (5 * d + xb) * item / bandwidth
+    backward = b * t * (9 * d + 2 * xb) * item / bandwidth
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        units = 16 * gpu.multi_processor_count * getattr(gpu, "clock_rate", 1.98e6) * 1e3        # clock_rate in kHz
-        times = [max(s, b * t * d * e / units) for s, e in zip(times, (n + 4, 2 * n + 6))]
-    return [1e3 * s for s in times]
+        # clock_rate is in kHz.
+        units = 16 * gpu.multi_processor_count * getattr(gpu, "clock_rate", 1.98e6) * 1e3
+        forward = max(forward, b * t * d * (n + 4) / units)
+        backward = max(backward, b * t * d * (2 * n + 6) / units)
+    return forward, backward
 
 
 def official_scan():
@@ -392,11 +494,17 @@ def official_scan():
     except ImportError:
         return None
 
-    def run(x, dt, A, B, C, D, z, dt_bias):
-        last = lambda m: m.transpose(1, 2).contiguous()
+    def last(m):
+        return m.transpose(1, 2).contiguous()
+
+    def groups(m):
+        # (b, groups, n, t)
+        return m.permute(0, 2, 3, 1).contiguous()
+
+    def run(u, dt, A, B, C, D, z, dt_bias):
         B = B.repeat_interleave(C.shape[2] // B.shape[2], dim=2)
-        B, C = (m.permute(0, 2, 3, 1).contiguous() for m in (B, C))          # (b, groups, n, t)
-        y = selective_scan_fn(last(x), last(dt), A, B, C, D, last(z), dt_bias, delta_softplus=True)
+        y = selective_scan_fn(last(u), last(dt), A, groups(B), groups(C), D, last(z), dt_bias,
+                              delta_softplus=True)
         return y.transpose(1, 2)
     return run
 
@@ -405,15 +513,24 @@ def sweep(a, s):
     """Blelloch's scan over time, in place: s[:, i] <- a[:, i] s[:, i - 1] + s[:, i]. a, s (b, t, d, n); a is spoilt."""
     t = s.shape[1]
     levels = [1 << i for i in range(t.bit_length())]
-    for up, k in [(True, k) for k in levels] + [(False, k) for k in levels[::-1]]:
-        right = range(2 * k - 1 if up else 3 * k - 1, t, 2 * k)              # last steps of blocks of k steps ...
-        if right:
-            left = slice(right[0] - k, right[-1] - k + 1, 2 * k)             # ... and of the blocks before them
-            right = slice(right[0], t, 2 * k)
+    for k in levels:
+        # Two blocks of k steps become one.
+        for left, right in neighbours(2 * k - 1, k, t):
             s[:, right].addcmul_(a[:, right], s[:, left])
-            if up:                                                           # two blocks become one
-                a[:, right].mul_(a[:, left])
+            a[:, right].mul_(a[:, left])
+    for k in levels[::-1]:
+        for left, right in neighbours(3 * k - 1, k, t):
+            s[:, right].addcmul_(a[:, right], s[:, left])
     return s
+
+
+def neighbours(first, k, t):
+    """The last steps of blocks of k steps, from `first` on, and those of the blocks before them -> [(left, right)], two
+    slices; [] where none is left."""
+    right = range(first, t, 2 * k)
+    if not right:
+        return []
+    return [(slice(right[0] - k, right[-1] - k + 1, 2 * k), slice(right[0], t, 2 * k))]
 
 
 class Blelloch(torch.autograd.Function):
@@ -426,308 +543,586 @@ class Blelloch(torch.autograd.Function):
         return h
 
     @staticmethod
-    def backward(ctx, dh):
+    def backward(ctx, grad_h):
         a, h = ctx.saved_tensors
-        after = torch.cat([torch.zeros_like(a[:, :1]), a.flip(1)[:, :-1]], dim=1)        # a_{t+1}, from late to early
-        k = sweep(after, dh.flip(1)).flip(1)                                 # gradients of the states, and of s
-        return torch.cat([torch.zeros_like(a[:, :1]), k[:, 1:] * h[:, :-1]], dim=1), k
+        zero = torch.zeros_like(a[:, :1])
+        # a_{t+1}, from late to early.
+        after = torch.cat([zero, a.flip(1)[:, :-1]], dim=1)
+        # The full gradients of the states, which are those of s.
+        grad_s = sweep(after, grad_h.flip(1)).flip(1)
+        grad_a = torch.cat([zero, grad_s[:, 1:] * h[:, :-1]], dim=1)
+        return grad_a, grad_s
 
 
-def blelloch_scan(x, dt, A, B, C, D, z, dt_bias):
+def blelloch_scan(u, dt, A, B, C, D, z, dt_bias):
     """The selective scan by a parallel prefix sum over the materialised (b, t, d, n), as plain PyTorch code has it."""
-    dt, d = F.softplus(dt + dt_bias), len(A)
-    B, C = (m.repeat_interleave(d // m.shape[2], dim=2) for m in (B, C))     # (b, t, d, n)
-    h = Blelloch.apply(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B)
-    return ((h * C).sum(-1) + D * x) * F.silu(z)
+    d = len(A)
+    dt = F.softplus(dt + dt_bias)
+    B = B.repeat_interleave(d // B.shape[2], dim=2)      # (b, t, d, n)
+    C = C.repeat_interleave(d // C.shape[2], dim=2)
+    h = Blelloch.apply(torch.exp(dt[..., None] * A), (dt * u)[..., None] * B)
+    return ((h * C).sum(-1) + D * u) * F.silu(z)
 
 
-def bench_scan(args, config, device, dtype, about, bandwidth):
+def own_scan(impl):
+    """selective_scan with this implementation, as a function of its inputs alone."""
+    return lambda *inputs: selective_scan(*inputs, impl=impl)[0]
+
+
+def scan_contestants(config, ctx, device):
+    """-> {name: (function, tokens at most)}. Backward of the loop keeps every state, that of Blelloch's scan a dozen
+    copies of all of them, which the limit keeps to some 1 GB."""
+    known = {"loop": (own_scan("loop"), 256),
+             "chunk": (own_scan("chunk"), ctx if device.type == "cuda" else 2048)}
+    best = scan_backend(device)
+    if best not in known:
+        known[best] = (own_scan(best), ctx)
+    if device.type != "cuda":
+        most = min(2048, (1 << 25) // (config.d_inner * config.d_state))
+        known["blelloch"] = (blelloch_scan, most)
+    elif official_scan():
+        known["mamba_ssm"] = (official_scan(), ctx)
+    return known
+
+
+def scan_inputs(config, b, t, device, dtype):
+    """Random inputs of a scan as in a model -> [u, dt, A, B, C, D, z, dt_bias], all with gradients."""
+    c = config
+    u = torch.randn(b, t, c.d_inner, device=device, dtype=dtype)
+    B = torch.randn(b, t, c.d_xb // c.d_state, c.d_state, device=device, dtype=dtype)
+    C = torch.randn(b, t, c.d_inner // c.d_state, c.d_state, device=device, dtype=dtype)
+    A = -torch.arange(1, c.d_state + 1, device=device).float().repeat(c.d_inner, 1)
+    D = torch.randn(c.d_inner, device=device)
+    # softplus(-4) = 0.018, as in a model.
+    bias = torch.randn(c.d_inner, device=device) - 4
+    inputs = [u, torch.randn_like(u), A, B, C, D, torch.randn_like(u), bias]
+    return [m.requires_grad_() for m in inputs]
+
+
+def bench_scan(args, config, device, dtype, bandwidth):
     """Forward and backward of every scan at the shape's width, batch 1. Yields rows."""
-    c, ctx = config, max(args.ctx)
-    known = {"loop": 256, "chunk": ctx if device.type == "cuda" else 2048}   # backward of the loop keeps every state
-    if scan_backend(device) not in known:
-        known[scan_backend(device)] = ctx
-    others = {"mamba_ssm": official_scan()} if device.type == "cuda" else {"blelloch": blelloch_scan}
-    most = {"mamba_ssm": ctx, "blelloch": min(2048, (1 << 25) // (c.d_inner * c.d_state))}         # some 1 GB
-    known |= {name: most[name] for name, run in others.items() if run}
-    print(f"\nselective scan, batch 1, d_inner {c.d_inner}, d_state {c.d_state}; auto takes: {scan_backend(device)}")
+    c = config
+    ctx = max(args.ctx)
+    print(f"\nselective scan, batch 1, d_inner {c.d_inner}, d_state {c.d_state}; "
+          f"auto takes: {scan_backend(device)}")
     line = "{:>10} {:>7} {:>17} {:>8} {:>17} {:>8} {:>10}"
     print(line.format("scan", "tokens", "forward ms", "limit", "backward ms", "limit", "ns/token"))
-    for name, most in known.items():
-        t, groups = min(ctx, most), (c.d_xb // c.d_state, c.d_inner // c.d_state)
-        run = others.get(name) or (lambda *inputs: selective_scan(*inputs, impl=name)[0])
-        rand = lambda *shape, dtype=dtype: torch.randn(*shape, device=device, dtype=dtype)
-        x, dt, z, dy = (rand(1, t, c.d_inner) for _ in range(4))
-        B, C = (rand(1, t, g, c.d_state) for g in groups)
-        A = -torch.arange(1, c.d_state + 1, device=device).float().repeat(c.d_inner, 1)
-        D, bias = (rand(c.d_inner, dtype=torch.float32) for _ in range(2))
-        inputs = [m.requires_grad_() for m in (x, dt, A, B, C, D, z, bias - 4)]   # softplus(-4) = 0.018, as in a model
+    for name, (run, most) in scan_contestants(c, ctx, device).items():
+        t = min(ctx, most)
+        inputs = scan_inputs(c, 1, t, device, dtype)
+        grad_y = torch.randn_like(inputs[0])
         with torch.no_grad():
             forward, spread = measure(lambda: run(*inputs), device, args.seconds)
-        both, spread2 = measure(lambda: torch.autograd.grad(run(*inputs), inputs, dy), device, args.seconds)
-        low = scan_limits(1, t, c.d_inner, c.d_state, c.d_xb, dtype, bandwidth, device)
-        back = both - forward
-        cells = [f"{1e3 * forward:.3f} +-{100 * spread:.0f}%", f"{low[0]:.3f}",
-                 f"{1e3 * back:.3f} +-{100 * spread2:.0f}%", f"{low[1]:.3f}", f"{1e9 * forward / t:.0f}"]
-        print(line.format(name, t, *cells), flush=True)
-        yield about | {"row": f"scan {name}", "tokens": t, "forward_s": forward, "backward_s": back, "spread": spread,
-                       "forward_limit_s": low[0] / 1e3, "backward_limit_s": low[1] / 1e3,
-                       "peak_bytes": peak_memory(device)}
+        both, spread_both = measure(lambda: torch.autograd.grad(run(*inputs), inputs, grad_y),
+                                    device, args.seconds)
+        backward = both - forward
+        limits = scan_limits(1, t, c.d_inner, c.d_state, c.d_xb, dtype, bandwidth, device)
+        print(line.format(name, t, f"{1e3 * forward:.3f} +-{100 * spread:.0f}%", f"{1e3 * limits[0]:.3f}",
+                          f"{1e3 * backward:.3f} +-{100 * spread_both:.0f}%",
+                          f"{1e3 * limits[1]:.3f}", f"{1e9 * forward / t:.0f}"), flush=True)
+        yield {"row": f"scan {name}", "tokens": t, "forward_s": forward, "backward_s": backward,
+               "spread": spread, "forward_limit_s": limits[0], "backward_limit_s": limits[1],
+               "peak_bytes": peak_memory(device)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-def plot(rows, path):
-    """Two panels: tokens/s at the largest batch against context, and against the number of Mamba layers."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows = [row for row in rows if any("tokens_per_s" in d for d in row.get("decode", [])[-1:])]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axes, key, group, label in ((left, "ctx", "row", "context, tokens"),
-                                    (right, "mamba_layers", "ctx", "Mamba layers")):
-        for value in dict.fromkeys(row[group] for row in rows):
-            line = sorted((row[key], row["decode"][-1]["tokens_per_s"]) for row in rows if row[group] == value)
-            axes.plot(*zip(*line), marker="o", label=value if group == "row" else f"{value} tokens")
-        axes.set_xlabel(label)
-        axes.legend()
-    left.set_xscale("log", base=2)
-    left.set_ylabel("tokens/s at each model's largest batch")
-    figure.tight_layout()
-    figure.savefig(path)
-    print(f"wrote {path}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Results: a table, and two pictures of a family, made from the reports that the runs have saved and from nothing else.
+# Results: a table and two pictures, made from what the runs have saved and from nothing else: JSON in, pictures out.
 #
-# A result is known by its history, the reports of all stages that led to it, oldest first: the tokens that a member has
-# cost are those of all of them, and its layer map has a row for each. A directory of train_sft.py is a member, too
-# (H-30-SFT). Runs that differ in the seed alone are named x-s0, x-s1, ... and share a row of the table.
+# A member of a family is known by its stages: the tokens that it has cost are those of all of them, and its layer map
+# has a row for each. A directory of train_sft.py is a member, too (H-30-SFT). Runs that differ in the seed alone are
+# named x-s0, x-s1, ... (or have one name in several directories); they share a row of the table and a point.
 
-NEEDED = ("args", "layout", "replaced", "teacher_accuracy", "student_accuracy", "accuracy_by_family", "kl_first",
-          "kl_last", "scores", "tokens", "seconds", "seed")
+NEEDED = ("layout", "replaced", "teacher_accuracy", "student_accuracy", "accuracy_by_family", "kl_first", "kl_last",
+          "tokens", "seconds", "seed")
+
+
+@dataclass
+class Result:
+    """What one run of distill.py (a stage) or of train_sft.py has left. report: all that it has saved, with the keys
+    of distill.py; where train_sft.py has no such thing (no teacher, no KL, no scores), None."""
+    report: dict
+    name: str
+    path: str
+    # The checkpoint that this run began with.
+    before: str | None
+    # The Results of the stages that led here, oldest first; find_results fills them in.
+    earlier: tuple = ()
+
+    @classmethod
+    def from_distill(cls, path):
+        """path: a directory with report.json."""
+        file = os.path.join(path, "report.json")
+        report = nano.read_json(file, dict)
+        check_keys(report, (*NEEDED, "args"), file)
+        return cls(report, last_part(path), path, report["args"].get("student"))
+
+    @classmethod
+    def from_training(cls, path):
+        """path: a directory with training.json."""
+        file = os.path.join(path, "training.json")
+        saved = nano.read_json(file, dict)
+        check_keys(saved, ("log", "args"), file)
+        last_entry = saved["log"][-1] if saved["log"] else {}
+        check_keys(last_entry, ("tokens", "seconds"), f"the log in {file}")
+        where = os.path.join(path, "config.json")
+        layout = nano.config_from_json(nano.read_json(where, dict), where).layout
+        report = dict.fromkeys((*NEEDED, "scores")) | saved
+        report["layout"] = list(layout)
+        report["replaced"] = [i for i, kind in enumerate(layout) if kind != "t"]
+        report["student_accuracy"] = saved.get("accuracy")
+        by_family = saved.get("accuracy_by_family", {})
+        report["accuracy_by_family"] = {family: [None, share] for family, share in by_family.items()}
+        report["tokens"] = last_entry["tokens"]
+        report["seconds"] = last_entry["seconds"]
+        report["seed"] = saved["args"].get("seed")
+        return cls(report, last_part(path), path, saved["args"].get("model"))
+
+    @classmethod
+    def from_line(cls, line, where):
+        """line: what write_lines has written, or the report of one run by hand; where: its place, for errors."""
+        check_keys(line, NEEDED, where)
+        name = f"h{len(line['replaced'])}" + ("-identity" if "n" in line["layout"] else "")
+        name = line.get("name", name)
+        return cls(line, name, line.get("path", name), line.get("before"))
+
+    @property
+    def member(self):
+        """The name without its seed."""
+        return re.sub(r"-s\d+$", "", self.name)
+
+    @property
+    def args(self):
+        return self.report.get("args") or {}
+
+    @property
+    def layout(self):
+        return self.report["layout"]
+
+    @property
+    def removed(self):
+        """Were mixers taken out instead of replaced: is this the control?"""
+        return "n" in self.layout
+
+    @property
+    def tokens(self):
+        """Tokens that all stages have cost together; a line of --json knows it without its earlier stages."""
+        before = sum(result.report["tokens"] for result in self.earlier)
+        return self.report["tokens"] + self.report.get("tokens_before", before)
+
+    @property
+    def accuracy(self):
+        return self.report["student_accuracy"]
+
+    @property
+    def teacher_accuracy(self):
+        """What the teacher scored in the newest stage that asked it, or None."""
+        for result in (self, *reversed(self.earlier)):
+            if result.report["teacher_accuracy"] is not None:
+                return result.report["teacher_accuracy"]
+
+    @property
+    def problems(self):
+        """How many problems it was asked; 200 of a family is distill.py's own choice."""
+        return self.args.get("eval", 200) * max(1, len(self.report["accuracy_by_family"] or ()))
+
+
+def last_part(path):
+    return os.path.basename(os.path.abspath(path))
+
+
+def check_keys(report, needed, where):
+    """Raises UserError for an older report, or one of something else."""
+    for key in needed:
+        if not isinstance(report, dict) or key not in report:
+            raise UserError(f"{where} is no result of distill.py or train_sft.py: it has no {key}")
 
 
 def read_result(path):
-    """The report in a result directory, with its name, path, and the checkpoint it started from; None if none is there.
-    What train_sft.py writes is brought to the keys of distill.py. Raises UserError for a report of something else."""
-    files = (os.path.join(path, name) for name in ("report.json", "training.json"))
-    file = next((f for f in files if os.path.exists(f)), None)               # report.json, if both are there
-    if file is None:
-        return None
-    report = nanoh1.read_json(file, dict)
-    try:
-        if file.endswith("training.json"):                                   # no teacher was asked: no KL, no scores
-            layout = nanoh1.config_from_json(nanoh1.read_json(os.path.join(path, "config.json"), dict)).layout
-            report = dict.fromkeys(NEEDED) | report | {key: report["log"][-1][key] for key in ("tokens", "seconds")} | {
-                "layout": list(layout), "replaced": [i for i, kind in enumerate(layout) if kind != "t"],
-                "student_accuracy": report.get("accuracy"), "seed": report["args"]["seed"],
-                "accuracy_by_family": {f: [None, share] for f, share in report.get("accuracy_by_family", {}).items()}}
-        missing = [key for key in NEEDED if key not in report]               # an older report, or a foreign one
-        if not missing:
-            before = report["args"].get("student", report["args"].get("model"))              # where this stage began
-            return report | {"name": os.path.basename(os.path.abspath(path)), "path": path, "before": before}
-    except (KeyError, IndexError) as e:
-        missing = [e]
-    raise UserError(f"{file} is no report of distill.py or train_sft.py: it has no {missing[0]}")
+    """The Result in a directory, report.json before training.json; None if neither is there."""
+    if os.path.exists(os.path.join(path, "report.json")):
+        return Result.from_distill(path)
+    if os.path.exists(os.path.join(path, "training.json")):
+        return Result.from_training(path)
+    return None
 
 
 def read_lines(path):
-    """A file that --json has written -> its reports, as read_result gives them. Raises UserError naming a bad line."""
-    reports = []
+    """A file of JSON lines -> what is in them. Raises UserError naming a bad line."""
+    values = []
+    number = 0
     try:
         with open(path, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
-                reports.append(json.loads(line))
-                if missing := [key for key in (*NEEDED, "name", "path", "before") if key not in reports[-1]]:
-                    raise UserError(f"{path}, line {number} is no result: it has no {missing[0]}")
+                values.append(json.loads(line))
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path}, line {number} is no result: {e}") from None
-    return reports
+    except ValueError as e:
+        raise UserError(f"{path}, line {number} is no JSON: {e}") from None
+    return values
 
 
-def write_lines(path, results):
-    """histories -> a JSON line for the newest report of each; the logs of single steps stay with the checkpoints."""
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as f:
-            for reports in results:
-                line = {key: value for key, value in reports[-1].items() if key != "log"}
-                f.write(json.dumps(line | {"tokens_before": tokens_of(reports) - line["tokens"]}) + "\n")
-    nanoh1.write_atomic(path, write)
+def results_in(path):
+    """path: a file of --json, a directory with a result, or one above such -> Results, at least one."""
+    results = []
+    if os.path.isfile(path):
+        for number, line in enumerate(read_lines(path), 1):
+            results.append(Result.from_line(line, f"{path}, line {number}"))
+    else:
+        # A directory that is a result itself is not searched.
+        results.append(read_result(path))
+        if results == [None] and os.path.isdir(path):
+            results = [read_result(os.path.join(path, name)) for name in sorted(os.listdir(path))]
+    results = [result for result in results if result]
+    if not results:
+        raise UserError(f"{path}: no report.json of distill.py and no training.json of train_sft.py there")
+    return results
 
 
-def tokens_of(reports):
-    """Tokens that a history has cost, all stages together; a line of --json knows it without its earlier stages."""
-    return reports[-1]["tokens"] + reports[-1].get("tokens_before", sum(r["tokens"] for r in reports[:-1]))
-
-
-def history(report, known):
-    """-> reports of the stages that led to this one, oldest first. known: {path: report}, asked before the disk. A
-    family may have moved as a whole: then an earlier stage is found beside the later one."""
-    reports, seen = [report], set()
-    while (before := reports[0]["before"]) and before not in seen:
-        seen.add(before)                                                     # a run may have replaced its own start
-        sibling = os.path.join(os.path.dirname(os.path.abspath(reports[0]["path"])), os.path.basename(before))
-        earlier = next((r for r in (known.get(p) or read_result(p) for p in (before, sibling)) if r), None)
-        if earlier is None or not earlier["replaced"]:                       # nothing known, or the teacher itself
+def stages_before(result, known):
+    """-> the Results of the stages that led to this one, oldest first. known: {absolute path: Result}, asked before the
+    disk. A family may have moved as a whole: then an earlier stage is found beside the later one."""
+    def look_up(path):
+        path = os.path.abspath(path)
+        return known.get(path) or read_result(path)
+    earlier = []
+    seen = set()
+    # A run may have replaced its own start: a path is followed once.
+    while result.before and result.before not in seen:
+        seen.add(result.before)
+        beside = os.path.join(os.path.dirname(result.path), os.path.basename(result.before))
+        result = look_up(result.before) or look_up(beside)
+        # Nothing known, or the teacher itself.
+        if result is None or not result.report["replaced"]:
             break
-        reports.insert(0, earlier)
-    return reports
+        earlier.insert(0, result)
+    return tuple(earlier)
 
 
 def find_results(paths):
-    """Directories of results, those above them, or files of --json -> their histories, by the number of layers
-    replaced. A directory that is a result itself is not searched. Raises UserError where there is none."""
+    """Directories of results, those above them, or files of --json -> Results with their earlier stages, by the number
+    of layers replaced. Raises UserError where there is none."""
     found = []
     for path in paths:
-        inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
-        here = read_lines(path) if os.path.isfile(path) else [read_result(path)]
-        here = [r for r in here if r] or [r for d in inside if (r := read_result(os.path.join(path, d)))]
-        if not here:
-            raise UserError(f"{path}: no report.json of distill.py and no training.json of train_sft.py there")
-        found += here
-    known = {report["path"]: report for report in found}
-    return sorted((history(report, known) for report in found),
-                  key=lambda h: (len(h[-1]["replaced"]), len(h), h[-1]["name"]))
+        found += results_in(path)
+    known = {os.path.abspath(result.path): result for result in found}
+    for result in found:
+        result.earlier = stages_before(result, known)
+    return sorted(found, key=lambda r: (len(r.report["replaced"]), len(r.earlier), r.name))
 
 
-def teacher_accuracy(reports):
-    """What the teacher scored in the newest stage that asked it, or None."""
-    return next((r["teacher_accuracy"] for r in reversed(reports) if r["teacher_accuracy"] is not None), None)
+def write_lines(path, results):
+    """A JSON line for each of the Results; the logs of single steps stay with the checkpoints."""
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as f:
+            for result in results:
+                line = {key: value for key, value in result.report.items() if key != "log"}
+                line["name"] = result.name
+                line["path"] = result.path
+                line["before"] = result.before
+                line["tokens_before"] = result.tokens - result.report["tokens"]
+                f.write(json.dumps(line) + "\n")
+    nano.write_atomic(path, write)
+
+
+def members_of(results):
+    """-> {member: its Results, one for each seed}, in the order of the results."""
+    members = {}
+    for result in results:
+        members.setdefault(result.member, []).append(result)
+    return members
+
+
+# The table.
+
+def table_row(result):
+    """-> {column: number or None}."""
+    report = result.report
+    row = {"replaced": len(report["replaced"]), "teacher": result.teacher_accuracy,
+           "student": result.accuracy, "of teacher": None}
+    if result.accuracy is not None and result.teacher_accuracy:
+        row["of teacher"] = result.accuracy / result.teacher_accuracy
+    for family, (_, share) in (report["accuracy_by_family"] or {}).items():
+        row[family] = share
+    row["KL first"] = report["kl_first"]
+    row["KL last"] = report["kl_last"]
+    row["M tokens"] = result.tokens / 1e6
+    row["seconds"] = report["seconds"]
+    return row
+
+
+def table_cell(column, values):
+    """The values of all seeds -> their mean +- half the distance of the extremes. A seed without this value is left
+    out, not counted as 0."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    digits = 0 if column in ("replaced", "seconds") else 3
+    mean = f"{sum(known) / len(known):.{digits}f}"
+    if max(known) == min(known):
+        return mean
+    return f"{mean} +-{(max(known) - min(known)) / 2:.{digits}f}"
 
 
 def table_lines(results):
-    """histories -> a Markdown table. Numbers of several seeds: the mean +- half the distance of the extremes."""
-    groups = {}                                                              # name without seed -> [(seed, its row)]
-    for reports in results:
-        last, teacher = reports[-1], teacher_accuracy(reports)
-        by_family = {family: pair[1] for family, pair in (last["accuracy_by_family"] or {}).items()}
-        student = last["student_accuracy"]
-        row = {"replaced": len(last["replaced"]), "teacher": teacher, "student": student,
-               "of teacher": student / teacher if student is not None and teacher else None, **by_family,
-               "KL first": last["kl_first"], "KL last": last["kl_last"],
-               "M tokens": tokens_of(reports) / 1e6, "seconds": last["seconds"]}
-        groups.setdefault(re.sub(r"-s\d+$", "", last["name"]), []).append((last["seed"], row))
-
-    def cell(column, values):
-        """The cell of a column for all seeds of a row. A seed without this value is left out, not counted as 0."""
-        known, digits = [v for v in values if v is not None], {"replaced": 0, "seconds": 0}.get(column, 3)
-        if not known:
-            return ""
-        spread = f" +-{(max(known) - min(known)) / 2:.{digits}f}" if max(known) > min(known) else ""
-        return f"{sum(known) / len(known):.{digits}f}{spread}"
+    """Results -> a Markdown table, padded, so that it can be read in the terminal as well."""
+    members = members_of(results)
+    rows = {}
     # A column for every key that any row has: families of problems differ between teachers, --data has none.
-    columns = list(dict.fromkeys(key for group in groups.values() for _, row in group for key in row))
+    columns = {}
+    for name, seeds in members.items():
+        rows[name] = [table_row(result) for result in seeds]
+        for row in rows[name]:
+            columns |= dict.fromkeys(row)
     table = [["result", "seeds", *columns]]
-    for name, group in groups.items():
-        table.append([name, " ".join(str(seed) for seed, _ in group),
-                      *(cell(column, [row.get(column) for _, row in group]) for column in columns)])
-    # Padded, so that it can be read in the terminal as well as pasted into the README.
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    for name, seeds in members.items():
+        line = [name, " ".join(str(result.report["seed"]) for result in seeds)]
+        for column in columns:
+            line.append(table_cell(column, [row.get(column) for row in rows[name]]))
+        table.append(line)
+    widths = [max(map(len, cells)) for cells in zip(*table)]
     table.insert(1, ["-" * width for width in widths])
-    return ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in table]
+    lines = []
+    for cells in table:
+        padded = [text.ljust(width) for text, width in zip(cells, widths)]
+        lines.append("| " + " | ".join(padded) + " |")
+    return lines
 
 
-def layer_rows(results):
-    """The longest history -> per stage (name, kinds, bars): kinds: per layer "t", "m2" or "n", and "new" where it was
-    replaced in this stage; bars: {layer: 0 ... 1}, its LOO or MMR score between the stage's least and largest harm."""
-    rows, before = [], None
-    for report in max(results, key=lambda h: len(h[-1]["replaced"])):
-        layout = report["layout"]
-        kinds = ["new" if k != "t" and (before is None or before[i] == "t") else k for i, k in enumerate(layout)]
+# The layer map.
+
+def layer_rows(result):
+    """One row per stage of a member -> [(name, kinds, bars)]. kinds: per layer "t", "m2" or "n", and "new" where it was
+    replaced in this stage. bars: {layer: 0 ... 1}, its LOO or MMR score between the stage's least and largest harm."""
+    rows = []
+    old = ["t"] * len(result.layout)
+    for stage in (*result.earlier, result):
+        kinds = list(stage.layout)
+        for i, kind in enumerate(stage.layout):
+            if kind != "t" and old[i] == "t":
+                kinds[i] = "new"
         # LOO accuracies and MMR losses have no common unit, and losses fall from stage to stage: scale within a stage.
-        cost = {s["layer"]: harm(s)[0] for s in report["scores"] or ()}      # empty for --rank first, last, FILE, ...
-        low, high = min(cost.values(), default=0), max(cost.values(), default=0)
-        rows.append((report["name"], kinds, {i: (c - low) / ((high - low) or 1) for i, c in cost.items()}))
-        before = layout
+        # There are no scores for --rank first, last, FILE, ...
+        cost = {score["layer"]: harm(score)[0] for score in stage.report.get("scores") or ()}
+        least = min(cost.values(), default=0)
+        most = max(cost.values(), default=0)
+        bars = {i: (c - least) / ((most - least) or 1) for i, c in cost.items()}
+        rows.append((stage.name, kinds, bars))
+        old = stage.layout
     return rows
 
 
-def map_lines(rows):
-    """The layer map as text: a letter per layer, below it its score as a digit, 9 for the most harmful layer."""
-    letters, width = {"t": "t", "m2": "m", "n": "-", "i": "-", "new": "M"}, max(len(name) for name, _, _ in rows) + 2
-    lines = [" " * width + "".join(f"{i:<5}" for i in range(0, len(rows[0][1]), 5))]
-    for name, kinds, bars in rows:
-        digits = [str(round(9 * bars[i])) if i in bars else " " for i in range(len(kinds))]
-        lines += [name.ljust(width) + "".join(letters[kind] for kind in kinds), " " * width + "".join(digits).rstrip()]
-    return [*lines, "t attention, m Mamba, M replaced in this stage, - removed; digits: harm by the score, 0 to 9"]
+def layer_maps(results):
+    """The members with most layers replaced, Mamba's and the control's, one for each seed ->
+    {(removed, seed): rows of layer_rows}."""
+    last = {}
+    for result in results:
+        key = result.removed, result.report["seed"]
+        progress = len(result.report["replaced"]), len(result.earlier)
+        if key not in last or progress > last[key][0]:
+            last[key] = progress, result
+    return {key: layer_rows(last[key][1]) for key in sorted(last)}
 
 
-@torch.no_grad()
-def throughput(paths, file, device, dtype):
-    """Decoding speed of the checkpoints in paths, tokens/s: from the lines of bench.py in file, at the longest context
-    and the largest batch there, or else measured now by bench.py's functions."""
-    if file is None:
-        speed, how = [[] for _ in paths], argparse.Namespace(seconds=1.0, graph=False)
-        batch, ctx = (16, 32768) if device.type == "cuda" else (4, 8192)     # caches that outweigh so small a model
-        # Three rounds over all models, and the median: another program's burst then hits one round, not one member.
-        for i in tqdm([*range(len(paths))] * 3, desc=f"decoding {batch} texts after {ctx} tokens", unit="model"):
-            lm = nanoh1.join_projections(nanoh1.load_pretrained(paths[i], device, dtype))
-            state = filled_state(lm, batch, ctx)
-            speed[i].append(batch / time_decode(lm, state, batch, how, device)[0])
-        return [sorted(rates)[1] for rates in speed]
-    try:
-        with open(file, encoding="utf-8") as f:                              # JSON lines, one per row
-            rows = [json.loads(line) for line in f if line.strip()]
-        known = {}                                                           # the longest context is written last
-        for row in sorted((r for r in rows if r.get("decode")), key=lambda r: r["ctx"]):
-            if row["row"] == "model":                                        # row H-0 of --model is a random model
-                known[os.path.realpath(row["shape"])] = row["decode"][-1]["tokens_per_s"]
-        return [known[os.path.realpath(path)] for path in paths]
-    except OSError as e:
-        raise UserError(f"cannot read {file}: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{file} has no line for {e}: python bench.py --model DIR --json {file}") from None
+def map_title(removed, seed):
+    return f"{'mixers removed (control)' if removed else 'Mamba'}, seed {seed}"
 
 
-def draw_family(plt, path, results, teacher, speed):
-    """Score against decoding speed, a point per member, and the tokens of all its stages beside it. Members whose
-    mixers were removed (--init identity) are crosses. speed: the teacher's, then the members'."""
-    points = [("teacher", teacher, speed[0], "o", "black")]
-    for reports, rate in zip(results, speed[1:]):
-        last, label = reports[-1], f"{reports[-1]['name']}\n{tokens_of(reports) / 1e6:.2f} M tokens"
-        removed = "n" in last["layout"]
-        points.append((label, last["student_accuracy"], rate, *(("x", "gray") if removed else ("o", "tab:red"))))
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    width, height = (max(p[k] for p in points) - min(p[k] for p in points) or 1 for k in (2, 1))
-    for point in points:
-        label, accuracy, rate, marker, color = point
-        axes.plot(rate / speed[0], accuracy, marker, color=color)
-        # A label must not run into its neighbour's: above the point if the nearest other one is lower, else below.
-        apart = lambda p: ((p[2] - rate) / width) ** 2 + ((p[1] - accuracy) / height) ** 2
-        nearest = min((p for p in points if p is not point), key=apart)
-        y, edge = (1, "bottom") if accuracy > nearest[1] else (-1, "top")
-        x, side = (-7, "right") if marker == "x" else (7, "left")
-        axes.annotate(label, (rate / speed[0], accuracy), (x, y), textcoords="offset points", fontsize=7, ha=side,
-                      va=edge, color=color)
-    axes.margins(0.36, 0.12)
-    axes.set_xlabel(f"decoding speed, teacher = 1 ({speed[0]:.0f} tokens/s)")
-    axes.set_ylabel("exact match on held-out problems")
-    figure.tight_layout()
-    nanoh1.write_atomic(path, lambda to: figure.savefig(to, format="png", dpi=150))
+def map_lines(maps):
+    """The layer maps as text: a letter per layer, below it its score as a digit, 9 for the most harmful layer."""
+    letters = {"t": "t", "m2": "m", "n": "-", "i": "-", "new": "M"}
+    lines = []
+    for key, rows in maps.items():
+        width = max(len(name) for name, _, _ in rows) + 2
+        numbers_above = "".join(f"{i:<5}" for i in range(0, len(rows[0][1]), 5))
+        lines += ["", map_title(*key), " " * width + numbers_above.rstrip()]
+        for name, kinds, bars in rows:
+            digits = [str(round(9 * bars[i])) if i in bars else " " for i in range(len(kinds))]
+            lines.append(name.ljust(width) + "".join(letters[kind] for kind in kinds))
+            lines.append((" " * width + "".join(digits)).rstrip())
+    lines.append("t attention, m Mamba, - removed, M replaced or removed in this stage; "
+                 "digits: harm by the score, 0 to 9")
+    return lines
 
 
-def draw_layers(plt, path, rows):
-    """The layer map: a row per stage, a column per layer; above each row the scores that decided it, as bars."""
+def draw_layers(plt, path, maps):
+    """The layer maps: a row per stage, a column per layer; above each row the scores that decided it, as bars."""
     colors = {"t": "#4c78a8", "m2": "#f3c9a5", "n": "#dddddd", "i": "#dddddd", "new": "#e4572e"}
-    figure, axes = plt.subplots(figsize=(10, 0.9 + 0.75 * len(rows)))
+    kinds_of_map = sorted({removed for removed, _ in maps})
+    seeds = sorted({seed for _, seed in maps})
+    heights = []
+    for removed in kinds_of_map:
+        heights.append(max(len(maps[key]) for key in maps if key[0] == removed) + 0.6)
+    n_layer = max(len(rows[0][1]) for rows in maps.values())
+    width = len(seeds) * max(3.6, min(10, 0.2 * n_layer))
+    figure, grid = plt.subplots(len(heights), len(seeds), figsize=(width, 0.9 + 0.62 * sum(heights)),
+                                height_ratios=heights, squeeze=False)
+    for row, removed in enumerate(kinds_of_map):
+        for column, seed in enumerate(seeds):
+            axes = grid[row][column]
+            if (removed, seed) not in maps:
+                axes.axis("off")
+                continue
+            draw_map(axes, maps[removed, seed], colors)
+            axes.set_title(map_title(removed, seed), fontsize=9)
+    for kind, label in (("t", "attention"), ("m2", "Mamba"), ("n", "removed"),
+                        ("new", "replaced or removed in this stage")):
+        # Bars of no height, for the legend alone.
+        grid[0][0].bar([0], [0], color=colors[kind], label=label)
+    grid[0][0].bar([0], [0], color="#555555", label="harm (LOO, then MMR), scaled per stage")
+    figure.legend(loc="upper center", ncol=3 if width < 9 else 5, fontsize=8, frameon=False)
+    # The legend takes the uppermost quarter of an inch.
+    save_figure(plt, figure, path, top=1 - 0.25 / figure.get_figheight())
+
+
+def draw_map(axes, rows, colors):
+    """One member into axes."""
     # Matplotlib counts from below: reversed, so that the first stage is on top.
     for y, (_, kinds, bars) in enumerate(reversed(rows)):
         axes.bar(range(len(kinds)), 0.4, 0.9, y, color=[colors[kind] for kind in kinds])
-        axes.bar(list(bars), [0.03 + 0.42 * value for value in bars.values()], 0.5, y + 0.43, color="#555555")
-    axes.set_yticks([y + 0.2 for y in range(len(rows))], [name for name, _, _ in reversed(rows)])
-    for kind, label in (("t", "attention"), ("m2", "Mamba"), ("new", "replaced in this stage")):
-        axes.bar([0], [0], color=colors[kind], label=label)
-    # Bars of no height, for the legend alone.
-    axes.bar([0], [0], color="#555555", label="harm (LOO, then MMR), scaled per stage")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4, fontsize=8, frameon=False)
-    axes.set_xlim(-1, len(rows[0][1]))
-    axes.set_xlabel("layer")
-    figure.tight_layout()
-    nanoh1.write_atomic(path, lambda to: figure.savefig(to, format="png", dpi=150))
+        heights = [0.03 + 0.42 * value for value in bars.values()]
+        axes.bar(list(bars), heights, 0.5, y + 0.43, color="#555555")
+    names = [name for name, _, _ in reversed(rows)]
+    axes.set_yticks([y + 0.2 for y in range(len(rows))], names, fontsize=8)
+    axes.set_xlim(-0.8, len(rows[0][1]) - 0.2)
+    axes.set_ylim(-0.1, len(rows))
+    axes.set_xlabel("layer", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+
+
+# The picture of a family: score against speed. The score's axis begins at 0 and every point has its noise as a bar, so
+# that nobody reads a ranking where there is none.
+
+def noise_interval(share, problems):
+    """-> (low, high): where the true share lies with 95 % if `share` of so many problems was solved (Wilson)."""
+    z = 1.96
+    spread = z * math.sqrt(share * (1 - share) / problems + z * z / (4 * problems * problems))
+    centre = share + z * z / (2 * problems)
+    scale = 1 + z * z / problems
+    return (centre - spread) / scale, (centre + spread) / scale
+
+
+def speeds_from_lines(file, paths):
+    """Decoding speed of these checkpoints, tokens/s, from the lines of bench.py --model DIR --json: at the longest
+    context and the largest batch there. Raises UserError where one is missing."""
+    known = {}
+    longest = {}
+    for row in read_lines(file):
+        # Row H-0 of --model is a random model.
+        if row.get("row") != "model" or best_rate(row) is None:
+            continue
+        path = os.path.realpath(row["shape"])
+        if row["ctx"] >= longest.get(path, 0):
+            longest[path] = row["ctx"]
+            known[path] = best_rate(row)
+    for path in paths:
+        if os.path.realpath(path) not in known:
+            raise UserError(f"{file} has no line for {path}: python bench.py --model {path} --json {file}")
+    return [known[os.path.realpath(path)] for path in paths]
+
+
+@torch.inference_mode()
+def measured_speeds(configs, device, dtype):
+    """Decoding speed, tokens/s, of models of these shapes with random weights. It depends on how many layers of each
+    kind there are, and not on their order: equal counts are measured once."""
+    how = argparse.Namespace(seconds=1.0, graph=False)
+    # Caches that outweigh so small a model.
+    batch = 16 if device.type == "cuda" else 4
+    ctx = 32768 if device.type == "cuda" else 8192
+    shapes = [replace(config, layout=tuple(sorted(config.layout))) for config in configs]
+    rates = {shape: [] for shape in shapes}
+    # Three rounds over all, and the median: another program's burst then hits one round, not one member.
+    for shape in tqdm([*rates] * 3, desc=f"decoding {batch} texts after {ctx} tokens", unit="model"):
+        lm = join_projections(random_model(shape, device, dtype))
+        seconds, _ = time_decode(lm, filled_state(lm, batch, ctx), batch, how, device)
+        rates[shape].append(batch / seconds)
+    return [statistics.median(rates[shape]) for shape in shapes]
+
+
+def places_of(members, args, device, dtype):
+    """Where teacher and members stand on the x axis -> ([x of the teacher, of each member], the axis' label): by the
+    speeds in --speeds, else by speeds measured now if the checkpoints are there, else by the layers given up."""
+    firsts = [seeds[0] for seeds in members.values()]
+    teachers = [result.args["teacher"] for result in firsts if result.args.get("teacher")]
+    paths = [*teachers[:1], *(result.path for result in firsts)]
+    files = [os.path.join(path, "config.json") for path in paths]
+    if args.speeds:
+        rates = speeds_from_lines(args.speeds, paths)
+    elif teachers and all(map(os.path.exists, files)):
+        configs = [nano.config_from_json(nano.read_json(file, dict), file) for file in files]
+        rates = measured_speeds(configs, device, dtype)
+    else:
+        given_up = [len(result.report["replaced"]) for result in firsts]
+        return [0, *given_up], f"attention layers given up, of {len(firsts[0].layout)}"
+    return [rate / rates[0] for rate in rates], f"decoding speed, teacher = 1 ({rates[0]:.0f} tokens/s)"
+
+
+# By Result.removed: marker, colour, and what it is.
+LOOKS = {False: ("o", "#c03a2b", "Mamba in their place"), True: ("x", "#777777", "mixers removed (control)")}
+
+
+def draw_family(plt, path, members, places, x_label):
+    """Score against places, a point per member: the mean of its seeds (these faint, where there are several), and the
+    95 % noise of its problems as a bar."""
+    figure, axes = plt.subplots(figsize=(8, 4.8))
+    first = next(iter(members.values()))[0]
+    teacher = first.teacher_accuracy
+    low, high = noise_interval(teacher, first.problems)
+    axes.axhspan(low, high, color="#cccccc", alpha=0.5, linewidth=0,
+                 label=f"teacher; band and bars: 95 % noise of {first.problems} problems")
+    axes.axhline(teacher, color="black", linewidth=0.8)
+    axes.plot([places[0]], [teacher], "*", color="black", markersize=11)
+    for removed in sorted({seeds[0].removed for seeds in members.values()}):
+        marker, color, label = LOOKS[removed]
+        # A point of no place, for the legend alone.
+        axes.plot([], [], marker, color=color, label=label)
+    # Points in one place would hide each other: they move to the right by the width of a letter.
+    step = 0.02 * (max(places) - min(places) or 1)
+    x = -math.inf
+    top = high
+    for place, seeds in sorted(zip(places[1:], members.values()), key=lambda pair: pair[0]):
+        x = max(place, x + step)
+        top = max(top, draw_member(axes, x, seeds))
+    axes.set_ylim(0, 1.05 * top)
+    axes.margins(x=0.06)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("exact match on held-out problems")
+    axes.legend(loc="lower left", fontsize=8)
+    save_figure(plt, figure, path)
+
+
+def draw_member(axes, x, seeds):
+    """One member at x: mean, noise, single seeds, name and cost. -> the upper end of what was drawn."""
+    marker, color, _ = LOOKS[seeds[0].removed]
+    scores = [result.accuracy for result in seeds]
+    mean = sum(scores) / len(scores)
+    low, high = noise_interval(mean, seeds[0].problems)
+    axes.errorbar([x], [mean], [[mean - low], [high - mean]], color=color, linewidth=1, capsize=2)
+    axes.plot([x], [mean], marker, color=color, markersize=6)
+    if len(seeds) > 1:
+        axes.plot([x] * len(seeds), scores, marker, color=color, markersize=4, alpha=0.35)
+    label = f"{seeds[0].member}, {seeds[0].tokens / 1e6:.2f} M tokens"
+    axes.annotate(label, (x, min(low, *scores)), (0, -4), textcoords="offset points", fontsize=7,
+                  rotation=90, ha="center", va="top", color=color)
+    return max(high, *scores)
+
+
+def import_pyplot():
+    """matplotlib's pyplot, set to draw into files; None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save_figure(plt, figure, path, top=1.0):
+    """Into a PNG file, all or nothing. top: the share of its height that the axes may take."""
+    figure.tight_layout(rect=(0, 0, 1, top))
+    nano.write_atomic(path, lambda to: figure.savefig(to, format="png", dpi=150))
+    plt.close(figure)
+    print(f"wrote {path}", flush=True)
 
 
 def show_results(args, device, dtype):
@@ -741,43 +1136,62 @@ def show_results(args, device, dtype):
             raise UserError(f"cannot write {args.json}: {e.strerror}") from None
     if not args.figures:
         return
-    rows = layer_rows(results)                                               # as text in any case: it needs nothing
-    print("\n".join(["", *map_lines(rows)]), flush=True)
-    try:
-        import matplotlib
-    except ImportError:
-        return print("no pictures: they need matplotlib (pip install matplotlib)")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    out = args.out
-    claim_out(out, overwrite=True, resume=False)                             # pictures are cheap, old ones are replaced
-    draw_layers(plt, os.path.join(out, "layers.png"), rows)
-    print(f"wrote {os.path.join(out, 'layers.png')}", flush=True)
+    maps = layer_maps(results)
+    # As text in any case: it needs nothing.
+    print("\n".join(map_lines(maps)), flush=True)
+    plt = import_pyplot()
+    if plt is None:
+        print("no pictures: they need matplotlib (pip install matplotlib)")
+        return
+    # Pictures are cheap, old ones are replaced.
+    claim_out(args.out, [], overwrite=True, resume=False)
+    draw_layers(plt, os.path.join(args.out, "layers.png"), maps)
     # A member without accuracy (trained on --data, or never evaluated) has no place in the picture.
-    solved = [h for h in results if h[-1]["student_accuracy"] is not None and teacher_accuracy(h) is not None]
+    solved = [r for r in results if r.accuracy is not None and r.teacher_accuracy is not None]
     if not solved:
-        return print("no family.png: no member and its teacher have solved problems")
-    teacher = next(r["args"]["teacher"] for r in solved[0] if "teacher" in r["args"])
-    speed = throughput([teacher, *(reports[-1]["path"] for reports in solved)], args.speeds, device, dtype)
-    draw_family(plt, os.path.join(out, "family.png"), solved, teacher_accuracy(solved[0]), speed)
-    print(f"wrote {os.path.join(out, 'family.png')}")
+        print("no family.png: no member and its teacher have solved problems")
+        return
+    members = members_of(solved)
+    places, x_label = places_of(members, args, device, dtype)
+    draw_family(plt, os.path.join(args.out, "family.png"), members, places, x_label)
+
+
+def plot(rows, path):
+    """Two panels: tokens/s at the largest batch against context, and against the number of Mamba layers."""
+    plt = import_pyplot()
+    rows = [row for row in rows if best_rate(row)]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axes, key, group, label in ((left, "ctx", "row", "context, tokens"),
+                                    (right, "mamba_layers", "ctx", "Mamba layers")):
+        for value in dict.fromkeys(row[group] for row in rows):
+            line = sorted((row[key], best_rate(row)) for row in rows if row[group] == value)
+            axes.plot(*zip(*line), marker="o", label=value if group == "row" else f"{value} tokens")
+        axes.set_xlabel(label)
+        axes.legend()
+    left.set_xscale("log", base=2)
+    left.set_ylabel("tokens/s at each model's largest batch")
+    save_figure(plt, figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line.
 
-def pick_config(args, device, dtype, memory):
-    """The shape: a checkpoint's, the one named, or the largest whose rows all fit with one text."""
+def pick_config(args, dtype, device, memory):
+    """-> the Config and its name: a checkpoint's, the one named, or the largest whose rows all fit with one text."""
     if args.model:
         where = os.path.join(args.model, "config.json")
-        return nanoh1.config_from_json(nanoh1.read_json(where), where), args.model
-    name = args.shape or "tiny"
-    if not args.shape and device.type == "cuda":
-        def need(name):
-            size = [sizes(hybrid(SHAPES[name], k), dtype, max(args.ctx)) for k in args.replace]
-            return max(s["weight_bytes"] + s["kv_bytes"] + s["state_bytes"] for s in size)
-        name = next((name for name in SHAPES if need(name) <= memory), "tiny")
-    return SHAPES[name], name
+        return nano.config_from_json(nano.read_json(where), where), args.model
+    if args.shape or device.type != "cuda":
+        name = args.shape or "tiny"
+        return SHAPES[name], name
+    for name in SHAPES:
+        needs = []
+        for k in args.replace:
+            size = sizes(hybrid(SHAPES[name], k), dtype, max(args.ctx))
+            needs.append(size["weight_bytes"] + size["kv_bytes"] + size["state_bytes"])
+        if max(needs) <= memory:
+            return SHAPES[name], name
+    return SHAPES["tiny"], "tiny"
 
 
 def about_run(args, device, dtype, shape, bandwidth):
@@ -787,34 +1201,52 @@ def about_run(args, device, dtype, shape, bandwidth):
             "scan": scan_backend(device), "copy_bytes_per_s": bandwidth, "graph": args.graph}
 
 
+def measured_rows(args, config, device, dtype, bandwidth):
+    """All rows that --what asks for, as they are measured."""
+    if "prefill" in args.what or "decode" in args.what:
+        yield from bench_models(args, config, device, dtype, bandwidth)
+    if "scan" in args.what:
+        yield from bench_scan(args, config, device, dtype, bandwidth)
+
+
+def append_line(path, row):
+    """Raises UserError for a file that cannot be written. row None: only see whether it can."""
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            if row is not None:
+                f.write(json.dumps(row) + "\n")
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from None
+
+
 def main():
     args = parse_args()
     device, dtype = start_script(args)
     torch.manual_seed(args.seed)
     if args.table or args.figures:
-        return show_results(args, device, dtype)
+        show_results(args, device, dtype)
+        return
     if args.graph and device.type != "cuda":
         raise UserError("--graph needs a GPU with CUDA")
+    if args.json:
+        # Fail now, not after the first row.
+        append_line(args.json, None)
     bandwidth = copy_bandwidth(device)
-    config, shape = pick_config(args, device, dtype, memory_for(args, device))
-    about, rows = about_run(args, device, dtype, shape, bandwidth), []
-    print(f"shape {shape}: {config.n_layer} layers, d_model {config.d_model} | {about['device']}, {about['threads']} "
-          f"threads | {about['dtype']} | torch {about['torch']}, triton {about['triton']} | commit {about['commit']}\n"
-          f"{nanoh1.scan_backend_reason(device)}\n"
-          f"copy bandwidth {amount(bandwidth)}/s (measured, read and write)")
-    parts = [bench_models] * bool({"prefill", "decode"} & set(args.what)) + [bench_scan] * ("scan" in args.what)
+    config, shape = pick_config(args, dtype, device, memory_for(args, device))
+    about = about_run(args, device, dtype, shape, bandwidth)
+    print(f"shape {shape}: {config.n_layer} layers, d_model {config.d_model} | {about['device']}, "
+          f"{about['threads']} threads | {about['dtype']} | torch {about['torch']}, "
+          f"triton {about['triton']} | commit {about['commit']}")
+    print(nano.scan_backend_reason(device))
+    print(f"copy bandwidth {amount(bandwidth)}/s (measured, read and write)")
+    rows = []
     try:
-        if args.json:
-            open(args.json, "a").close()                                     # fail now, not after the first row
-        for part in parts:
-            for row in part(args, config, device, dtype, about, bandwidth):
-                rows.append(row)
-                if args.json:
-                    with open(args.json, "a", encoding="utf-8") as f:
-                        f.write(json.dumps(row) + "\n")
-    except OSError as e:
-        raise UserError(f"cannot write {args.json}: {e.strerror}") from None
-    finally:                                                                 # Ctrl-C, too, keeps what was measured
+        for row in measured_rows(args, config, device, dtype, bandwidth):
+            rows.append(about | row)
+            if args.json:
+                append_line(args.json, rows[-1])
+    finally:
+        # Ctrl-C, too, keeps what was measured.
         if args.plot and rows:
             plot(rows, args.plot)
 

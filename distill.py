@@ -9,19 +9,17 @@ Turn attention layers of a transformer into Mamba layers, and distil the result 
 The steps of a stage: rank the attention layers, by leaving each one out (LOO, first stage) or by trying a Mamba layer
 in its place (MMR, later stages); replace the least important ones by Mamba layers that start from their weights (MIL);
 train the student to give the teacher's next-token distribution on reasoning traces (reverse KL); let both solve
-held-out problems; save --out in the Hugging Face layout.
+held-out problems; save --out in the Hugging Face layout. The file is in that order, conversion first.
 """
 import argparse
 import copy
-import hashlib
 import itertools
 import json
+import math
 import os
 import random
-import signal
-import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 import torch
@@ -29,75 +27,159 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model as nano
-from model import (UserError, autocast, choose_threads, claim_out, harm, provenance, run_main, start_script,
-                   uninterrupted)
-from train_sft import (accuracy, batches, clipped_step, collate, encode_problem, generic_block, learning_rate,
-                       list_block, load_progress, make_optimizers, problem_set, read_jsonl, save_progress,
-                       show_example, solve, trace_block)
+from model import (UserError, autocast, choose_threads, claim_out, harm, provenance, run_main,
+                   start_script)
+from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate, encode_problem,
+                       file_hash, fit, generic_block, list_block, load_codec, make_optimizers,
+                       mamba_names, problem_set, read_jsonl, show_example, solve, trace_block,
+                       weights_hash)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Conversion (MIL, "Mamba in Llama"): a Mamba layer that starts from the attention layer it replaces.
 #
-# Linear attention without its softmax is a Mamba layer whose decay is 1 and whose step is 1: values are written under
-# keys and read with queries. So v, k, q and o have an obvious place in the new layer:
+# Attention of one head, with the softmax left out, keeps a matrix H of head_dim x head_dim numbers. One channel of a
+# Mamba layer keeps d_state cells h. Set Mamba's decay exp(dt A) and its step dt to 1, and write both down:
 #
-#       Mamba                        attention      |   Mamba                            fresh
-#       in_proj rows z               fresh          |   dt_in_proj, dt_proj, dt bias     Mamba's own initialisation
-#       in_proj rows x               v_proj         |   conv1d                           U(+-1/sqrt(d_conv))
-#       in_proj rows B               k_proj         |   A_log                            log(1 ... d_state)
-#       in_proj rows C               q_proj         |   D                                1
-#       out_proj columns             o_proj         |   norms, MLP                       kept
+#       attention    y_t = sum over s <= t of v_s (k_s . q_t)  =  H_t q_t      with  H_t = H_{t-1} + v_t k_t^T
+#       Mamba        y_t = h_t . C_t                                           with  h_t = h_{t-1} + u_t B_t
 #
-# Mamba knows chunks of d_state channels, not heads. Channel chunk j is read with chunk j of C but written with chunk
-# j // r of x and B (r query heads share a kv head). If Q's rows keep their order (head a of kv head g, chunk k: the
-# published code), chunk k of head a meets the wrong chunk of its kv head 7 times in 8 at the 15B shape. "aligned" lays
-# Q's rows and O's columns out in the order (g, k, a), and every chunk of q meets the same chunk of k and v. Both are
-# the same file format, and differ in nothing but the order of those rows and columns.
+# So a channel is one row of H: u is one lane of v, B is k, C is q. That says where every weight goes:
 #
-# The idea is that of "The Mamba in the Llama" (arXiv 2408.15237); what is lost is the softmax, which makes attention
-# exact: a scan returns a blend of all that was written, with old entries faded. Distillation has to close that gap.
-# Positions go as well: a scan knows order by its decay, so q and k are taken over without their rotation.
+#       Mamba                  from attention       |       Mamba                            fresh
+#       in_proj rows z         fresh                |       dt_in_proj, dt_proj, dt bias     Mamba's own initialisation
+#       in_proj rows x         v_proj               |       conv1d                           U(+-1/sqrt(d_conv))
+#       in_proj rows B         k_proj               |       A_log                            log(1 ... d_state)
+#       in_proj rows C         q_proj               |       D                                1
+#       out_proj columns       o_proj               |       norms, MLP                       kept
+#
+# Where the projections have biases (Qwen2), they go the same way, into the bias of in_proj; the other biases that the
+# format then asks for are zeros. Where queries and keys are normed (Qwen3), the norm's weight, one number per lane of
+# every head, is multiplied into the rows; its division by the root mean square cannot be, for it depends on the token.
+#
+# One thing does not fit. H has head_dim columns, a channel has d_state cells, 16 for a head of 128. The format cuts x,
+# B and C into chunks of d_state lanes: channel chunk j reads chunk j of C, and chunk j // r of x and B, where r is the
+# number of query heads that share a kv head. It knows no heads. Here are two query heads a and b that share one kv head
+# of four chunks, k0 to k3 (v0 to v3 likewise):
+#
+#       channel chunk j             0     1     2     3     4     5     6     7
+#       writes v under the key      k0    k0    k1    k1    k2    k2    k3    k3        chunk j // 2: the format says so
+#       reads, published order      a0    a1    a2    a3    b0    b1    b2    b3        its own key in 0 and 7 alone
+#       reads, "aligned"            a0    b0    a1    b1    a2    b2    a3    b3        its own key everywhere
+#
+# The published code keeps the rows of q_proj as they are, and at the 15B shape 7 chunks of q in 8 are multiplied with a
+# chunk of k that they were never trained for. "aligned" lays them out chunk by chunk, heads inside. Nothing else
+# changes: if P is that permutation, the layer computes W_o y as (W_o P^T)(P y), so o_proj's columns move with q_proj's
+# rows; z, conv, dt, A and D act on each channel alone and are fresh, so it does not matter which channel is which.
+# Both orders are the same file format.
+#
+# What is lost: the softmax, which makes attention exact, where a scan returns a blend of all that was written, with old
+# entries faded; and the rotation of q and k by their position, for a scan knows order by its decay. Distillation has to
+# close that gap. The idea is that of "The Mamba in the Llama" (arXiv 2408.15237).
 
-INITS = {"calibrated": "aligned, then gate and output fitted on one batch", "aligned": "from attention, chunks matched",
-         "plain": "from attention, in the published order", "random": "nothing copied",
-         "identity": "no mixer at all (control)"}
+INITS = {
+    "calibrated": "aligned, then gate and output fitted on one batch",
+    "aligned": "from attention, chunks matched",
+    "plain": "from attention, in the published order",
+    "random": "nothing copied",
+    "identity": "no mixer at all (control)",
+}
+
+
+def query_order(config, init):
+    """-> (d_inner) int64: C's row i is q_proj's row order[i], out_proj's column i is o_proj's column order[i]."""
+    order = torch.arange(config.d_inner)
+    if init not in ("aligned", "calibrated"):
+        return order
+    # As q_proj has them: kv head, query head that shares it, chunk of the head, lane of the chunk.
+    heads_per_kv = config.n_head // config.n_kv_head
+    chunks = config.head_dim // config.d_state
+    order = order.view(config.n_kv_head, heads_per_kv, chunks, config.d_state)
+    return order.transpose(1, 2).reshape(-1)
+
 
 @torch.no_grad()
 def mil_mixer(attention, config, init="aligned"):
     """attention: the Attention to replace -> a new Mamba, on the CPU in float32. init: a key of INITS but
     identity; calibrated gives what aligned does, see calibrate."""
-    c, n, mixer = config, config.d_state, nano.Mamba(config)
+    mixer = nano.Mamba(config)
+    init_dt(mixer)
     if init == "random":
         return mixer
-    if c.d_inner != c.n_head * c.head_dim or c.d_xb != c.n_kv_head * c.head_dim or c.head_dim % n or c.proj_bias:
-        raise UserError(f"attention with {c.n_head} / {c.n_kv_head} heads of {c.head_dim} cannot become a Mamba layer "
-                        f"of d_inner {c.d_inner}, d_xb {c.d_xb}, d_state {n}, projection bias {c.proj_bias}")
-    order = torch.arange(c.d_inner)
-    if init in ("aligned", "calibrated"):                                    # (g, a, k, lane) -> (g, k, a, lane)
-        order = order.view(c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim // n, n).transpose(1, 2).reshape(-1)
-    z, x, B, C = mixer.in_proj.weight.split([c.d_inner, c.d_xb, c.d_xb, c.d_inner])  # views: copy_ fills in_proj
-    for target, source in ((x, attention.v_proj.weight), (B, attention.k_proj.weight),
-                           (C, attention.q_proj.weight[order]),
-                           (mixer.out_proj.weight, attention.o_proj.weight[:, order])):
-        assert target.shape == source.shape, (target.shape, source.shape)
-        target.copy_(source)
+    order = query_order(config, init)
+    qk_norm = attention.config.qk_norm
+    v = rows_of(attention.v_proj)
+    k = rows_of(attention.k_proj, attention.k_norm if qk_norm else None)
+    q = rows_of(attention.q_proj, attention.q_norm if qk_norm else None)
+    rows = torch.cat([v, k, q[order]])                                       # x, B and C, in this order
+    # Slices are views: filling them fills in_proj. Its first d_inner rows are z.
+    fill(mixer.in_proj.weight[config.d_inner:], rows[:, :-1])
+    fill(mixer.out_proj.weight, attention.o_proj.weight[:, order])
+    if config.proj_bias:
+        for linear in (mixer.in_proj, mixer.dt_in_proj, mixer.out_proj):
+            linear.bias.zero_()
+        fill(mixer.in_proj.bias[config.d_inner:], rows[:, -1])
     return mixer
+
+
+def rows_of(linear, norm=None):
+    """A projection, and the norm per head that follows it -> (rows, d_model + 1): its weight, its bias as the last
+    column (zeros without one), and both times the norm's weight."""
+    bias = linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+    rows = torch.cat([linear.weight, bias[:, None]], dim=1)
+    if norm is None:
+        return rows
+    heads = rows.unflatten(0, (-1, len(norm.weight)))                        # (heads, head_dim, d_model + 1)
+    return (heads * norm.weight[:, None]).flatten(0, 1)
+
+
+@torch.no_grad()
+def init_dt(mixer):
+    """Step sizes log-uniform in [dt_min, dt_max], as in Mamba; half the bias is stored, since it counts twice."""
+    c = mixer.config
+    bound = c.dt_scale * c.dt_rank ** -0.5
+    torch.nn.init.uniform_(mixer.dt_proj.weight, -bound, bound)
+    if mixer.dt_proj.bias is not None:
+        dt = torch.empty(c.d_inner).uniform_(math.log(c.dt_min), math.log(c.dt_max)).exp()
+        dt = dt.clamp(min=c.dt_init_floor)
+        bias = dt + torch.log(-torch.expm1(-dt))                             # the inverse of softplus
+        mixer.dt_proj.bias.copy_(bias / 2)
+
+
+def fill(target, source):
+    """copy_ alone would spread a smaller source over the target, silently."""
+    assert target.shape == source.shape, (target.shape, source.shape)
+    target.copy_(source)
+
+
+def not_carried(config):
+    """What attention of this shape does and its Mamba layer cannot start with, for the user to know. -> a text."""
+    lost = ["the softmax", "the rotation of q and k by position"]
+    if config.qk_norm:
+        lost.append("the division of q and k by their root mean square")
+    if config.sliding_window:
+        lost.append("the sliding window")
+    return ", ".join(lost)
 
 
 # A fresh mixer has a weakness: with dt near 0.01 and a random gate it writes next to nothing, and the student starts
 # where a model without the layer would. "calibrated" repairs that on one batch of texts, in closed form: the gate is
 # opened (z is fitted to a constant c with silu(c) = 1, plus a little of its random start), and out_proj is fitted to
 # what the attention would have written for the same input. Layer by layer, so each sees the work of those before it.
-# The method is ours and not the paper's. Nothing but two linear systems per layer is solved: it takes no training step,
-# and the file format does not notice. dt stays as it is: size and direction are corrected in the last linear map.
+# Nothing but two linear systems per layer is solved: it takes no training step, and the file format does not notice.
+# dt stays as it is: size and direction are corrected in the last linear map. The closed form is ours and not the
+# paper's; Taylor-Calibrate (arXiv 2606.16429) fits another mixer to its attention by gradient steps.
 # With 7 of 10 layers replaced, 400 steps of distillation end at a KL of 0.16 from here and of 0.25 from "aligned" (see
-# the README, "The claims").
+# results/README.md, "The claims").
+
+OPEN_GATE = 1.28                                         # silu(1.28) = 1
+
 
 def ridge_fit(a, b, strength=0.01):
     """Least squares with a small penalty: a (m, k), b (m, r) -> w (r, k) float64, on the CPU, with a w^T close to b.
     strength is relative to the mean square of a's columns: channels that hardly move get no huge weights."""
-    a, b = a.double().cpu(), b.double().cpu()
+    a = a.double().cpu()
+    b = b.double().cpu()
     gram = a.T @ a                                                           # (k, k)
     gram += strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     return torch.linalg.solve(gram, a.T @ b).T
@@ -106,50 +188,107 @@ def ridge_fit(a, b, strength=0.01):
 @torch.no_grad()
 def calibrate(student, teacher, layers, tokens, real):
     """Fit gate and out_proj of the new mixers in these layers of student, in place. tokens (b, t); real (b, t) False at
-    padding. Not in the paper; measured in the README."""
-    place, _ = nano.make_place(student.config, tokens, 0, None, None, student.embed_tokens.weight.dtype)
+    padding. Not in the paper; measured in results/README.md."""
     x = student.embed_tokens(tokens)                                         # (b, t, d_model)
+    place, _ = nano.make_place(student.config, tokens, 0, None, None, x.dtype)
     for i, block in enumerate(student.layers):
         if i in layers:
-            mixer, h = block.mixer, block.input_layernorm(x)
-            open_gate = ridge_fit(h[real], h.new_full((int(real.sum()), 1), 1.28))           # (1, d_model)
-            z = mixer.in_proj.weight[:mixer.config.d_inner]                  # (d_inner, d_model), a view
-            z.mul_(0.1).add_(open_gate.to(z))
-            keep, mixer.out_proj = mixer.out_proj, torch.nn.Identity()             # to see what goes into it
-            inner, _ = mixer(h, None, place)                                 # (b, t, d_inner)
-            mixer.out_proj = keep
-            wanted, _ = teacher.layers[i].self_attn(h, None, place)          # (b, t, d_model)
-            keep.weight.copy_(ridge_fit(inner[real], wanted[real]))
+            normed = block.input_layernorm(x)                                # (b, t, d_model)
+            wanted, _ = teacher.layers[i].mixer(normed, None, place)
+            open_gate(block.mixer, normed[real])
+            written = before_out_proj(block.mixer, normed, place)            # (b, t, d_inner)
+            block.mixer.out_proj.weight.copy_(ridge_fit(written[real], wanted[real]))
         x, _ = block(x, None, place)
+
+
+def open_gate(mixer, normed):
+    """Change z's rows such that the gate silu(z) is about 1 for inputs like normed (m, d_model)."""
+    target = normed.new_full((len(normed), 1), OPEN_GATE)
+    z = mixer.in_proj.weight[:mixer.config.d_inner]                          # (d_inner, d_model), a view
+    # A tenth of the random start stays: rows that were all the same would stay the same for ever.
+    z.mul_(0.1).add_(ridge_fit(normed, target).to(z))
+
+
+def before_out_proj(mixer, x, place):
+    """x (b, t, d_model) -> (b, t, d_inner), what the mixer hands to its out_proj."""
+    out_proj = mixer.out_proj
+    mixer.out_proj = torch.nn.Identity()
+    y, _ = mixer(x, None, place)
+    mixer.out_proj = out_proj
+    return y
+
+
+def converted_config(student, teacher, layers, init):
+    """Configs of student and teacher -> that of the student after these layers are converted.
+    Raises UserError, naming what is in the way, if they cannot be: before any weight is touched or layer ranked."""
+    if init not in INITS:
+        raise UserError(f"unknown init {init!r}; known: {', '.join(INITS)}")
+    for field in ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim"):
+        ours = getattr(student, field)
+        theirs = getattr(teacher, field)
+        if ours != theirs:
+            raise UserError(f"student and teacher differ in {field}: {ours} and {theirs}")
+    layout = list(student.layout)
+    for i in layers:
+        if not 0 <= i < len(layout) or layout[i] != "t" or teacher.layout[i] != "t":
+            shown = " ".join(student.layout)
+            raise UserError(f"layer {i} is not an attention layer (layout: {shown})")
+        layout[i] = "n" if init == "identity" else "m2"
+    # One switch for all Mamba layers of a model: on from the first conversion on, if the attention has biases.
+    proj_bias = student.proj_bias or teacher.qkv_bias
+    if proj_bias and not student.proj_bias and "m2" in student.layout:
+        raise UserError("the attention has biases and the student's Mamba layers have none: "
+                        "its file format knows one switch for all of them")
+    config = replace(student, layout=tuple(layout), proj_bias=proj_bias)
+    if layers and init != "identity":
+        check_widths(config, copied=init != "random")
+    return config
+
+
+def check_widths(config, copied):
+    """Raise UserError unless Mamba layers of this shape can be made, with a place for all rows of their attention if
+    they are copied."""
+    c = config
+    heads = (c.n_head * c.head_dim, c.n_kv_head * c.head_dim)
+    if c.d_xb % c.d_state or (copied and c.head_dim % c.d_state):
+        raise UserError(f"head_dim {c.head_dim} is not a multiple of d_state {c.d_state}: "
+                        "a head must be cut into whole chunks")
+    if copied and (c.d_inner, c.d_xb) != heads:
+        raise UserError(f"{c.n_head} / {c.n_kv_head} heads of head_dim {c.head_dim} do not fit into "
+                        f"Mamba layers of d_inner {c.d_inner}, d_xb {c.d_xb}")
+
+
+def choose_d_state(config, wanted):
+    """-> cells per channel of the Mamba layers to come. wanted: --d-state, or None: 16, or the largest divisor of
+    head_dim below it. A hybrid has its own already. Raises UserError."""
+    if set(config.layout) != {"t"}:
+        if wanted not in (None, config.d_state):
+            raise UserError(f"--d-state {wanted}: the layers that are converted have {config.d_state}")
+        return config.d_state
+    if wanted is None:
+        return max(n for n in range(1, 17) if config.head_dim % n == 0)
+    if config.head_dim % wanted:
+        raise UserError(f"--d-state {wanted} does not divide head_dim {config.head_dim}")
+    return wanted
 
 
 def convert(student, teacher, layers, init="aligned", batch=None):
     """Replace the mixers of these layers of student, in place, by Mamba layers made from the teacher's attention.
     layers: 0-based; all must still be attention in the student. init: a key of INITS. batch: (tokens, real), which
-    "calibrated" needs, see calibrate. Returns the student."""
-    layout = list(student.config.layout)
-    if init not in INITS:
-        raise UserError(f"unknown init {init!r}; known: {', '.join(INITS)}")
+    "calibrated" needs, see calibrate. Returns the student. Raises UserError before anything is changed."""
+    config = converted_config(student.config, teacher.config, layers, init)
     if init == "calibrated" and batch is None:
         raise UserError("init calibrated needs a batch of tokens")
-    for field in ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim"):
-        if getattr(student.config, field) != getattr(teacher.config, field):
-            raise UserError(f"student and teacher differ in {field}: {getattr(student.config, field)} and "
-                            f"{getattr(teacher.config, field)}")
-    for i in layers:
-        if not 0 <= i < len(layout) or layout[i] != "t" or teacher.config.layout[i] != "t":
-            raise UserError(f"layer {i} is not an attention layer (layout: {' '.join(layout)})")
-        layout[i] = "n" if init == "identity" else "m2"
-    config = replace(student.config, layout=tuple(layout))
     for i in layers:
         block = student.layers[i]
+        block.kind = config.layout[i]
         if init == "identity":
             del block.input_layernorm
+            block.mixer = None
         else:
-            mixer = mil_mixer(teacher.layers[i].self_attn, config, init)     # raises, if at all, at the first layer
-            block.mixer = nano.cast(mixer, block.mlp.down_proj.weight.device, block.mlp.down_proj.weight.dtype)
-        block.kind = layout[i]
-        del block.self_attn
+            weight = block.mlp.down_proj.weight
+            mixer = mil_mixer(teacher.layers[i].mixer, config, init)
+            block.mixer = nano.cast(mixer, weight.device, weight.dtype)
     student.config = config
     if init == "calibrated" and layers:
         calibrate(student, teacher, layers, *batch)
@@ -179,45 +318,53 @@ CHUNK_TOKENS = 1024                                      # tokens per piece
 def kl_divergence(student_logits, teacher_logits, kind="reverse_kl"):
     """Two (..., vocab_size) of logits -> (...) nats. Zero for equal logits, finite for any finite ones.
     Both sides go through log_softmax: the log of a softmax that has underflowed would be -inf."""
-    q, p = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     if kind == "forward_kl":
-        q, p = p, q
-    return (q.exp() * (q - p)).sum(-1)
+        return kl_divergence(teacher_logits, student_logits)
+    log_q = student_logits.float().log_softmax(-1)
+    log_p = teacher_logits.float().log_softmax(-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def distillation_loss(x, teacher_x, head, teacher_head, kind="reverse_kl", chunk=None):
     """x, teacher_x (m, d_model): hidden states of the trained positions; head, teacher_head: the output layers.
     -> the summed divergence in nats. chunk: tokens per piece, None: decided by the vocabulary size.
     A sum, so pieces add up exactly to the whole, and the caller divides by the tokens of the batch."""
-    piece = lambda a, b: kl_divergence(head(a), teacher_head(b), kind).sum()
-    chunk = chunk or (CHUNK_TOKENS if head.weight.shape[0] > CHUNK_ABOVE else None)
+    def piece(part, teacher_part):
+        return kl_divergence(head(part), teacher_head(teacher_part), kind).sum()
+
+    if chunk is None and head.weight.shape[0] > CHUNK_ABOVE:
+        chunk = CHUNK_TOKENS
     if chunk is None:
         return piece(x, teacher_x)
     total = x.new_zeros((), dtype=torch.float32)
-    for i in range(0, len(x), chunk):
+    for part, teacher_part in zip(x.split(chunk), teacher_x.split(chunk)):
         # The pieces' logits are not kept for the backward pass but made again there: one piece exists at a time.
-        total = total + checkpoint(piece, x[i:i + chunk], teacher_x[i:i + chunk], use_reentrant=False)
+        total = total + checkpoint(piece, part, teacher_part, use_reentrant=False)
     return total
 
 
 def batch_loss(student, teacher, tokens, targets, kind):
     """-> summed divergence over the trained positions of a batch, and their number.
     tokens, targets (b, t), see train_sft.collate. The prompt's logits are never made, of neither model."""
-    trained = targets >= 0                                                   # shifted once, in collate
+    trained = targets >= 0                                                   # (b, t), shifted once, in collate
     with torch.no_grad():
         teacher_x = teacher.hidden(tokens)[0][trained]                       # (m, d_model): the trained positions
     x = student.hidden(tokens)[0][trained]
-    return distillation_loss(x, teacher_x, student.lm_head, teacher.lm_head, kind), int(trained.sum())
+    loss = distillation_loss(x, teacher_x, student.lm_head, teacher.lm_head, kind)
+    return loss, int(trained.sum())
 
 
 @torch.no_grad()
 def mean_loss(student, teacher, fixed, kind, device, dtype):
     """Mean divergence in nats per response token over a fixed list of batches (lists of examples)."""
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for examples in fixed:
+        tokens, targets = collate(examples, device)
         with autocast(device, dtype):
-            loss, n = batch_loss(student, teacher, *collate(examples, device), kind)
-        total, count = total + loss.item(), count + n
+            loss, trained = batch_loss(student, teacher, tokens, targets, kind)
+        total += loss.item()
+        count += trained
     return total / max(1, count)
 
 
@@ -235,41 +382,61 @@ def mean_loss(student, teacher, fixed, kind, device, dtype):
 
 @torch.no_grad()
 def leave_one_out(model, probe, device, dtype, use_accuracy):
-    """probe: lists of examples -> per layer {"layer", "accuracy" or None, "kl", "loss"} without that layer's mixer."""
-    layers, totals = len(model.layers), torch.zeros(len(model.layers), 3, dtype=torch.float64)
-    tokens_seen, rows_seen = 0, 0
-    bar = tqdm(total=len(probe) * layers, desc="leave one out", unit="layer")
-    for examples in probe:
-        tokens, targets = collate(examples, device)
-        trained = targets >= 0
-        with autocast(device, dtype):
-            base = model.lm_head(model.hidden(tokens)[0][trained])           # (m, vocab_size), intact
-            x = model.embed_tokens(tokens)                                   # (b, t, d_model)
-            place, _ = nano.make_place(model.config, tokens, 0, None, None, x.dtype)
-            for i, block in enumerate(model.layers):
-                y = x + block.mlp(block.post_attention_layernorm(x)) if block.kind == "t" else None
-                # Nothing to leave out where the mixer is Mamba already, or missing: the walk just goes on.
-                if y is not None:
-                    for later in model.layers[i + 1:]:                       # ... and all that follows
-                        y, _ = later(y, None, place)
-                    totals[i] += score(model.lm_head(model.norm(y)[trained]), base, targets)
-                x, _ = block(x, None, place)                                 # the intact walk goes on
-                bar.update()
-        tokens_seen, rows_seen = tokens_seen + int(trained.sum()), rows_seen + len(examples)
-    bar.close()
-    return [{"layer": i, "accuracy": right / rows_seen if use_accuracy else None, "kl": kl / tokens_seen,
-             "loss": loss / tokens_seen}
-            for i, (right, kl, loss) in enumerate(totals.tolist()) if model.layers[i].kind == "t"]
+    """probe: lists of examples -> per attention layer {"layer", "accuracy" or None, "kl", "loss"} without its mixer."""
+    attention = attention_layers(model.config)
+    totals = {layer: torch.zeros(3, dtype=torch.float64) for layer in attention}
+    tokens_seen = 0
+    rows_seen = 0
+    with tqdm(total=len(probe) * len(attention), desc="leave one out", unit="layer") as bar:
+        for examples in probe:
+            tokens, targets = collate(examples, device)
+            with autocast(device, dtype):
+                for layer, sums in scores_without_each(model, tokens, targets):
+                    totals[layer] += sums
+                    bar.update()
+            tokens_seen += int((targets >= 0).sum())
+            rows_seen += len(examples)
+    scores = []
+    for layer, (right, kl, loss) in totals.items():
+        accuracy = right.item() / rows_seen if use_accuracy else None
+        kl = kl.item() / tokens_seen
+        loss = loss.item() / tokens_seen
+        scores.append({"layer": layer, "accuracy": accuracy, "kl": kl, "loss": loss})
+    return scores
 
 
-def score(logits, base, targets):
-    """logits, base (m, vocab_size) -> tensor [rows right throughout, summed KL to base, summed cross-entropy].
+def attention_layers(config):
+    """-> the numbers of the layers that are attention, in order."""
+    return [i for i, kind in enumerate(config.layout) if kind == "t"]
+
+
+def scores_without_each(model, tokens, targets):
+    """Yields (layer, sums as score makes them) for each attention layer of model, on one batch (b, t)."""
+    trained = targets >= 0
+    intact = model.lm_head(model.hidden(tokens)[0][trained])                 # (m, vocab_size)
+    x = model.embed_tokens(tokens)                                           # (b, t, d_model)
+    place, _ = nano.make_place(model.config, tokens, 0, None, None, x.dtype)
+    for i, block in enumerate(model.layers):
+        # Nothing to leave out where the mixer is Mamba already, or missing: the walk just goes on.
+        if block.kind == "t":
+            y = x + block.mlp(block.post_attention_layernorm(x))             # this layer without its mixer ...
+            for later in model.layers[i + 1:]:
+                y, _ = later(y, None, place)                                 # ... and all that follows
+            yield i, score(model.lm_head(model.norm(y)[trained]), intact, targets)
+        x, _ = block(x, None, place)                                         # the intact walk goes on
+
+
+def score(logits, intact, targets):
+    """logits, intact (m, vocab_size) -> tensor [rows right throughout, summed KL to intact, summed cross-entropy].
     targets (b, t): m of them are not -1. Sums, so that batches of different size can be added up."""
-    trained, wanted = targets >= 0, targets[targets >= 0]                    # (b, t) bool, (m)
+    trained = targets >= 0                                                   # (b, t) bool
+    wanted = targets[trained]                                                # (m)
     wrong = torch.zeros_like(trained)
     wrong[trained] = logits.argmax(-1) != wanted
+    right = (~wrong.any(1)).sum()
+    kl = kl_divergence(logits, intact).sum()
     loss = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
-    return torch.tensor([float((~wrong.any(1)).sum()), kl_divergence(logits, base).sum().item(), loss.item()])
+    return torch.tensor([right.item(), kl.item(), loss.item()])
 
 
 def least_important_first(scores):
@@ -277,65 +444,82 @@ def least_important_first(scores):
     return [s["layer"] for s in sorted(scores, key=harm)]
 
 
-def weights_hash(model):
-    """A fingerprint of all weights, so that stored scores are used for no other model."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        # As bytes, because numpy has no bfloat16. The names count, too: two equal layers may have changed places.
-        digest.update(name.encode() + p.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def file_hash(path):
-    """The same for a data file: edited data makes new scores."""
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()[:16]
-
-
 def stored_scores(path, key, make):
     """Scores are expensive: keep them in the file `path` together with what they were made from, reuse them if that is
     still the same, and otherwise make() them anew. -> the dict in the file.
     key: a dict of JSON values. The file is also a valid --rank FILE, for a control that replaces the same layers."""
     stored = nano.read_json(path, dict) if os.path.exists(path) else {}
-    if {k: stored.get(k) for k in key} != key:
-        scores = make()
-        stored = key | {"order": least_important_first(scores), "scores": scores}
-        nano.write_json(path, stored)
+    if {k: stored.get(k) for k in key} == key:
+        return stored
+    scores = make()
+    stored = key | {"order": least_important_first(scores), "scores": scores}
+    nano.write_json(path, stored)
     return stored
 
 
 def rank_layers(args, run, student):
     """-> attention layers of the student, first to be replaced first, and their scores (None without any).
     Layers that are replaced already stay in a stored order and are left out here. Raises UserError for a bad file."""
-    attention = [i for i, kind in enumerate(student.config.layout) if kind == "t"]
-    if args.rank in ("first", "last"):                                       # baselines: no scores at all
-        return attention if args.rank == "first" else attention[::-1], None
-    if args.rank == "random":
-        return random.Random(args.seed).sample(attention, len(attention)), None
-    if args.rank == "apriel15b":                                             # the order that the paper published
+    attention = attention_layers(student.config)
+    scores = None
+    if args.rank == "loo":
+        stored = loo_scores(args, run)
+        order = stored["order"]
+        scores = stored["scores"]
+    elif args.rank == "mmr":
+        stored = mmr_scores(args, run, student)
+        order = stored["order"]
+        scores = stored["scores"]
+    elif args.rank == "first":
+        order = attention
+    elif args.rank == "last":
+        order = attention[::-1]
+    elif args.rank == "random":
+        order = random.Random(args.seed).sample(attention, len(attention))
+    elif args.rank == "apriel15b":                                           # the order that the paper published
         if len(student.layers) != 50:
-            raise UserError(f"--rank apriel15b is an order of 50 layers; {args.teacher} has {len(student.layers)}")
-        return [i for i in nano.APRIEL15B if i in attention], None
-    if args.rank not in ("loo", "mmr"):                                      # a file: list, stored_scores' dict, report
-        stored = nano.read_json(args.rank)
-        order = stored.get("order", stored.get("replaced")) if isinstance(stored, dict) else stored
-        if not isinstance(order, list) or set(order) - set(range(len(student.layers))) or len(set(order)) < len(order):
-            raise UserError(f"{args.rank}: not a list of different layers from 0 to {len(student.layers) - 1}")
-        return [i for i in order if i in attention], None
-    key = {"teacher": weights_hash(run.teacher), "data": args.data and file_hash(args.data), "ctx": args.ctx,
-           "probe": args.probe, "dtype": args.dtype}
-    # Scores are stored in --out under a key: a second run with other --steps or --lr need not rank again.
-    if args.rank == "loo":                                                   # always of the teacher itself
-        make = lambda: leave_one_out(run.teacher, run.probe, run.device, run.dtype, use_accuracy=not args.data)
-        stored = stored_scores(os.path.join(args.out, "loo.json"), key, make)
+            raise UserError(f"--rank apriel15b is an order of 50 layers; {args.teacher} has "
+                            f"{len(student.layers)}")
+        order = nano.APRIEL15B
     else:
-        # MMR's scores belong to this student, and to everything that its trials depend on.
-        flags = ("data", "traces", "ctx", "init", "train", "probe_steps", "batch", "lr", "loss", "seed", "dtype")
-        key = {"teacher": key["teacher"], "student": weights_hash(student), "content": key["data"]} | {
-            f: getattr(args, f) for f in flags}
-        make = lambda: try_each_layer(args, run, student, attention, key)
-        stored = stored_scores(os.path.join(args.out, "mmr.json"), key, make)
-    return [i for i in stored["order"] if i in attention], stored["scores"]
+        order = read_order(args.rank, len(student.layers))
+    return [i for i in order if i in attention], scores
+
+
+def read_order(path, n_layer):
+    """A JSON file with a list of layers, what stored_scores writes, or a report -> the list. Raises UserError."""
+    order = nano.read_json(path)
+    if isinstance(order, dict):
+        order = order.get("order", order.get("replaced"))
+    if isinstance(order, list):
+        layers = [i for i in order if type(i) is int and 0 <= i < n_layer]
+        if len(set(layers)) == len(order):
+            return layers
+    raise UserError(f"{path}: not a list of different layers from 0 to {n_layer - 1}")
+
+
+# Scores are stored in --out under a key: a second run with other --steps or --lr need not rank again.
+
+def loo_scores(args, run):
+    """The stored dict of LOO scores, always of the teacher itself."""
+    def make():
+        exact_match = not args.data
+        return leave_one_out(run.teacher, run.probe, run.device, run.dtype, exact_match)
+
+    key = run.content | {"ctx": args.ctx, "probe": args.probe, "dtype": args.dtype}
+    return stored_scores(os.path.join(args.out, "loo.json"), key, make)
+
+
+def mmr_scores(args, run, student):
+    """The stored dict of MMR scores. They belong to this student, and to everything that its trials depend on."""
+    def make():
+        return try_each_layer(args, run, student, key)
+
+    key = depends_on(args, run, student)
+    # The order of the trials' losses is all that is used: how the stage goes on afterwards does not matter to it.
+    for flag in ("replace", "rank", "steps", "warmup", "probe"):
+        del key[flag]
+    return stored_scores(os.path.join(args.out, "mmr.json"), key, make)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -350,92 +534,93 @@ def rank_layers(args, run, student):
 # here --probe-steps is 6, since only the order of the losses is used, and with the same batches even small
 # differences come from the layer. Against 100 steps, layers that work keep their order (rank correlation 0.92 and 1.0
 # in two stages), idle ones change places by chance. 25 candidates cost some 150 steps, more than the stage's own 100.
+#
+# What counts is measured on held-out texts of all lengths and families: training batches hold texts of one length, and
+# measured on a short one, layers looked harmless that long stories need (H-27 lost 0.04 by it).
 
-def try_each_layer(args, run, student, attention, key):
-    """-> per attention layer {"layer", "loss"}: the distillation loss (nats per token) after args.probe_steps steps,
-    on held-out texts of all lengths and families: training batches hold texts of one length, and measured on a short
-    one, layers looked harmless that long stories need (H-27 lost 0.04 by it). The student itself stays as it is."""
-    path, stream = os.path.join(args.out, "mmr-trials.json"), batches(run.block, args.batch)
-    texts = [*itertools.islice(stream, args.probe_steps), run.fixed]         # the last batch only measures
+class TrialBatch(NamedTuple):
+    tokens: torch.Tensor                                 # (b, t)
+    targets: torch.Tensor                                # (b, t), see train_sft.collate
+    teacher_x: torch.Tensor                              # (m, d_model), the teacher's side of the loss
+
+
+def try_each_layer(args, run, student, key):
+    """-> per attention layer of the student {"layer", "loss"}: the distillation loss of its trial, in nats per token.
+    Trials are kept in args.out/mmr-trials.json under key. The student itself stays as it is."""
+    path = os.path.join(args.out, "mmr-trials.json")
     stored = nano.read_json(path, dict) if os.path.exists(path) else {}
-    trials = stored["trials"] if stored.get("key") == key else []            # not of this run: forget them
-    data = []
+    trials = stored["trials"] if stored.get("key") == key else []            # of another run: forget them
+    known = [trial["layer"] for trial in trials]
+    todo = [layer for layer in attention_layers(student.config) if layer not in known]
+    *training, held_out = trial_batches(args, run)
+    for layer in tqdm(todo, desc="MMR", unit="layer"):
+        loss = trial_loss(args, run, student, layer, training, held_out)
+        trials.append({"layer": layer, "loss": loss})
+        nano.write_json(path, {"key": key, "trials": trials})
+    return trials
+
+
+def trial_batches(args, run):
+    """-> args.probe_steps TrialBatches to train on, and a last one that only measures: the held-out texts."""
+    stream = batches(run.block, args.batch)
+    texts = [*itertools.islice(stream, args.probe_steps), run.fixed]
+    trial = []
     for examples in texts:
         tokens, targets = collate(examples, run.device)
         with torch.no_grad(), autocast(run.device, run.dtype):
             # Hidden states, not logits: (m, d_model) is small enough to keep for all batches.
-            data.append((tokens, targets, run.teacher.hidden(tokens)[0][targets >= 0]))
-    todo = [layer for layer in attention if layer not in {trial["layer"] for trial in trials}]
-    for layer in tqdm(todo, desc="MMR", unit="layer"):
-        torch.manual_seed(args.seed)                                         # the same fresh parts for every candidate
-        trial = convert(clone(student, args.train), run.teacher, [layer], args.init, run.calibration)
-        optimizers = make_optimizers(set_trained(trial, args.train), args.lr)                # states of its own
-        for step, (tokens, targets, teacher_x) in enumerate(data):
-            last = step == args.probe_steps
-            with autocast(run.device, run.dtype), torch.set_grad_enabled(not last):
-                x = trial.hidden(tokens)[0][targets >= 0]
-                loss = distillation_loss(x, teacher_x, trial.lm_head, run.teacher.lm_head, args.loss) / len(x)
-            if not last:
-                loss.backward()
-                # Full rate from the third step on: a trial is too short for a real warm-up and for a decay.
-                clipped_step(trial, optimizers, args.lr * min(1.0, (step + 1) / 3))
-        trials.append({"layer": layer, "loss": loss.item()})
-        nano.write_json(path, {"key": key, "trials": trials})
-    return trials
+            teacher_x = run.teacher.hidden(tokens)[0][targets >= 0]
+        trial.append(TrialBatch(tokens, targets, teacher_x))
+    return trial
+
+
+def trial_loss(args, run, student, layer, training, held_out):
+    """Convert this layer of a copy of the student, distil it on the training batches -> its loss on held_out."""
+    torch.manual_seed(args.seed)                                             # the same fresh parts for every candidate
+    trial = clone(student, args.train)
+    convert(trial, run.teacher, [layer], args.init, run.calibration)
+    set_trained(trial, args.train)
+    # States of its own.
+    optimizers = make_optimizers(trial, args.lr, args.optimizer, args.lr_rest)
+
+    def loss_of(batch):
+        with autocast(run.device, run.dtype):
+            x = trial.hidden(batch.tokens)[0][batch.targets >= 0]
+            heads = trial.lm_head, run.teacher.lm_head
+            loss = distillation_loss(x, batch.teacher_x, *heads, args.loss)
+        return loss / len(x)
+
+    for step, batch in enumerate(training):
+        loss_of(batch).backward()
+        # Full rate from the third step on: a trial is too short for a real warm-up and for a decay.
+        clipped_step(trial, optimizers, args.lr * min(1.0, (step + 1) / 3))
+    with torch.no_grad():
+        return loss_of(held_out).item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Distillation.
 #
-# --loss, the optimiser of train_sft.py, and nothing else. What the paper tried without gain: freezing layers, warming
-# the new mixers up alone, matching their outputs layer by layer. "Mamba in the Llama" (arXiv 2408.15237) freezes the
-# MLPs at first; here everything trains from the first step, because the kept layers must learn to read a new neighbour.
+# --loss, the optimiser and the loop of train_sft.py, and nothing else. What the paper tried without gain: freezing
+# layers, warming the new mixers up alone, matching their outputs layer by layer. "Mamba in the Llama" (arXiv
+# 2408.15237) freezes the MLPs at first; here everything trains from the first step, because the kept layers must learn
+# to read a new neighbour.
 #
-# What the start is worth, where seven of ten layers that count are replaced (README, "The claims": 400 steps at 1e-3,
-# means of three seeds; KL at the end in nats a token):
+# What the start is worth, where seven of ten layers that count are replaced (results/README.md, "The claims": 400
+# steps at 1e-3, means of three seeds; KL at the end in nats a token):
 #       calibrated    aligned    plain    random    mixer removed
 #       0.162         0.252      0.255    0.306     0.482
 # While much attention is left the others fill in, and a start matters little. It matters more, the more layers go and
 # the fewer steps there are.
 
-def distill(args, run, student, meta):
-    """Train the student for args.steps steps. -> log entries, one per step. meta: a dict kept with the progress, saved
-    in args.out/progress.safetensors every 25 steps and on Ctrl-C, and read back with --resume.
-    An entry: step, kl in nats per trained token (of that batch: it is noisy), tokens seen with padding, seconds."""
-    optimizers, start, log, began = make_optimizers(student, args.lr), 0, [], time.time()
-    progress = os.path.join(args.out, "progress.safetensors")
-    if args.resume and os.path.exists(progress):
-        stored = load_progress(progress, student, optimizers, meta["run"])
-        meta.update(stored)
-        start, log = meta["step"], meta["log"]
-        began -= log[-1]["seconds"] if log else 0                            # the time of the earlier part counts, too
-    bar = tqdm(total=args.steps, initial=start, desc="distilling", unit="step")
-    stream, tokens_seen = batches(run.block, args.batch, start), log[-1]["tokens"] if log else 0
-    # The log has one entry per finished step, so its length says where to go on.
-    save = lambda: save_progress(progress, student, optimizers, meta | {"step": len(log), "log": log})
-    try:
-        for step in range(start, args.steps):
-            tokens, targets = collate(next(stream), run.device)
-            with autocast(run.device, run.dtype):
-                loss, count = batch_loss(student, run.teacher, tokens, targets, args.loss)
-            (loss / max(1, count)).backward()                                # the mean over this batch's tokens
-            with uninterrupted():
-                clipped_step(student, optimizers, learning_rate(step, args.steps, args.lr, args.warmup))
-                tokens_seen += tokens.numel()
-                log.append({"step": step + 1, "kl": round(loss.item() / max(1, count), 6), "tokens": tokens_seen,
-                            "seconds": round(time.time() - began, 1)})
-            bar.update()
-            bar.set_postfix(kl=f"{log[-1]['kl']:.4f}", tok_s=f"{tokens_seen / max(0.1, log[-1]['seconds']):.0f}")
-            if (step + 1) % 25 == 0:
-                save()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)                         # a second Ctrl-C must not spoil the save
-        save()
-        print(f"\nsaved step {len(log)}; run the same command with --resume to continue", file=sys.stderr)
-        raise
-    finally:
-        bar.close()
-    return log
+def distill(args, run, student, progress):
+    """Train the student for args.steps steps. -> log entries, one per step, see train_sft.fit."""
+    def loss_of(model, tokens, targets):
+        return batch_loss(model, run.teacher, tokens, targets, args.loss)
+
+    plan = Plan(steps=args.steps, lr=args.lr, warmup=args.warmup, every=25, log_every=1, name="kl",
+                optimizer=args.optimizer, lr_rest=args.lr_rest)
+    return fit(student, loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
 
 
 def clone(model, train):
@@ -448,31 +633,50 @@ def clone(model, train):
 def set_trained(student, train):
     """Say which weights get gradients: all, or those of the Mamba mixers. Trained weights are float32 (autocast makes
     the products cheap); a model of more than a billion weights recomputes each layer in the backward pass."""
+    mixers = mamba_names(student)
     for name, p in student.named_parameters():
-        p.requires_grad_(train == "all" or ".mixer." in name)
+        p.requires_grad_(train == "all" or name in mixers)
         if p.requires_grad:
             p.data = p.data.float()
     if not any(p.requires_grad for p in student.parameters()):
-        raise UserError("--train mixers: there is no Mamba mixer to train (--init identity needs --train all)")
+        raise UserError("--train mixers: there is no Mamba mixer to train "
+                        "(--init identity needs --train all)")
     student.recompute = sum(p.numel() for p in student.parameters()) > 1e9
     return student
 
 
 def first_student(args, teacher):
     """-> the model that this stage starts from, and the layers that are replaced in it already, in order.
-    Raises UserError if args.student cannot be a student of this teacher: only Mamba's own sizes may differ."""
-    if not args.student:
-        return clone(teacher, args.train), []
-    student = nano.load_pretrained(args.student, teacher.embed_tokens.weight.device, teacher.embed_tokens.weight.dtype)
-    # Everything but the layout is compared; Mamba's sizes are the student's own, an all-attention teacher has none.
-    if replace(student.config, layout=()) != replace(teacher.config, layout=(), **{
-            key: getattr(student.config, key) for key in ("d_state", "d_conv", "dt_rank", "d_inner", "d_xb")}):
-        raise UserError(f"{args.student} is not a student of {args.teacher}: its config.json describes another model")
-    done = [i for i, kind in enumerate(student.config.layout) if kind != teacher.config.layout[i]]
+    Raises UserError if args.student cannot be a student of this teacher, or --d-state does not fit."""
+    if args.student:
+        weight = teacher.embed_tokens.weight
+        student = nano.load_pretrained(args.student, weight.device, weight.dtype)
+        check_student(args, student.config, teacher.config)
+    else:
+        student = clone(teacher, args.train)
+    d_state = choose_d_state(student.config, args.d_state)
+    student.config = replace(student.config, d_state=d_state)
+    pairs = zip(student.config.layout, teacher.config.layout)
+    done = [i for i, (kind, original) in enumerate(pairs) if kind != original]
     # The layout knows which layers went, the report also in which order: it is trusted only if both agree.
-    report = os.path.join(args.student, "report.json")
-    known = nano.read_json(report, dict).get("replaced") if os.path.exists(report) else None
-    return student, known if known and sorted(known) == done else done
+    report = os.path.join(args.student or "", "report.json")
+    if args.student and os.path.exists(report):
+        known = nano.read_json(report, dict).get("replaced")
+        if isinstance(known, list) and set(known) == set(done) and len(known) == len(done):
+            return student, known
+    return student, done
+
+
+def check_student(args, student, teacher):
+    """Raise UserError unless these configs differ in nothing but the layout and Mamba's own sizes: a transformer has
+    none."""
+    free = {"layout", *(key for key, _ in nano.SSM_KEYS.values())}
+    for field in fields(nano.Config):
+        ours = getattr(student, field.name)
+        theirs = getattr(teacher, field.name)
+        if field.name not in free and ours != theirs:
+            raise UserError(f"{args.student} is not a student of {args.teacher}: {field.name} is {ours}, "
+                            f"not {theirs}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -483,49 +687,31 @@ def first_student(args, teacher):
 # A few layers at a time keep the student close to the teacher, so that its scores mean something for the next choice.
 # A member costs the tokens of all stages before it, too: 137 billion for the paper's H-40, 26 billion for its H-25.
 
-# The flags that a result depends on. A run is continued, and a finished stage kept, only under the same ones. Not among
-# them: where it is written, on which device it runs, and --eval, which only looks.
-FLAGS = ("teacher", "student", "replace", "rank", "data", "traces", "init", "loss", "train", "steps", "probe_steps",
-         "batch", "ctx", "lr", "warmup", "probe", "seed", "dtype")
-
-
 class Run(NamedTuple):                                   # what all stages of a run have in common
     teacher: nano.HybridLM
-    enc: object                                          # tiktoken.Encoding
+    codec: object                                        # tokenizer and template, see train_sft.Codec
     device: torch.device
     dtype: torch.dtype                                   # of matrix products
     block: object                                        # (number, count) -> training examples, see train_sft.batches
     probe: list                                          # lists of examples for LOO
     fixed: list                                          # one held-out batch, for the KL before and after
     calibration: tuple                                   # (tokens, real), see calibrate
+    content: dict                                        # fingerprints of teacher and data
     solved: dict                                         # the teacher's answers, once it has been asked
 
 
-def evaluate(args, run, student):
-    """Let both solve the held-out problems. -> report entries, and the lines of a table.
-    Problems of the test split, which neither training nor ranking ever sees; with --data no answer can be checked."""
-    teacher, result = run.teacher, {"teacher_accuracy": None, "student_accuracy": None, "accuracy_by_family": None}
-    cache = lambda m: m.new_state(1, 1).nbytes()[0]                          # a state for one token: bytes per token
-    state = lambda m: m.new_state(1, 1).nbytes()[1]                          # does not grow with the text
-    lines = [f"{'':22}{'teacher':>10}{'student':>10}",
-             f"{'cache bytes per token':22}{cache(teacher):10}{cache(student):10}",
-             f"{'state bytes per text':22}{state(teacher):10}{state(student):10}"]
-    if args.data:
-        return result, lines
-    problems = problem_set("test", args.eval)
-    if args.eval not in run.solved:                                          # every stage asks the same problems
-        run.solved[args.eval] = solve(teacher, run.enc, problems, note="teacher solves")
-    texts = [run.solved[args.eval], solve(student, run.enc, problems, note="student solves")]
-    (by_t, all_t), (by_s, all_s) = (accuracy(problems, t) for t in texts)    # shares, 0 to 1
-    result = {"teacher_accuracy": all_t, "student_accuracy": all_s,
-              "accuracy_by_family": {family: [by_t[family], by_s[family]] for family in by_t}}
-    lines += [f"{family:22}{by_t[family]:10.3f}{by_s[family]:10.3f}" for family in by_t]
-    lines += [f"{'all problems':22}{all_t:10.3f}{all_s:10.3f}"]
-    # One long problem with both answers in full: numbers alone hide what kind of mistake is made.
-    show = max(range(min(30, len(problems))), key=lambda i: len(problems[i][2]))         # a long one
-    lines += ["", f"problem   {problems[show][1]}", f"expected  {problems[show][3]}"]
-    lines += [f"{who}  {text[show][:600]}" for who, text in zip(("teacher ", "student "), texts)]
-    return result, lines
+# The flags that a result depends on. Not among them: where it is written, on which device it runs, and --eval, which
+# only looks. Nor the paths of teacher, student and data: what counts is what is in them.
+FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "steps", "probe_steps", "batch",
+         "ctx", "optimizer", "lr", "lr_rest", "warmup", "probe", "seed", "dtype")
+
+
+def depends_on(args, run, student):
+    """-> everything that the result of a stage depends on, as JSON values, under names for the user.
+    A run is continued, a finished stage kept, and a ranking reused only if it is still the same."""
+    flags = {flag: getattr(args, flag) for flag in FLAGS}
+    start = weights_hash(student) if args.student else None
+    return flags | run.content | {"content of --student": start}
 
 
 def stage(args, run):
@@ -534,34 +720,115 @@ def stage(args, run):
     began = time.time()
     torch.manual_seed(args.seed)
     student, done = first_student(args, run.teacher)
-    order, scores = rank_layers(args, run, student) if len(done) < args.replace else ([], None)
-    new = order[:args.replace - len(done)]                                   # the least important of those left
-    if len(done) + len(new) != args.replace:
-        raise UserError(f"--replace {args.replace}: {len(done)} layers are replaced already and {args.rank} names "
-                        f"{len(order)} more")
+    depends = depends_on(args, run, student)
+    if args.resume and is_finished(args, depends):
+        return
+    # What cannot be converted is found out before the ranking.
+    attention = attention_layers(student.config)
+    converted_config(student.config, run.teacher.config, attention[:1], args.init)
+    new, scores = choose_layers(args, run, student, done)
     torch.manual_seed(args.seed)                                             # fresh parts do not depend on the ranking
-    student = set_trained(convert(student, run.teacher, new, args.init, run.calibration), args.train).train()
+    convert(student, run.teacher, new, args.init, run.calibration)
+    set_trained(student, args.train).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
-    same = {flag: getattr(args, flag) for flag in FLAGS}
-    # Always reverse KL on the same held-out batch, whatever --loss trains: results can be compared.
-    kl = lambda: mean_loss(student, run.teacher, [run.fixed], "reverse_kl", run.device, run.dtype)
-    meta = {"run": same | {"replaced": done + new}, "kl_first": kl()}
-    here = time.time()
-    log = distill(args, run, student, meta)
-    began -= log[-1]["seconds"] - (time.time() - here)                       # time before an interruption counts, too
+
+    file = os.path.join(args.out, "progress.safetensors")
+    same = depends | {"replaced": done + new}
+    progress = Progress(file, same, args.resume, extra={"kl_first": held_out_kl(run, student)})
+    prepared = time.time()
+    log = distill(args, run, student, progress)
+    trained = time.time()
+
     student.eval()
-    kl_last = kl()
+    kl_first = progress.extra["kl_first"]                                    # of an interrupted run, too
+    kl_last = held_out_kl(run, student)
     result, table = evaluate(args, run, student)
     nano.save_pretrained(student, args.out, tokenizer_from=args.teacher)
-    table.insert(1, f"{'KL to the teacher':22}{0:10.4f}{kl_last:10.4f}   (before distillation {meta['kl_first']:.4f})")
-    report = {"replaced": done + new, "layout": list(student.config.layout), **result, "kl_first": meta["kl_first"],
-              "kl_last": kl_last, "steps": args.steps, "tokens": log[-1]["tokens"],
-              "seconds": round(time.time() - began + args.set_up, 1), "seed": args.seed}
-    extra = {"args": vars(args), "scores": scores, "log": log, **provenance(run.device)}
-    nano.write_json(os.path.join(args.out, "report.json"), report | extra)
-    if os.path.exists(os.path.join(args.out, "progress.safetensors")):
-        os.remove(os.path.join(args.out, "progress.safetensors"))
-    print("\n".join([*table, f"saved {args.out}", json.dumps(report)]), flush=True)
+    # progress.seconds is the time of all parts of an interrupted run.
+    seconds = args.set_up + prepared - began + progress.seconds + time.time() - trained
+    report = {
+        "replaced": done + new, "layout": list(student.config.layout), **result,
+        "kl_first": kl_first, "kl_last": kl_last, "steps": args.steps, "tokens": progress.tokens,
+        "seconds": round(seconds, 1), "seed": args.seed}
+    extra = {"args": vars(args), "run": depends, "scores": scores, "log": log}
+    path = os.path.join(args.out, "report.json")
+    nano.write_json(path, report | extra | provenance(run.device))
+    progress.remove()
+    kl_line = f"{'KL to the teacher':22}{0:10.4f}{kl_last:10.4f}"
+    print(f"{'':22}{'teacher':>10}{'student':>10}")
+    print(f"{kl_line}   (before distillation {kl_first:.4f})", *table, sep="\n")
+    print(f"saved {args.out}; talk to it: python sample.py --model {args.out} --chat")
+    print(json.dumps(report), flush=True)
+
+
+def is_finished(args, depends):
+    """Is this stage done already? UserError if it was made from something else: its successors would build on it."""
+    file = os.path.join(args.out, "report.json")
+    if args.overwrite or not os.path.exists(file):
+        return False
+    report = nano.read_json(file, dict)
+    made = report.get("run") or report.get("args") or {}
+    for name, now in depends.items():
+        before = made.get(name, now)                                         # a flag may be newer than the report
+        if before != now:
+            raise UserError(f"{args.out} was made with {name} = {before}, now {name} = {now}; pass the same "
+                            "flags, or --overwrite, or continue from it with --student")
+    print(f"{args.out} is finished already, kept")
+    return True
+
+
+def choose_layers(args, run, student, done):
+    """-> the layers to replace in this stage, the least important of those left, and their scores (or None).
+    done: the layers replaced before, which count towards --replace."""
+    missing = args.replace - len(done)
+    if missing == 0:
+        return [], None
+    order, scores = rank_layers(args, run, student)
+    if not 0 <= missing <= len(order):
+        raise UserError(f"--replace {args.replace}: {len(done)} layers are replaced already and "
+                        f"{args.rank} names {len(order)} more")
+    return order[:missing], scores
+
+
+def held_out_kl(run, student):
+    """Always reverse KL on the same held-out batch, whatever --loss trains: results can be compared."""
+    return mean_loss(student, run.teacher, [run.fixed], "reverse_kl", run.device, run.dtype)
+
+
+def evaluate(args, run, student):
+    """Let both solve the held-out problems. -> report entries, and the lines of a table.
+    Problems of the test split, which neither training nor ranking ever sees; with --data no answer can be checked."""
+    result = {"teacher_accuracy": None, "student_accuracy": None, "accuracy_by_family": None}
+    cache, state = run.teacher.new_state(1, 1).nbytes()                      # a state for one token
+    student_cache, student_state = student.new_state(1, 1).nbytes()
+    lines = [f"{'cache bytes per token':22}{cache:10}{student_cache:10}",
+             f"{'state bytes per text':22}{state:10}{student_state:10}"]
+    if args.data:
+        return result, lines
+
+    problems = problem_set("test", args.eval)
+    if args.eval not in run.solved:                                          # every stage asks the same problems
+        run.solved[args.eval] = solve(run.teacher, run.codec, problems, note="teacher solves")
+    teacher_texts = run.solved[args.eval]
+    student_texts = solve(student, run.codec, problems, note="student solves")
+    by_teacher, teacher_all = accuracy(problems, teacher_texts)              # shares, 0 to 1
+    by_student, student_all = accuracy(problems, student_texts)
+    by_family = {family: [by_teacher[family], by_student[family]] for family in by_teacher}
+    for name, shares in (by_family | {"all problems": [teacher_all, student_all]}).items():
+        lines.append(f"{name:22}{shares[0]:10.3f}{shares[1]:10.3f}")
+    result["teacher_accuracy"] = teacher_all
+    result["student_accuracy"] = student_all
+    result["accuracy_by_family"] = by_family
+    return result, lines + one_problem(problems, teacher_texts, student_texts)
+
+
+def one_problem(problems, teacher_texts, student_texts):
+    """-> lines: a long problem with both answers in full. Numbers alone hide what kind of mistake is made."""
+    first = problems[:30]
+    longest = max(first, key=lambda problem: len(problem.steps))
+    i = first.index(longest)
+    return ["", f"problem   {longest.question}", f"expected  {longest.answer}",
+            f"teacher   {teacher_texts[i][:600]}", f"student   {student_texts[i][:600]}"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -574,119 +841,173 @@ RANKS = ("auto", "loo", "mmr", "first", "last", "random", "apriel15b")
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--replace", type=int, default=25, help="attention layers to replace, in all (default 25)")
-    p.add_argument("--stages", help="several values of --replace, as 25,27,30: one checkpoint each, from the last")
-    p.add_argument("--teacher", default="teacher", help="checkpoint directory of the original (default: teacher)")
-    p.add_argument("--student", help="start from this hybrid, an earlier stage (default: the teacher itself)")
-    p.add_argument("--out", help="directory for the result; with --stages, the one above (default: out/hN; an --init "
-                                 "other than the default adds its name)")
-    p.add_argument("--data", help="JSONL file of prompt/response or messages (default: the built-in traces)")
-    p.add_argument("--traces", default="reasoning", choices=("reasoning", "generic"),
-                   help="built-in texts to distil on; generic: facts without question or reasoning (default reasoning)")
-    p.add_argument("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of layers "
-                                                  "(loo.json, mmr.json, a report); auto: loo, and mmr "
-                                                  "with --student (default auto)")
-    p.add_argument("--init", default="calibrated", choices=tuple(INITS), help="of a mixer (default calibrated)")
-    p.add_argument("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"), help="default reverse_kl")
-    p.add_argument("--train", default="auto", choices=("auto", "all", "mixers"),
-                   help="which weights train; auto: all if that fits into memory (default auto)")
-    p.add_argument("--steps", type=int, default=100, help="optimiser steps of a stage (default 100)")
-    p.add_argument("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
-    p.add_argument("--batch", type=int, default=24, help="texts per step (default 24)")
-    p.add_argument("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
-    p.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
-    p.add_argument("--warmup", type=int, default=10, help="steps of linear warm-up (default 10)")
-    p.add_argument("--probe", type=int, default=48, help="problems per family for LOO, or --data examples (default 48)")
-    p.add_argument("--eval", type=int, default=200, help="held-out problems per family at the end (default 200)")
-    p.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
-    p.add_argument("--dtype", default="auto", help="of matrix products: auto, float32 or bfloat16 (default auto)")
-    p.add_argument("--resume", action="store_true", help="continue an interrupted run in --out, with the same flags")
-    p.add_argument("--overwrite", action="store_true", help="replace a finished result in --out")
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    # What becomes what.
+    add("--replace", type=int, default=25, help="attention layers to replace, in all (default 25)")
+    add("--stages", help="several values of --replace, as 25,27,30: one checkpoint each, from the "
+        "last")
+    add("--teacher", default="teacher", help="directory of the original (default: teacher)")
+    add("--student", help="start from this hybrid, an earlier stage (default: the teacher itself)")
+    add("--out", help="directory for the result; with --stages, the one above (default: out/hN; an "
+        "--init other than the default adds its name)")
+    add("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of "
+        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student (default auto)")
+    add("--init", default="calibrated", choices=tuple(INITS),
+        help="of a mixer (default calibrated)")
+    add("--d-state", type=int, help="memory cells per channel of the new mixers, a divisor of the "
+        "teacher's head_dim (default 16, or the largest one below)")
+    # What it learns from.
+    add("--data", help="JSONL file, plain or .gz: prompt/response, messages or conversations "
+        "(default: the built-in traces)")
+    add("--traces", default="reasoning", choices=("reasoning", "generic"), help="built-in texts to "
+        "distil on; generic: facts without question or reasoning (default reasoning)")
+    add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
+    add("--probe", type=int, default=48, help="problems per family for LOO, or --data examples "
+        "(default 48)")
+    add("--eval", type=int, default=200, help="held-out problems per family at the end "
+        "(default 200)")
+    # How it learns.
+    add("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"),
+        help="default reverse_kl")
+    add("--train", default="auto", choices=("auto", "all", "mixers"),
+        help="which weights train; auto: all if that fits into memory (default auto)")
+    add("--steps", type=int, default=100, help="optimiser steps of a stage (default 100)")
+    add("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
+    add("--batch", type=int, default=24, help="texts per step (default 24)")
+    add("--optimizer", default="muon", choices=("muon", "adamw"),
+        help="muon: for the matrices of the layers, adamw for the rest (default muon)")
+    add("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
+    add("--lr-rest", type=float, help="that of everything but Mamba mixers (default: --lr)")
+    add("--warmup", type=int, default=10, help="steps of linear warm-up (default 10)")
+    # How it is computed.
+    add("--seed", type=int, default=0, help="random seed (default 0)")
+    add("--threads", type=int, help="CPU threads (default: 1 for a small model, else all cores)")
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
+    add("--dtype", default="auto", help="of products: auto, float32 or bfloat16 (default auto)")
+    add("--resume", action="store_true", help="continue an interrupted run in --out, with the same "
+        "flags")
+    add("--overwrite", action="store_true", help="replace a finished result in --out")
     return p.parse_args()
 
 
-def plan(args):
+def plan_stages(args):
     """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file.
     Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
-    for name in ("replace", "steps", "probe_steps", "batch", "ctx", "probe", "eval"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("replace", "steps", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.rank not in RANKS and not os.path.exists(args.rank):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
     if args.data and args.traces != "reasoning":
         raise UserError("--traces chooses among the built-in texts; --data brings its own")
     # A control must not land in the directory of the result that it is compared with.
-    name, rank = "" if args.init == "calibrated" else f"-{args.init}", args.rank
+    suffix = "" if args.init == "calibrated" else f"-{args.init}"
     if not args.stages:
-        args.out = args.out or f"out/h{args.replace}{name}"
-        args.rank = ("mmr" if args.student else "loo") if rank == "auto" else rank
-        return [args]
-    try:
-        counts = [int(n) for n in args.stages.split(",")]
-    except ValueError:
-        raise UserError(f"--stages {args.stages}: expected whole numbers with commas between them") from None
-    if counts != sorted(set(counts)) or counts[0] < 1:
-        raise UserError(f"--stages {args.stages}: the numbers must grow")
-    above, stages = args.out or "out", []
-    for n in counts:                                                         # a stage starts from the one before it
-        student = stages[-1].out if stages else args.student
-        change = {"replace": n, "student": student, "resume": True, "out": os.path.join(above, f"h{n}{name}"),
-                  "rank": ("mmr" if student else "loo") if rank == "auto" else rank}
-        stages.append(argparse.Namespace(**vars(args) | change))
+        out = args.out or os.path.join("out", f"h{args.replace}{suffix}")
+        return [change(args, out=out, rank=first_rank(args.rank, args.student))]
+    stages = []
+    student = args.student
+    above = os.path.expanduser(args.out or "out")
+    for count in stage_counts(args.stages):
+        out = os.path.join(above, f"h{count}{suffix}")
+        rank = first_rank(args.rank, student)
+        stages.append(change(args, replace=count, student=student, out=out, rank=rank, resume=True))
+        student = out                                                        # a stage starts from the one before it
     return stages
 
 
-def is_finished(args):
-    """Is this stage done already? UserError if it was done under other flags: its successors would build on it."""
-    file = os.path.join(args.out, "report.json")
-    if args.overwrite or not os.path.exists(file):
-        return False
-    made = nano.read_json(file, dict).get("args", {})
-    for flag in FLAGS:
-        if made.get(flag, getattr(args, flag)) != getattr(args, flag):       # a flag may be newer than the report
-            raise UserError(f"{args.out} was made with {flag} = {made[flag]}, now {flag} = {getattr(args, flag)}; pass "
-                            f"the same flags, or --overwrite, or continue from it with --student")
-    print(f"{args.out} is finished already, kept")
-    return True
+def change(args, **values):
+    """-> a copy of args with these values."""
+    return argparse.Namespace(**vars(args) | values)
+
+
+def first_rank(rank, student):
+    """What --rank auto means: LOO misleads once a student has lost some of its attention."""
+    if rank != "auto":
+        return rank
+    return "mmr" if student else "loo"
+
+
+def stage_counts(text):
+    """"25,27,30" -> [25, 27, 30]. Raises UserError."""
+    try:
+        counts = [int(n) for n in text.split(",")]
+    except ValueError:
+        raise UserError(f"--stages {text}: expected whole numbers with commas between them") from None
+    if counts != sorted(set(counts)) or counts[0] < 1:
+        raise UserError(f"--stages {text}: the numbers must grow")
+    return counts
 
 
 def main():
     """Check, load, then stage after stage. One teacher in memory serves them all."""
-    began, args = time.time(), parse_args()
+    began = time.time()
+    args = parse_args()
     device, dtype = start_script(args)
-    stages = plan(args)
-    teacher, enc = nano.load_pretrained(args.teacher, device, dtype), nano.load_tokenizer(args.teacher)
-    attention = teacher.config.layout.count("t")
-    if stages[-1].replace > attention:
-        raise UserError(f"--replace {stages[-1].replace}: {args.teacher} has {attention} attention layers")
-    if args.data:
-        train, held = read_jsonl(args.data, enc, args.ctx, teacher.config.vocab_size)
-        probe, fixed, block = held[:args.probe], held[:args.batch], list_block(train, args.seed)  # never trained on
-    else:
-        probe, fixed = ([encode_problem(enc, p) for p in problem_set(split, n)]
-                        for split, n in (("probe", args.probe), ("dev", 16)))
-        block = (generic_block if args.traces == "generic" else trace_block)(enc, args.seed)
-    for s in stages:
-        claim_out(s.out, args.overwrite, s.resume, done="report.json")
+    stages = plan_stages(args)
+    teacher = nano.load_pretrained(args.teacher, device, dtype)
+    check_teacher(args, teacher.config, stages[-1].replace)
+    codec = load_codec(args.teacher)
+    block, probe, fixed = load_texts(args, codec, teacher.config.vocab_size)
     size = sum(p.numel() for p in teacher.parameters())
-    choose_threads(teacher, device)
-    if args.train == "auto":                                                # weights, gradients, optimiser, the teacher
-        # 20 bytes each: 4 weight, 4 gradient, up to 8 optimiser, 4 teacher. The rest is left to activations.
-        train_kind = "all" if size * 20 < 0.7 * memory_bytes(device) else "mixers"
-        for s in stages:
-            s.train = train_kind
-    print(f"{args.teacher}: {size / 1e6:.2f} M parameters, {attention} attention layers; on {device}, products in "
-          f"{dtype}; {nano.scan_backend_reason(device)}; training {stages[0].train}\n"
-          f"an example, trained part marked: {show_example(enc, block(0, 1)[0])}")
-    probe = sorted(probe, key=lambda e: len(e[0]))                           # batches of similar length
-    probe = [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)]
-    run = Run(teacher, enc, device, dtype, block, probe, fixed, calibration_batch(block, device), {})
-    for s in [s for s in stages if not (args.stages and is_finished(s))]:
-        s.set_up, began = time.time() - began, time.time()                   # the first stage pays for loading
+    for s in stages:
+        s.train = what_trains(args.train, size, device)
+        s.out = claim_out(s.out, [s.teacher, s.student], args.overwrite, s.resume)
+    choose_threads(teacher, device, args.threads)
+    print_start(args, stages[0].train, teacher, size, device, dtype)
+    print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
+    content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
+    calibration = calibration_batch(block, device)
+    run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, {})
+    for s in stages:
+        s.set_up = time.time() - began                                       # the first stage pays for loading
         stage(s, run)
         began = time.time()
+
+
+def check_teacher(args, config, most):
+    """Raise UserError if a teacher of this config cannot become what the flags ask for; most: layers to replace."""
+    attention = attention_layers(config)
+    if most > len(attention):
+        raise UserError(f"--replace {most}: {args.teacher} has {len(attention)} attention layers")
+    if not args.student:
+        start = replace(config, d_state=choose_d_state(config, args.d_state))
+        converted_config(start, config, attention[:1], args.init)
+
+
+def print_start(args, train, teacher, size, device, dtype):
+    """What is about to happen, on what, and what it cannot keep."""
+    layout = teacher.config.layout
+    attention = layout.count("t")
+    print(f"{args.teacher}: {size / 1e6:.2f} M parameters, {attention} attention layers; on {device}, "
+          f"products in {dtype}; {nano.scan_backend_reason(device)}; training {train}")
+    if attention < len(layout):
+        print(f"note: {args.teacher} is no plain transformer: {len(layout) - attention} of its {len(layout)} "
+              "layers have no attention. They stay as they are and do not count towards --replace")
+    if args.init not in ("random", "identity"):
+        print(f"Mamba layers start from attention; not carried over: {not_carried(teacher.config)}")
+
+
+def load_texts(args, codec, n_vocab):
+    """-> block: (number, count) -> training examples; probe: batches of examples for LOO; fixed: one held-out batch.
+    Neither of the last two is ever trained on."""
+    if args.data:
+        training, held_out = read_jsonl(args.data, codec, args.ctx, n_vocab)
+        block = list_block(training, args.seed)
+        probe = held_out[:args.probe]
+        fixed = held_out[:args.batch]
+    else:
+        make = generic_block if args.traces == "generic" else trace_block
+        block = make(codec, args.seed)
+        probe = [encode_problem(codec, p) for p in problem_set("probe", args.probe)]
+        fixed = [encode_problem(codec, p) for p in problem_set("dev", 16)]
+    # Batches of similar length.
+    probe = sorted(probe, key=lambda example: len(example[0]))
+    probe = [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)]
+    return block, probe, fixed
 
 
 def calibration_batch(block, device, count=48, most=16384):
@@ -698,7 +1019,16 @@ def calibration_batch(block, device, count=48, most=16384):
     examples = examples[:max(1, most // longest)]                            # long texts: fewer of them
     lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
     tokens, _ = collate(examples, device)
-    return tokens, torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+    real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+    return tokens, real
+
+
+def what_trains(flag, size, device):
+    """--train, with auto decided for a teacher of `size` parameters: "all" or "mixers"."""
+    if flag != "auto":
+        return flag
+    # 20 bytes each: 4 weight, 4 gradient, up to 8 optimiser, 4 teacher. The rest is left to activations.
+    return "all" if size * 20 < 0.7 * memory_bytes(device) else "mixers"
 
 
 def memory_bytes(device):

@@ -12,47 +12,42 @@ from them, and distil. Embeddings, norms and MLPs stay. This file holds the mode
           +------------------------+                      +--------------------+
       x' -+-- norm -- SwiGLU MLP --(+)-- out          x' -+-- norm -- MLP ----(+)-- out        (same MLP, same norms)
 
-      inside Mamba: h is the normed input             copied from (MIL, "Mamba in Llama")
-          z  = W_z h                    gate          fresh
-          x  = silu(conv(W_x h))        value         W_v       (the conv is fresh)
-          B  = W_B h                    write key     W_k
-          C  = W_C h                    read query    W_q
-          dt = softplus(W_dt h + bias)  step size     fresh
-          y  = scan(x, dt, A, B, C)     memory        A fresh: -1 ... -d_state
+      inside Mamba: x is the normed input             copied from (MIL, "Mamba in Llama")
+          z  = W_z x                    gate          fresh
+          u  = silu(conv(W_u x))        value         W_v       (the conv is fresh)
+          B  = W_B x                    write key     W_k
+          C  = W_C x                    read query    W_q
+          dt = softplus(W_dt x + bias)  step size     fresh
+          y  = scan(u, dt, A, B, C)     memory        A fresh: -1 ... -d_state
           out = W_o (y * silu(z))                     W_o
 
-The recurrence, for one channel with its d_state memory cells s and each token t:
+The recurrence, for one channel with its d_state memory cells h and each token t:
+      h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t        forget a little, write u under the key B
+      y_t = C_t . h_t + D u_t                         read with the query C; D is a skip connection
 
-      s_t = exp(dt_t A) s_{t-1} + dt_t B_t x_t        forget a little, write x under the key B
-      y_t = C_t . s_t + D x_t                         read with the query C; D is a skip connection
+Contents                                     (read part 1 top to bottom: every name is defined before it is used)
+      Part 1   The model, by definition      config, norm, positions, attention, scan, Mamba, block, model
+      Part 2   Using it                      state operations, prefill, decode, sampling
+      Part 3   The same numbers, faster      chunked scan, choice of the scan, joined projections, one token
+      Part 4   Files, and running a script   config.json, safetensors, tokenizer, chat template; devices, errors
+      Part 5   Triton                        the scan and the one-token step as GPU kernels
 
-Glossary. Sizes are lower case; capitals are the paper's letters, or the constants A and D.
-      b, t          batch, tokens in this call        d_model       width of the residual stream (hidden_size)
-      n_layer       blocks                            n_head, n_kv_head, head_dim    attention heads and their width;
-      d_mlp         width inside the MLP                            n_head * head_dim need not equal d_model
-      d_inner       channels of the Mamba layer, d    d_state, n    memory cells per channel
-      d_xb          channels of x and B before they are repeated for every query head (as keys and values are in GQA)
-      d_conv        taps of the short conv            dt_rank       rank of the projection that makes dt
-      g             groups: channel c of d reads row c // (d // g) of B (and of C), so nothing is repeated in memory
-
-Read it top to bottom: every name is defined before it is used. Where a function mirrors an upstream one, the commit is
-named: Fast-LLM 7d61a1ba (the Apriel model code), state-spaces/mamba e9594ce1, MambaInLlama 60d64dc6.
+Glossary. Sizes are lower case; capitals are the papers' letters.
+      b, t      batch, tokens in this call             d_model    width of the residual stream (hidden_size)
+      x         residual stream, or a module's input   head_dim   n_head * head_dim need not equal d_model
+      q, k, v   query, key, value of attention         d_inner    channels of a Mamba layer; d in the scan
+      u         value that the scan writes             d_state    memory cells per channel; n in the scan
+      dt        step size of the scan                  d_xb       channels of u and B, before they are repeated for
+      A, B, C   decay rate, write key, read query                 all query heads (as k and v are in grouped attention)
+      D, z      skip weight, gate                      d_conv     taps of the short conv
+      h         memory cells (b, d, n)                 dt_rank    rank of the projection that makes dt
+      state     what is handed in and handed back: all that a model, or a layer, remembers of the texts so far
+      groups    channel c of d reads row c // (d / groups) of B (and of C), so nothing is repeated in memory
+Upstream code is named by commit: Fast-LLM 7d61a1ba (Apriel), state-spaces/mamba e9594ce1, MambaInLlama 60d64dc6.
 """
-import contextlib
-import datetime
-import hashlib
-import json
 import math
 import os
-import platform
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import unicodedata
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")    # waiting threads sleep: on a shared machine 10 times faster
@@ -60,12 +55,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:                          # optional: without Triton the pure PyTorch scan does the work
-    triton = None
 
 
 class UserError(ValueError):
@@ -75,16 +64,16 @@ class UserError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Config: the shape of a model. Field by field the same as config.json (load and save below translate the names).
+class RopeScaling(NamedTuple):
+    """Llama 3's way to stretch rotary positions to longer texts, see rotary_frequencies."""
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_length: int                 # tokens of context before the stretch
 
-LAYER_KINDS = {
-    "t": "attention and MLP",
-    "m2": "Mamba and MLP",
-    "i": "nothing: the whole layer passes its input on (part of the published format)",
-    "n": "MLP only: the mixer was removed (this project's control experiment; other readers refuse it)",
-}
 
+# ======================================================================================================================
+# Part 1. The model, by definition. First its shape; part 4 translates the fields to and from config.json.
 
 @dataclass(frozen=True)
 class Config:
@@ -96,7 +85,7 @@ class Config:
     n_kv_head: int
     head_dim: int
     d_mlp: int                               # intermediate_size
-    layout: tuple = ()                       # one LAYER_KINDS key per layer; empty means attention everywhere
+    layout: tuple = ()                       # the kind of each layer: t, m2, i or n, see Block; empty: all t
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     sliding_window: int | None = None        # attention sees this many newest tokens; None: all
@@ -104,386 +93,283 @@ class Config:
     bos_id: int | None = 1                   # begin-of-text token
     eos_ids: tuple = (2,)                    # tokens that end a text
     max_length: int = 4096                   # trained context in tokens; informative, not a limit
-    # Mamba layers. None: the width that MIL needs, taken from the attention heads.
+    # Mamba layers. None: the width that copying attention needs.
     d_inner: int | None = None               # n_head * head_dim
     d_xb: int | None = None                  # n_kv_head * head_dim
     d_state: int = 16
     d_conv: int = 4
     dt_rank: int | None = None               # ceil(d_model / 16)
-    expand_before_conv: bool = True          # ssm_cfg.repeat_kv_before_conv: conv over d_inner channels, or over d_xb
+    expand_before_conv: bool = True          # the conv has d_inner channels, else d_xb
     conv_bias: bool = True
     dt_bias: bool = True
-    proj_bias: bool = False                  # bias of in_proj, dt_in_proj and out_proj
-    dt_min: float = 0.001                    # initialisation only: range of the step size dt of a new layer
+    proj_bias: bool = False                  # of in_proj, dt_in_proj and out_proj
+    dt_min: float = 0.001                    # only for the start of a new layer: the range of its dt
     dt_max: float = 0.1
     dt_scale: float = 1.0
     dt_init_floor: float = 1e-4
+    # What some families of transformers have beyond Mistral's.
+    family: str = "mistral"                  # saved as, if all is attention: mistral, llama, qwen2, qwen3
+    qkv_bias: bool = False                   # Qwen2: biases of q_proj, k_proj and v_proj
+    qk_norm: bool = False                    # Qwen3: an RMSNorm of every query and key, before the rotation
+    rope_scaling: RopeScaling | None = None  # Llama 3
+    pad_id: int | None = None                # never used here, kept for the files
 
     def __post_init__(self):
-        put = lambda name, value: object.__setattr__(self, name, value)      # the way around frozen
-        for name in ("vocab_size", "d_model", "n_layer", "n_head", "n_kv_head", "head_dim", "d_mlp", "sliding_window",
-                     "d_inner", "d_xb", "d_state", "d_conv", "dt_rank"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{name} must be a positive whole number, got {value!r}")
-        put("layout", tuple(self.layout) or ("t",) * self.n_layer)
-        put("d_inner", self.d_inner or self.n_head * self.head_dim)
-        put("d_xb", self.d_xb or self.n_kv_head * self.head_dim)
-        put("dt_rank", self.dt_rank or math.ceil(self.d_model / 16))
+        widths = {"layout": ("t",) * self.n_layer, "d_inner": self.n_head * self.head_dim,
+                  "d_xb": self.n_kv_head * self.head_dim, "dt_rank": math.ceil(self.d_model / 16)}
+        for name, default in widths.items():
+            object.__setattr__(self, name, getattr(self, name) or default)       # the way around frozen
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head % n_kv_head must be 0, got {self.n_head} % {self.n_kv_head}")
         if len(self.layout) != self.n_layer:
             raise UserError(f"the layout names {len(self.layout)} layers, the model has {self.n_layer}")
-        unknown = sorted({str(kind) for kind in self.layout} - set(LAYER_KINDS))
-        if unknown:
-            raise UserError(f"unsupported layer type {', '.join(unknown)}; known: {', '.join(LAYER_KINDS)}")
-        mamba = ((self.d_inner, self.d_xb, "d_inner % d_xb"), (self.d_xb, self.d_state, "d_xb % d_state"))
-        for big, small, name in ((self.n_head, self.n_kv_head, "n_head % n_kv_head"),
-                                 (self.head_dim, 2, "head_dim % 2"), *(mamba if "m2" in self.layout else ())):
-            if big <= 0 or small <= 0 or big % small:
-                raise UserError(f"{name} must be 0, got {big} % {small}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# RMSNorm, rotary positions, SwiGLU: the parts that the conversion leaves alone.
-
+# RMSNorm and SwiGLU: the parts that the conversion leaves alone.
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
 
     def forward(self, x):
         """x (..., dim) -> x / rms(x) * weight. In float32 (at least), cast back, then scaled, as Mistral does it."""
-        wide, n = x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1]
-        # Generating on a CPU is bound by the number of operations. rms_norm is nine there, layer_norm one; (x, -x) has
-        # mean 0 and the mean square of x as its variance, so layer_norm does the same to it.
-        if wide.is_cpu and not torch.is_grad_enabled():
-            y = F.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=self.eps)[..., :n]
-        else:
-            y = F.rms_norm(wide, (n,), eps=self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = F.rms_norm(wide, (x.shape[-1],), eps=self.eps)
         return y.to(x.dtype) * self.weight
 
 
-def rotary(x, cos, sin):
-    """x (b, t, heads, head_dim), cos and sin (1 or b, t, 1, head_dim): turn each pair (i, i + head_dim / 2), the
-    split-half layout of Llama and Mistral. x1' = x1 cos - x2 sin, x2' = x2 cos + x1 sin: rolling by half a head swaps
-    x1 and x2, and sin's first half holds the minus (three operations, for decoding is bound by their number)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
-
-
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), (..., d_model) -> (..., d_mlp) -> (..., d_model). One token at a time."""
+    """SwiGLU, one token at a time: down(silu(gate(x)) * up(x)), (..., d_model) -> (..., d_model)."""
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.d_model, config.d_mlp, bias=False)
         self.up_proj = nn.Linear(config.d_model, config.d_mlp, bias=False)
         self.down_proj = nn.Linear(config.d_mlp, config.d_model, bias=False)
-        self.joined = None                   # gate and up as one matrix, see join_projections
 
     def forward(self, x):
-        if self.joined is None:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        else:
-            gate, up = F.linear(x, self.joined).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Where the tokens of one call stand.
 #
-# One forward serves everything: a whole sequence, a prompt in pieces, one token. What differs is only how many tokens
-# the state already holds (`past`) and where each row's document began. Documents matter twice: several may be packed
-# into one row, and prompts of different length are padded on the left, where the padding is simply an earlier document
-# of its own. `reset` marks each document's first token; from it come positions (attention turns by them, the conv and
-# the scan forget at position 0) and the attention mask. With one document per row all that is None and costs nothing.
-
+# One forward serves a whole sequence, a prompt in pieces, one token. What differs is how many tokens the state already
+# holds (`past`) and where each row's document began: several may be packed into one row, and prompts of different
+# length are padded on the left, where the padding is an earlier document of its own. `reset` marks first tokens. From
+# it come positions (attention turns by them, conv and scan forget at position 0) and the attention mask.
 class Place(NamedTuple):
     past: int                                # tokens in the state before this call
-    pos: torch.Tensor | None                 # (b, t) position within the document; None: past ... past + t - 1
-    cos: torch.Tensor                        # (1 or b, t, 1, head_dim), as rotary takes them
-    sin: torch.Tensor
+    position: torch.Tensor | None            # (b, t) position within the document; None: past ... past + t - 1
+    cos: torch.Tensor                        # (1 or b, 1, t, head_dim), as rotary takes them
+    sin: torch.Tensor                        # ... with a minus sign in its first half
     mask: torch.Tensor | None                # (1 or b, 1, t, past + t) True where the query may look; None: causal
+    donated: bool = False                    # the caller gives its state away: it may be overwritten
 
 
-def make_place(config, tokens, past, origin, reset, dtype):
-    """-> (Place, origin). origin (b,) is the index in the cache at which each row's current document began, or None."""
-    (b, t), device = tokens.shape, tokens.device
-    index, pos = torch.arange(past, past + t, device=device), None           # (t) places in the cache
-    if reset is not None or origin is not None:
-        first = torch.zeros(b, t, dtype=torch.long, device=device) if origin is None else origin[:, None].expand(b, t)
-        if reset is not None:                                                # newest document start at or before t
-            first = torch.maximum(first, torch.where(reset, index, 0).cummax(dim=1).values)
-        pos, origin = index - first, first[:, -1]                            # (b, t), (b)
-    where = (index if pos is None else pos)[..., None].float()
-    freq = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
-    angle = (where * freq).view(-1, t, 1, config.head_dim // 2)
-    window, mask = config.sliding_window, None
-    sees_all = t == 1 or past == 0                                           # SDPA has these two cases built in
-    if pos is not None or not sees_all or (window is not None and past + t > window):
-        back = index[:, None] - torch.arange(past + t, device=device)        # (t, past + t): how far back each key is
-        mask = back >= 0
-        if window is not None:
-            mask = mask & (back < window)
-        mask = mask[None] if pos is None else mask & (back <= pos[..., None])
-        mask = mask[:, None]                                                 # (1 or b, 1, t, past + t)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    return Place(past, pos, torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1), mask), origin
+def document_positions(tokens, past, origin, reset):
+    """tokens (b, t); origin (b,) where in its row each open document began, or None; reset (b, t) or None.
+    -> position (b, t) within the document and the new origin; None and None for one document per row."""
+    if reset is None and origin is None:
+        return None, None
+    index = torch.arange(past, past + tokens.shape[1], device=tokens.device)     # (t) places in the row
+    first = torch.zeros_like(tokens)                                             # (b, t) where the document began
+    if origin is not None:
+        first = first + origin[:, None]
+    if reset is not None:
+        newest = torch.where(reset, index, 0).cummax(dim=1).values
+        first = torch.maximum(first, newest)
+    return index - first, first[:, -1]
+
+
+def rotary_frequencies(config, device):
+    """-> (head_dim / 2) float32: the turn per token of each pair. With rope_scaling, pairs that turn less than `low`
+    times within the original context are slowed down by factor, those above `high` not, between them a blend."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    frequency = config.rope_theta ** -exponent
+    if config.rope_scaling is None:
+        return frequency
+    factor, low, high, length = config.rope_scaling
+    turns = length * frequency / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)              # 1: as it is, 0: slowed down
+    return frequency * keep + frequency / factor * (1 - keep)
+
+
+def attention_mask(config, past, position, t, device):
+    """-> (1 or b, 1, t, past + t) True where a query may look: not ahead, not beyond the window, not into an earlier
+    document. None where "not ahead" says it all, and the tokens begin the text or are one token."""
+    window = config.sliding_window
+    if position is None and (past == 0 or t == 1) and (window is None or past + t <= window):
+        return None
+    back = torch.arange(past, past + t, device=device)[:, None] - torch.arange(past + t, device=device)
+    mask = back >= 0                                               # (t, past + t) back: how far back each key is
+    if window is not None:
+        mask &= back < window
+    if position is not None:
+        mask = mask & (back <= position[..., None])                # (b, t, past + t)
+    return mask.view(-1, 1, t, past + t)
+
+
+def make_place(config, tokens, past, origin, reset, dtype, donated=False):
+    """Arguments as in document_positions; dtype: that of cos and sin -> (Place, origin)."""
+    t = tokens.shape[1]
+    position, origin = document_positions(tokens, past, origin, reset)
+    where = torch.arange(past, past + t, device=tokens.device)[None] if position is None else position
+    angle = (where[..., None] * rotary_frequencies(config, tokens.device))[:, None]
+    cos = torch.cat([angle.cos(), angle.cos()], dim=-1).to(dtype)                # (1 or b, 1, t, head_dim)
+    sin = torch.cat([-angle.sin(), angle.sin()], dim=-1).to(dtype)
+    mask = attention_mask(config, past, position, t, tokens.device)
+    return Place(past, position, cos, sin, mask, donated), origin
+
+
+def rotary(x, cos, sin):
+    """x (b, heads, t, head_dim): turn each pair (x1, x2) = (i, i + head_dim / 2) by its angle, the split-half layout of
+    Llama: x1' = x1 cos - x2 sin, x2' = x2 cos + x1 sin."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([second, first], dim=-1) * sin
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Grouped-query attention with a key/value cache.
 #
-# Several query heads share one key and one value head: the cache, and with it the traffic of decoding, shrinks by
-# n_head / n_kv_head (4 at the 15B shape). Still, a layer keeps 2 * n_kv_head * head_dim numbers of every token and
-# reads them all for each new one: that is the cost the conversion removes. Keys are kept as rotated.
+# Several query heads share one key and one value head. Still, a layer keeps 2 * n_kv_head * head_dim numbers of every
+# token and reads them all for each new one: the cost that the conversion removes. Keys are kept as rotated, and heads
+# come before tokens, so that what one head reads lies in one piece.
+class LayerState:
+    """What one layer remembers: a dataclass of tensors (b, ...). Part 2 has the operations."""
+    def __iter__(self):
+        return iter([getattr(self, field.name) for field in fields(self)])
 
-class KV(NamedTuple):
+
+@dataclass(frozen=True)
+class KV(LayerState):
     """The cache of one attention layer."""
-    k: torch.Tensor                          # (b, max_length, n_kv_head, head_dim), filled up to the state's position
+    k: torch.Tensor                          # (b, n_kv_head, max_length, head_dim), filled up to the state's position
     v: torch.Tensor
 
 
-def extend(cache, new, past):
-    """Append new (b, t, ...) to cache (b, max_length, ...) at `past`: in place, or as a copy if gradients flow."""
-    if cache.shape[1] < past + new.shape[1] or (torch.is_grad_enabled() and (new.requires_grad or cache.requires_grad)):
-        return torch.cat([cache[:, :past], new.to(cache.dtype)], dim=1)
-    cache.narrow(1, past, new.shape[1]).copy_(new)
+def append(cache, new, past):
+    """cache (b, heads, max_length, head_dim), new (b, heads, t, head_dim) -> the cache with new at `past`."""
+    gradients = torch.is_grad_enabled() and (new.requires_grad or cache.requires_grad)
+    if gradients or cache.shape[2] < past + new.shape[2]:
+        return torch.cat([cache[:, :, :past], new.to(cache.dtype)], dim=2)
+    cache.narrow(2, past, new.shape[2]).copy_(new)                 # in place: no earlier token is touched
     return cache
 
 
 class Attention(nn.Module):
+    name_in_file = "self_attn"
+    float32 = ()                             # parameters that stay in float32 whatever the model's dtype
+
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.q_proj = nn.Linear(config.d_model, config.n_head * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.d_model, config.n_kv_head * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.d_model, config.n_kv_head * config.head_dim, bias=False)
+        self.config = config
+        kv_width = config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, config.n_head * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=False)
-        self.joined = None                   # q, k and v as one matrix, see join_projections
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x, cache, place):
-        """x (b, t, d_model), cache KV or None, place Place -> (b, t, d_model), the cache with t more tokens."""
-        (b, t, _), turned = x.shape, self.n_head + self.n_kv_head            # rotary turns q and k at once
-        qkv = F.linear(x, self.joined) if self.joined is not None else torch.cat(
-            [self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        qk, v = qkv.view(b, t, -1, self.head_dim).split([turned, self.n_kv_head], dim=2)
-        q, k = rotary(qk, place.cos, place.sin).split([self.n_head, self.n_kv_head], dim=2)
-        if cache is not None:
-            cache = KV(extend(cache.k, k, place.past), extend(cache.v, v, place.past))
-            k, v = (m.narrow(1, 0, place.past + t) for m in cache)           # (b, past + t, n_kv_head, head_dim)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)                          # heads first: (b, heads, tokens, head_dim)
-        if t == 1:                           # heads that share a key stand in for tokens, so each key is read only once
-            q = q.view(b, self.n_kv_head, -1, self.head_dim)                 # (b, n_kv_head, heads per key, head_dim)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=place.mask)
-        else:                                # query head a reads kv head a // (n_head / n_kv_head)
-            if x.is_cuda and place.mask is not None:                         # kernels take a mask or groups, not both
-                k, v = (m.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for m in (k, v))
-            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=place.mask,
-                                               is_causal=place.mask is None, enable_gqa=True).transpose(1, 2)
-        return self.o_proj(y.reshape(b, t, -1)), cache                       # heads side by side again
+    def new_state(self, batch, max_length):
+        shape = (batch, self.config.n_kv_head, max_length, self.config.head_dim)
+        return KV(self.k_proj.weight.new_zeros(shape), self.k_proj.weight.new_zeros(shape))
+
+    def project(self, x, place):
+        """x (b, t, d_model) -> q (b, n_head, t, head_dim), k and v (b, n_kv_head, t, head_dim); q and k rotated."""
+        b, t, _ = x.shape
+        q = self.q_proj(x).view(b, t, -1, self.config.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(b, t, -1, self.config.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(b, t, -1, self.config.head_dim).transpose(1, 2)
+        if self.config.qk_norm:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        return rotary(q, place.cos, place.sin), rotary(k, place.cos, place.sin), v
+
+    def attend(self, q, k, v, mask):
+        """q (b, n_head, t, head_dim), k and v (b, n_kv_head, past + t, head_dim), mask as in Place -> like q.
+        Query head i reads key/value head i // (n_head / n_kv_head)."""
+        causal = mask is None and q.shape[2] > 1                   # one token may look at all there is
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+
+    def forward(self, x, state, place):
+        """x (b, t, d_model), state KV or None, place Place -> (b, t, d_model), the cache with t more tokens."""
+        b, t, _ = x.shape
+        q, k, v = self.project(x, place)
+        if state is not None:
+            state = KV(append(state.k, k, place.past), append(state.v, v, place.past))
+            k = state.k.narrow(2, 0, place.past + t)               # (b, n_kv_head, past + t, head_dim)
+            v = state.v.narrow(2, 0, place.past + t)
+        y = self.attend(q, k, v, place.mask)
+        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1)), state           # heads side by side again
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The selective scan: the memory of a Mamba layer.
 #
-# Every channel owns d_state cells. At each token all cells decay by exp(dt * A), then dt * x is added to them under
-# the key B, and the query C reads them out. "Selective" means that dt, B and C are computed from the token, so the
-# layer chooses what to keep; for that reason there is no convolution form, and one must walk through time.
-# dt is the one knob of a step: near 0 the token passes by (decay 1, nothing written), large it wipes the cells and
-# writes itself. The d_state cells of a channel have the rates A = -1 ... -n: some forget in a few steps, some in many.
-#
-# scan_loop is the definition. scan_chunk computes the same numbers faster: the exponentials and products of a chunk of
-# steps are made at once, so that a time step is a single multiply-add, and the read-out is one batched matrix product
-# per chunk. Its backward keeps only the state at each chunk border and rebuilds the rest, so that (b, t, d, n), the
-# history of all cells, never exists for the whole length. It divides by nothing and takes no logarithm: any dt is safe.
-# The state, A, dt and D are float32 whatever the model's dtype (float64 if x is float64).
-
-def scan_loop(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None, reset=None):
-    """The selective scan, one step at a time. Arguments and results as in selective_scan."""
-    (b, t, d), n, f = x.shape, A.shape[1], torch.promote_types(x.dtype, torch.float32)
-    B, C = (m.to(f).repeat_interleave(d // m.shape[2], dim=2) for m in (B, C))       # (b, t, d, n): a row per channel
-    u, dt = x.to(f), F.softplus(dt.to(f) + (0 if dt_bias is None else dt_bias.to(f)))            # (b, t, d)
-    h, ys = x.new_zeros(b, d, n, dtype=f) if state is None else state.to(f), []
-    for i in range(t):
+# Every channel owns d_state cells. At each token all cells decay by exp(dt * A), then dt * u is added to them under
+# the key B, and the query C reads them out. "Selective": dt, B and C are computed from the token, so the layer chooses
+# what to keep, and one must walk through time. dt is the one knob of a step: near 0 the token passes by, large it wipes
+# the cells and writes itself. The rates A = -1 ... -n of a channel's cells: some forget in a few steps, some in many.
+def scan_loop(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None):
+    """u, dt, z (b, t, d); A (d, n), negative; B (b, t, groups, n), C (b, t, other groups, n); D, dt_bias (d);
+    h (b, d, n): the cells before the first token, None means zeros; reset (b, t) bool: the cells are emptied before
+    that token -> y (b, t, d) in u's dtype, and the cells after the last token. All in float32 at least.
+    As selective_scan_ref in state-spaces/mamba e9594ce1, with time in the second place, groups, h and reset."""
+    dtype = u.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    u = u.to(wide)
+    dt = F.softplus(dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide))
+    B = B.to(wide).repeat_interleave(len(A) // B.shape[2], dim=2)  # (b, t, d, n): a row for every channel
+    C = C.to(wide).repeat_interleave(len(A) // C.shape[2], dim=2)
+    h = u.new_zeros(len(u), *A.shape) if h is None else h.to(wide)
+    ys = []
+    for i in range(u.shape[1]):
         if reset is not None:
             h = h.masked_fill(reset[:, i, None, None], 0)
-        # (b, d, n): decay the cells, write; then read them: (b, d)
-        h = torch.exp(dt[:, i, :, None] * A.to(f)) * h + (dt[:, i] * u[:, i])[..., None] * B[:, i]
-        ys.append((h * C[:, i]).sum(-1) + (0 if D is None else D.to(f) * u[:, i]))
-    y = torch.stack(ys, dim=1) * (1 if z is None else F.silu(z.to(f)))       # (b, t, d)
-    return y.to(x.dtype), h
-
-
-def chunk_states(x, dt, A, B, h, keep):
-    """One chunk, time first: x, dt (t, b, d), A (d, n), B (t, b, g, n), h (b, d, n), keep (t, b, 1, 1) or None.
-    -> decay a and states (t, b, d, n)."""
-    (t, b, d), (g, n) = x.shape, B.shape[2:]
-    a = torch.exp(dt[..., None] * A)                                         # (t, b, d, n)
-    if keep is not None:
-        a *= keep                                                            # a document's first step forgets all
-    s = ((dt * x).view(t, b, g, d // g, 1) * B[:, :, :, None]).view(t, b, d, n)      # what each step writes
-    for i in range(t):
-        h = s[i].addcmul_(a[i], h)                                           # s[i] <- s[i] + a[i] * h, in place
-    return a, s
-
-
-class ChunkedScan(torch.autograd.Function):
-    """(x, dt, A, B, C, h0, keep, size), all time first and in one float dtype, dt positive -> y (t, b, d), last state.
-
-    Backward, with k the gradient that reaches a state from its own read-out and from the next step:
-        k_t = dy_t C_t + a_{t+1} k_{t+1};  d(dt x)_t = k_t . B_t;  dB_t = k_t dt_t x_t;  dC_t = dy_t h_t;
-        d(dt_t A) = k_t a_t h_{t-1}."""
-
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, h, keep, size):
-        """Keeps the inputs and the state at every chunk border, (t / size, b, d, n)."""
-        (t, b, d), gc, borders = x.shape, C.shape[2], []
-        y = torch.empty_like(x)
-        for i in range(0, t, size):
-            part = slice(i, i + size)
-            borders.append(h)
-            _, s = chunk_states(x[part], dt[part], A, B[part], h, None if keep is None else keep[part])
-            y[part] = torch.matmul(s.view(-1, b, gc, d // gc, A.shape[1]), C[part][..., None]).view(-1, b, d)
-            h = s[-1].clone()
-        ctx.size = size
-        ctx.save_for_backward(x, dt, A, B, C, keep, torch.stack(borders))
-        return y, h
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, carry):
-        """dy (t, b, d), carry (b, d, n): gradients of y and of the last state. Chunks from the last to the first."""
-        x, dt, A, B, C, keep, borders = ctx.saved_tensors
-        (t, b, d), (g, n), gc, dy = x.shape, B.shape[2:], C.shape[2], dy.contiguous()
-        dx, ddt, dA, dB, dC = map(torch.empty_like, (x, dt, A, B, C))
-        dA.zero_()
-        for i in reversed(range(0, t, ctx.size)):
-            part = slice(i, i + ctx.size)
-            start, kept = borders[i // ctx.size], None if keep is None else keep[part]
-            a, s = chunk_states(x[part], dt[part], A, B[part], start, kept)  # the same states once more
-            dyg = dy[part].view(-1, b, gc, d // gc, 1)                       # (t, b, gc, d / gc, 1)
-            dC[part] = torch.matmul(dyg.transpose(-1, -2), s.view(-1, b, gc, d // gc, n)).squeeze(-2)
-            k = (dyg * C[part][:, :, :, None]).view(s.shape)                 # (t, b, d, n)
-            k[-1] += carry                                                   # from the chunk after this one
-            for j in reversed(range(len(k) - 1)):
-                k[j].addcmul_(a[j + 1], k[j + 1])
-            carry = a[0] * k[0]                                              # for the chunk before
-            kg, u = k.view(-1, b, g, d // g, n), dt[part] * x[part]
-            du = torch.matmul(kg, B[part][..., None]).view(u.shape)          # gradient of dt * x
-            dB[part] = torch.matmul(u.view(-1, b, g, 1, d // g), kg).squeeze(-2)
-            k[1:].mul_(s[:-1])                                               # from here k is the gradient of dt * A
-            k[0].mul_(borders[i // ctx.size])
-            k.mul_(a)
-            dA += (k * dt[part][..., None]).sum((0, 1))
-            ddt[part] = (k * A).sum(-1) + du * x[part]
-            dx[part] = du * dt[part]
-        return dx, ddt, dA, dB, dC, carry, None, None
-
-
-def scan_chunk(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None, reset=None):
-    """The selective scan in chunks of time steps. Arguments and results as in selective_scan."""
-    (b, t, d), n, f = x.shape, A.shape[1], torch.promote_types(x.dtype, torch.float32)
-    u, dt = x.to(f), F.softplus(dt.to(f) + (0 if dt_bias is None else dt_bias.to(f)))
-    h = x.new_zeros(b, d, n, dtype=f) if state is None else state.to(f)
-    keep = None if reset is None else (~reset).T[:, :, None, None].to(f)     # (t, b, 1, 1)
-    size = max(8, min(64, (1 << 19) // (b * d * n)))                         # steps per chunk: its cells stay in cache
-    first = lambda m: m.to(f).transpose(0, 1).contiguous()                   # time first: each step is contiguous
-    y, h = ChunkedScan.apply(first(u), first(dt), A.to(f), first(B), first(C), h, keep, size)
-    y = y.transpose(0, 1)
+        decay = torch.exp(dt[:, i, :, None] * A.to(wide))          # (b, d, n)
+        write = (dt[:, i] * u[:, i])[..., None] * B[:, i]          # (b, d, n)
+        h = decay * h + write
+        ys.append((h * C[:, i]).sum(-1))                           # (b, d)
+    y = torch.stack(ys, dim=1)                                     # (b, t, d)
     if D is not None:
-        y = y + D.to(f) * u
+        y = y + D.to(wide) * u
     if z is not None:
-        y = y * F.silu(z.to(f))
-    return y.to(x.dtype), h
-
-
-def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None, reset=None, impl="auto"):
-    """Walk the recurrence of a Mamba layer:
-    s_t = exp(dt_t A) s_{t-1} + dt_t B_t x_t, y_t = (C_t . s_t + D x_t) silu(z_t).
-
-    x, dt, z (b, t, d), float32, bfloat16 or float64; the step used is softplus(dt + dt_bias).
-    A (d, n), negative. D, dt_bias (d). B (b, t, g, n) and C (b, t, g', n): channel c reads group c // (d // g).
-    state (b, d, n): the cells before the first step, None means zeros. reset (b, t) bool: the cells are emptied before
-    that step. impl: "loop" (the definition), "chunk" (pure PyTorch, fast), "triton", or "auto".
-    Returns y (b, t, d) in x's dtype and the state after the last step, float32 (float64 when x is). Differentiable in
-    every tensor but reset, and through the returned state. Raises UserError on shapes that do not fit together.
-    The same function as selective_scan_ref in state-spaces/mamba e9594ce1, with time in the second place, grouped B and
-    C, an initial state and resets."""
-    (b, t, d), n = x.shape, A.shape[1]
-    wanted = {"dt": (dt, (b, t, d)), "A": (A, (d, n)), "D": (D, (d,)), "z": (z, (b, t, d)), "dt_bias": (dt_bias, (d,)),
-              "B": (B, (b, t, B.shape[2], n)), "C": (C, (b, t, C.shape[2], n)), "state": (state, (b, d, n)),
-              "reset": (reset, (b, t))}
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise UserError(f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-    if t == 0 or d % B.shape[2] or d % C.shape[2]:
-        raise UserError(f"selective_scan: need t > 0 and groups that divide d = {d}, got t = {t}, "
-                        f"{B.shape[2]} groups of B and {C.shape[2]} of C")
-    name = scan_backend(x.device, t, n, x.dtype, impl)
-    scan = scan_loop if name == "loop" else scan_chunk if name == "chunk" else scan_triton
-    with torch.autocast(x.device.type, enabled=False):                       # mixed precision must not touch it
-        return scan(x, dt, A, B, C, D, z, dt_bias, state, reset)
-
-
-def scan_backend(device, t=2, n=16, dtype=torch.float32, impl="auto"):
-    """The scan to take for t steps of n cells in dtype on this device: "loop", "chunk" or "triton". The only place that
-    decides. Raises UserError if impl asks for what is not there."""
-    kind, interpreted = torch.device(device).type, triton is not None and triton.knobs.runtime.interpret
-    if impl not in ("auto", "loop", "chunk", "triton"):
-        raise UserError(f"selective_scan: unknown impl {impl!r}; known: loop, chunk, triton, auto")
-    if impl in ("loop", "chunk"):
-        return impl
-    usable = kind == "cuda" or impl == "triton" and kind == "cpu" and interpreted                # ROCm is "cuda", too
-    if triton is None or not usable:
-        if impl == "triton":
-            raise UserError("impl='triton' needs " + ("Triton: pip install triton" if triton is None else
-                            f"a GPU, or TRITON_INTERPRET=1 set before the start; the tensors are on {kind}"))
-        return "loop" if t == 1 else "chunk"                                 # one step needs no machinery
-    if n > 64 or n & (n - 1) or dtype == torch.float64:
-        warnings.warn(f"scan: the Triton kernels want d_state a power of two up to 64 and at most float32, "
-                      f"not {n} and {dtype}: taking chunk")                  # Python shows a warning once
-        return "chunk"
-    return "triton"
-
-
-def scan_backend_reason(device):
-    """One line for scripts to print: the scan that impl="auto" takes on this device, and why."""
-    name, kind = scan_backend(device), torch.device(device).type
-    why = (f"Triton {triton.__version__} on {torch.cuda.get_device_name(device)}" if name == "triton" else
-           "Triton is not installed" if kind == "cuda" else f"pure PyTorch: Triton needs a GPU, this is {kind}")
-    return f"scan: {name} ({why})"
+        y = y * F.silu(z.to(wide))
+    return y.to(dtype), h
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The short causal conv in front of the scan: each channel mixes its last d_conv inputs.
-#
-# Its state is the last d_conv - 1 raw inputs (before the conv, its bias and SiLU), newest last, zeros when there were
-# fewer. A prompt shorter than the conv, a piece of one token, or the border of a document need no case of their own.
-# Why a conv at all: a scan step sees one token, and "what stood just before" is what look-up needs most often. d_conv
-# is 4: a sum of 4 shifted products is all there is to it, and what a later call needs is plain to see.
-
-def causal_conv(x, before, weight, bias, pos):
-    """x (b, t, c), before (b, d_conv - 1, c) earlier inputs, weight (c, d_conv), pos (b, t) or None -> (b, t, c).
-    weight[:, -1] meets the newest input. An input from before the document began (pos < distance) counts as zero."""
-    t, taps = x.shape[1], weight.shape[1]
-    window, y = torch.cat([before.to(x.dtype), x], dim=1), bias              # (b, d_conv - 1 + t, c)
-    for i in range(taps):
-        tap, distance = window[:, i:i + t], taps - 1 - i                     # (b, t, c): inputs from `distance` back
-        if pos is not None and distance:
-            tap = tap.masked_fill((pos < distance)[..., None], 0)
+# The short causal conv in front of the scan: each channel mixes its last d_conv inputs. A scan step sees one token, and
+# "what stood just before" is what look-up needs most often. Its state is the last d_conv - 1 raw inputs (before conv,
+# bias and SiLU), newest last, zeros when there were fewer: short prompts and single tokens need no case of their own.
+def causal_conv(u, before, weight, bias, position):
+    """u (b, t, c), before (b, d_conv - 1, c) earlier inputs, weight (c, d_conv), position (b, t) or None -> (b, t, c).
+    weight[:, -1] meets the newest input. An input from before the document began (position < distance) counts as 0."""
+    inputs = torch.cat([before.to(u.dtype), u], dim=1)             # (b, d_conv - 1 + t, c)
+    y = bias
+    for i in range(weight.shape[1]):
+        distance = weight.shape[1] - 1 - i
+        tap = inputs[:, i:i + u.shape[1]]                          # (b, t, c): the inputs from `distance` tokens back
+        if position is not None and distance:
+            tap = tap.masked_fill((position < distance)[..., None], 0)
         y = tap * weight[:, i] if y is None else y + tap * weight[:, i]
     return y
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The Mamba mixer ("m2" in the file format): Mamba-1 with grouped x and B, shaped so that attention weights fit into it.
+# The Mamba mixer ("m2" in the file format): Mamba-1 with grouped u and B, shaped so that attention weights fit into it.
 #
-# in_proj makes [z, x, B, C] in one product; dt has a low-rank path of its own. Everything is cut into chunks of d_state
-# (not of head_dim): channel c (chunk j = c // n, lane p = c % n, r = d_inner / d_xb) reads z row c, x row (j//r) n + p
-# B rows (j // r) n ... + n - 1 and C rows j n ... + n - 1.
-#
+# in_proj makes [z, u, B, C] in one product; dt has a low-rank path of its own. Everything is cut into chunks of d_state
+# (not of head_dim). With n = d_state, chunk j = c // n, lane p = c % n and r = d_inner / d_xb, channel c reads
+# z row c, u row (j // r) n + p, B rows (j // r) n ... (j // r) n + n - 1 and C rows j n ... j n + n - 1.
 # The trap of this format: dt_proj adds its bias, and the scan adds the same bias again, so dt = softplus(W r + 2 bias).
 # Every released checkpoint was trained that way and every reader must do it. New layers therefore store half a bias.
-
-class SSM(NamedTuple):
+@dataclass(frozen=True)
+class SSM(LayerState):
     """The state of one Mamba layer: its size does not depend on the number of tokens."""
     conv: torch.Tensor                       # (b, d_conv - 1, d_xb) the last raw inputs of the conv, before expansion
     h: torch.Tensor                          # (b, d_inner, d_state) float32: the cells
@@ -491,122 +377,110 @@ class SSM(NamedTuple):
 
 class Mamba(nn.Module):
     """The mixer. Parameter names and shapes are those of the file format; sizes, see the glossary."""
+    name_in_file = "mixer"
+    float32 = ("A_log", "D")
+    scan = staticmethod(scan_loop)
+
     def __init__(self, config):
         super().__init__()
-        c = self.config = config
+        self.config = c = config
+        if c.d_inner % c.d_xb or c.d_xb % c.d_state:
+            raise UserError(f"d_inner % d_xb and d_xb % d_state must be 0, got {c.d_inner} % {c.d_xb}, "
+                            f"{c.d_xb} % {c.d_state}")
         channels = c.d_inner if c.expand_before_conv else c.d_xb
-        self.in_proj = nn.Linear(c.d_model, 2 * c.d_inner + 2 * c.d_xb, bias=c.proj_bias)        # rows [z, x, B, C]
+        self.in_proj = nn.Linear(c.d_model, 2 * c.d_inner + 2 * c.d_xb, bias=c.proj_bias)        # rows [z, u, B, C]
         self.dt_in_proj = nn.Linear(c.d_model, c.dt_rank, bias=c.proj_bias)
         self.dt_proj = nn.Linear(c.dt_rank, c.d_inner, bias=c.dt_bias)
-        self.conv1d = nn.Conv1d(channels, channels, c.d_conv, groups=channels, bias=c.conv_bias)  # only holds weights
+        self.conv1d = nn.Conv1d(channels, channels, c.d_conv, groups=channels, bias=c.conv_bias)  # holds weights only
         self.A_log = nn.Parameter(torch.arange(1, c.d_state + 1).float().log().repeat(c.d_inner, 1))  # A = -1 ... -n
         self.D = nn.Parameter(torch.ones(c.d_inner))
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.proj_bias)
-        if not self.D.is_meta:
-            self.init_dt()
 
-    @torch.no_grad()
-    def init_dt(self):
-        """Step sizes log-uniform in [dt_min, dt_max], as in Mamba; half the bias is stored, since it counts twice."""
+    def new_state(self, batch, max_length):
         c = self.config
-        nn.init.uniform_(self.dt_proj.weight, -c.dt_scale * c.dt_rank ** -0.5, c.dt_scale * c.dt_rank ** -0.5)
-        if self.dt_proj.bias is not None:
-            dt = torch.empty(c.d_inner).uniform_(math.log(c.dt_min), math.log(c.dt_max)).exp()
-            dt = dt.clamp(min=c.dt_init_floor)
-            self.dt_proj.bias.copy_((dt + torch.log(-torch.expm1(-dt))) / 2)  # the inverse of softplus, halved
+        conv = self.in_proj.weight.new_zeros(batch, c.d_conv - 1, c.d_xb)
+        wide = torch.promote_types(conv.dtype, torch.float32)
+        return SSM(conv, conv.new_zeros(batch, c.d_inner, c.d_state, dtype=wide))
 
-    def expand(self, x):
+    def expand(self, u):
         """(b, t, d_xb) -> (b, t, d_inner): each chunk of d_state lanes once for every query head that shares it."""
-        c, (b, t, _) = self.config, x.shape
-        chunks = x.view(b, t, c.d_xb // c.d_state, 1, c.d_state)
-        return chunks.expand(-1, -1, -1, c.d_inner // c.d_xb, -1).reshape(b, t, c.d_inner)
+        c = self.config
+        chunks = u.unflatten(-1, (-1, 1, c.d_state))               # (b, t, d_xb / n, 1, n)
+        return chunks.expand(-1, -1, -1, c.d_inner // c.d_xb, -1).reshape(*u.shape[:2], c.d_inner)
+
+    def mix(self, u, dt, B, C, z, state, place):
+        """The memory, between the projections. u, B (b, t, d_xb); dt, C, z (b, t, d_inner) -> y (b, t, d_inner), SSM"""
+        c = self.config
+        before = u.new_zeros(len(u), c.d_conv - 1, c.d_xb) if state is None else state.conv
+        # What the next call needs. A slice of all of u would keep all of u in memory.
+        new = min(u.shape[1], c.d_conv - 1)
+        conv = torch.cat([before.to(u.dtype), u[:, u.shape[1] - new:]], dim=1)[:, new:].contiguous()
+        if c.expand_before_conv:
+            before = self.expand(before)
+            u = self.expand(u)
+        u = F.silu(causal_conv(u, before, self.conv1d.weight[:, 0], self.conv1d.bias, place.position))
+        if not c.expand_before_conv:
+            u = self.expand(u)                                     # (b, t, d_inner)
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        B = B.unflatten(-1, (-1, c.d_state))                       # (b, t, d_xb / n, n)
+        C = C.unflatten(-1, (-1, c.d_state))                       # (b, t, d_inner / n, n)
+        h = None if state is None else state.h
+        reset = None if place.position is None else place.position == 0
+        # Here the dt bias counts a second time.
+        y, h = self.scan(u, dt, A, B, C, self.D, z, self.dt_proj.bias, h, reset)
+        return y, SSM(conv, h)
 
     def forward(self, x, state, place):
         """x (b, t, d_model), state SSM or None, place Place -> (b, t, d_model), the state after t more tokens."""
-        c, (b, t, _) = self.config, x.shape
+        c = self.config
         z, u, B, C = self.in_proj(x).split([c.d_inner, c.d_xb, c.d_xb, c.d_inner], dim=-1)
-        dt = self.dt_proj(self.dt_in_proj(x))                                # (b, t, d_inner), holds the bias once
-        if t == 1 and state is not None and not torch.is_grad_enabled() and \
-                scan_backend(x.device, t, c.d_state, x.dtype) == "triton":   # the rest as one kernel, in place on state
-            return self.out_proj(mamba_step(self, u, dt, B, C, z, state, place.pos)), state
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))      # (d_inner, d_state)
-        before = u.new_zeros(b, c.d_conv - 1, c.d_xb) if state is None else state.conv
-        new = min(t, c.d_conv - 1)                                           # a slice of all of u would keep u alive
-        conv = torch.cat([before.to(u.dtype), u[:, t - new:]], dim=1)[:, new:].contiguous()      # for the next call
-        if c.expand_before_conv:
-            before, u = self.expand(before), self.expand(u)
-        u = F.silu(causal_conv(u, before, self.conv1d.weight[:, 0], self.conv1d.bias, place.pos))  # (b, t, channels)
-        if not c.expand_before_conv:
-            u = self.expand(u)
-        y, h = selective_scan(
-            u, dt, A, B.view(b, t, -1, c.d_state), C.view(b, t, -1, c.d_state),
-            self.D, z, self.dt_proj.bias,                                    # ... and here the bias counts again
-            None if state is None else state.h, None if place.pos is None else place.pos == 0)
-        return self.out_proj(y), SSM(conv, h)
+        dt = self.dt_proj(self.dt_in_proj(x))                      # (b, t, d_inner), holds the bias once
+        y, state = self.mix(u, dt, B, C, z, state, place)
+        return self.out_proj(y), state
+
+
+# A new kind of mixer is entered here, and brings what these two bring.
+MIXERS = {"t": Attention, "m2": Mamba}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Block, state and model.
-
+# Block, state and model. Two kinds of layer have no mixer: "i" passes its input on (part of the published format), "n"
+# has its MLP alone (this project's control experiment, a layer whose mixer was removed; other readers refuse it).
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + MLP(norm(x)). Module names are those of the file format (Mistral's, and mixer)."""
-
+    """x + mixer(norm(x)), then x + MLP(norm(x))."""
     def __init__(self, config, kind):
         super().__init__()
+        if kind not in (*MIXERS, "i", "n"):
+            raise UserError(f"unsupported layer type {kind}; known: {', '.join([*MIXERS, 'i', 'n'])}")
         self.kind = kind
-        if kind in ("t", "m2"):
+        self.mixer = None
+        self.mlp = None
+        if kind in MIXERS:
             self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
-        if kind == "t":
-            self.self_attn = Attention(config)
-        if kind == "m2":
-            self.mixer = Mamba(config)
+            self.mixer = MIXERS[kind](config)
         if kind != "i":
             self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
             self.mlp = MLP(config)
 
     def forward(self, x, state, place):
-        """x (b, t, d_model), state KV, SSM or None -> the same of the next layer."""
-        if self.kind in ("t", "m2"):
-            y, state = (self.self_attn if self.kind == "t" else self.mixer)(self.input_layernorm(x), state, place)
+        """x (b, t, d_model), state LayerState or None -> the same of the next layer."""
+        if self.mixer is not None:
+            y, state = self.mixer(self.input_layernorm(x), state, place)
             x = x + y
-        if self.kind != "i":
+        if self.mlp is not None:
             x = x + self.mlp(self.post_attention_layernorm(x))
         return x, state
 
 
 @dataclass(frozen=True)
 class State:
-    """All that a model remembers of a batch of texts. A value: it belongs to the caller, not to the model. The
-    caches (and the SSM parts, where Triton runs) change in place, so clone() before continuing a text in two ways."""
+    """All that a model remembers of a batch of texts. A value: it belongs to the caller, and going on from it does not
+    change it (unless it is given away, see HybridLM.hidden). Two continuations share its key/value caches beyond its
+    position, so clone() before writing two texts in turns. Operations: part 2."""
     position: int                            # tokens seen so far, padding included
     max_length: int                          # tokens that fit into the key/value caches
-    layers: tuple                            # per layer: KV, SSM or None
+    layers: tuple                            # per layer: LayerState, or None without a mixer
     origin: torch.Tensor | None = None       # (b,) where each row's current document began; None: at 0
-
-    def take(self, rows):
-        """An independent State of these rows (a list or tensor of indices; a row may be taken many times)."""
-        pick = lambda m: m[torch.as_tensor(rows, device=m.device)]
-        layers = tuple(None if layer is None else type(layer)(*map(pick, layer)) for layer in self.layers)
-        return replace(self, layers=layers, origin=None if self.origin is None else pick(self.origin))
-
-    def clone(self):
-        """An independent copy: attention, conv and SSM parts."""
-        clone = lambda layer: None if layer is None else type(layer)(*(m.clone() for m in layer))
-        return replace(self, layers=tuple(map(clone, self.layers)))
-
-    def resize(self, max_length):
-        """The same State with room for max_length >= position tokens (key/value caches are copied)."""
-        def fit(m):                                                          # (b, max_length, n_kv_head, head_dim)
-            new = m.new_zeros(len(m), max_length, *m.shape[2:])
-            new[:, :self.position] = m[:, :self.position]
-            return new
-        layers = tuple(KV(*map(fit, layer)) if isinstance(layer, KV) else layer for layer in self.layers)
-        return replace(self, max_length=max_length, layers=layers)
-
-    def nbytes(self):
-        """-> (bytes of key/value caches, bytes of conv and SSM states), for the whole batch as allocated."""
-        size = lambda kind: sum(m.nbytes for layer in self.layers if isinstance(layer, kind) for m in layer)
-        return size(KV), size(SSM)
 
 
 class HybridLM(nn.Module):
@@ -622,129 +496,617 @@ class HybridLM(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False               # training: keep only each layer's input, compute the rest again going back
 
-    def new_state(self, batch, max_length):
-        """Empty caches for `batch` texts of at most `max_length` tokens, on the model's device and in its dtype."""
-        c, weight = self.config, self.embed_tokens.weight
-        def layer(kind):
-            if kind == "t":
-                return KV(*(weight.new_zeros(batch, max_length, c.n_kv_head, c.head_dim) for _ in "kv"))
-            if kind == "m2":
-                h_dtype = torch.promote_types(weight.dtype, torch.float32)
-                return SSM(weight.new_zeros(batch, c.d_conv - 1, c.d_xb),
-                           weight.new_zeros(batch, c.d_inner, c.d_state, dtype=h_dtype))
-        return State(0, max_length, tuple(map(layer, c.layout)))
-
-    def hidden(self, tokens, state=None, reset=None):
+    def hidden(self, tokens, state=None, reset=None, donate=False):
         """tokens (b, t) int64, state State or None, reset (b, t) bool or None (True: a new document begins here, which
         sees nothing before it) -> (b, t, d_model) after the last norm, and the State after these tokens (None for
-        None). Raises UserError when the caches are too short or the batch is another."""
+        None). donate: the caller gives its state away, so the new one may be written over it."""
+        b, t = tokens.shape
         past = 0 if state is None else state.position
-        if state is not None and past + tokens.shape[1] > state.max_length:
-            raise UserError(f"{past} + {tokens.shape[1]} tokens do not fit into a state made for {state.max_length}")
-        for layer in () if state is None else state.layers:
-            if layer is not None and layer[0].shape[0] != tokens.shape[0]:
-                raise UserError(f"the state holds {layer[0].shape[0]} texts, the tokens {tokens.shape[0]}")
-        x = self.embed_tokens(tokens)
-        place, origin = make_place(self.config, tokens, past, None if state is None else state.origin, reset, x.dtype)
+        if state is not None and past + t > state.max_length:
+            raise UserError(f"{past} + {t} tokens do not fit into a state made for {state.max_length}")
+        x = self.embed_tokens(tokens)                              # (b, t, d_model)
+        origin = None if state is None else state.origin
+        place, origin = make_place(self.config, tokens, past, origin, reset, x.dtype, donate)
         layers = []
         for i, block in enumerate(self.layers):
-            before = None if state is None else state.layers[i]
+            layer = None if state is None else state.layers[i]
+            if layer is not None and len(next(iter(layer))) != b:
+                raise UserError(f"the state holds {len(next(iter(layer)))} texts, the tokens {b}")
             if self.recompute and torch.is_grad_enabled():
-                x, layer = checkpoint(block, x, before, place, use_reentrant=False)
+                x, layer = checkpoint(block, x, layer, place, use_reentrant=False)
             else:
-                x, layer = block(x, before, place)
+                x, layer = block(x, layer, place)
             layers.append(layer)
         if state is not None:
-            state = State(past + tokens.shape[1], state.max_length, tuple(layers), origin)
+            state = State(past + t, state.max_length, tuple(layers), origin)
         return self.norm(x), state
 
     def forward(self, tokens, state=None, reset=None):
-        """As hidden, but -> logits (b, t, vocab_size)."""
+        """As hidden, but -> logits (b, t, vocab_size). From tokens to logits, and what is remembered: that is all."""
         x, state = self.hidden(tokens, state, reset)
         return self.lm_head(x), state
 
-    # Generation: prefill the prompts, then one forward with t = 1 per token. Rows never see each other: prompts of
-    # different length are padded on the left, and a reset at each row's first real token hides the padding from
-    # attention, conv and scan alike. With equal lengths (one prompt above all) there is no padding, no reset, no mask.
 
-    @torch.no_grad()
-    def prefill(self, prompts, room, chunk=2048, state=None):
-        """prompts: a list of id lists, each at least one long; room: tokens that will follow -> logits (b, vocab_size)
-        of the last position only, and the State. With a state given, the prompts (of equal length) continue it."""
-        if not prompts or not all(len(p) for p in prompts):
-            raise UserError("every prompt needs at least one token")
-        longest, device = max(map(len, prompts)), self.embed_tokens.weight.device
-        tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-        reset = None
-        if any(len(p) < longest for p in prompts):
-            if state is not None:
-                raise UserError("prompts that continue a state must have equal lengths")
-            reset = torch.zeros_like(tokens, dtype=torch.bool)
-            for row, p in enumerate(prompts):
-                reset[row, longest - len(p)] = True
-        state = self.new_state(len(prompts), longest + room) if state is None else state
-        for i in range(0, longest, chunk):
-            x, state = self.hidden(tokens[:, i:i + chunk], state, None if reset is None else reset[:, i:i + chunk])
-        return self.lm_head(x[:, -1]), state
+# ======================================================================================================================
+# Part 2. Using it: states, prefill, decode, sampling. Written as functions of the model or the state; the lines at the
+# end of the part make them methods.
+#
+# A State is a value. rows picks, repeats and reorders texts; clone lets a text go two ways; resize makes room. Each
+# layer's part does its own share, so a new kind of mixer brings a LayerState and nothing here changes.
 
-    @torch.no_grad()
-    def decode(self, logits, state, temperature=0.0, top_k=0, top_p=1.0, seed=0):
-        """Endless generator. Yields the next tokens (b,) int64 with the State that does not hold them yet, then feeds
-        them. Row i draws from a random stream of its own, seeded by (seed, i), or by (seed, streams[i]) if seed is the
-        pair (seed, streams). temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off."""
-        seed, streams = seed if isinstance(seed, tuple) else (seed, range(len(logits)))
-        rngs = [torch.Generator(logits.device).manual_seed(seed * 1_000_003 + i) for i in streams]
-        while True:
-            token = choose(logits, temperature, top_k, top_p, rngs)          # (b,)
-            yield token, state
-            x, state = self.hidden(token[:, None], state)                    # (b, 1, d_model)
-            logits = self.lm_head(x[:, -1])                                  # (b, vocab_size)
+def new_state(model, batch, max_length):
+    """Empty caches for `batch` texts of at most `max_length` tokens, on the model's device and in its dtype."""
+    layers = []
+    for block in model.layers:
+        layers.append(None if block.mixer is None else block.mixer.new_state(batch, max_length))
+    return State(0, max_length, tuple(layers))
 
-    def generate(self, prompts, max_new_tokens, temperature=0.0, stop=None, top_k=0, top_p=1.0, seed=0):
-        """prompts: a list of id lists of any lengths -> per prompt the list of new ids, at most max_new_tokens, without
-        the stop token that ended it (stop: ids; None: config.eos_ids). A row gives what it would give alone."""
-        stop = set(self.config.eos_ids if stop is None else stop)
-        outputs, done = [[] for _ in prompts], [max_new_tokens < 1] * len(prompts)
-        logits, state = self.prefill(prompts, max_new_tokens)
-        tokens = self.decode(logits, state, temperature, top_k, top_p, seed)
-        while not all(done):
-            for i, token in enumerate(next(tokens)[0].tolist()):
-                if not done[i] and token not in stop:
-                    outputs[i].append(token)
-                done[i] = done[i] or token in stop or len(outputs[i]) >= max_new_tokens
-        return outputs
+
+def layer_rows(layer, index):
+    """index: a tensor of row numbers -> an independent state of these rows."""
+    return type(layer)(*[tensor[index.to(tensor.device)] for tensor in layer])
+
+
+def layer_clone(layer):
+    return type(layer)(*[tensor.clone() for tensor in layer])
+
+
+def layer_resize(layer, max_length, position):
+    """-> with room for max_length tokens, of which `position` are there. A state of fixed size stays as it is."""
+    return layer
+
+
+def layer_nbytes(layer):
+    """-> bytes that grow with the text, bytes that do not."""
+    return 0, sum(tensor.nbytes for tensor in layer)
+
+
+def kv_resize(cache, max_length, position):
+    parts = []
+    for old in cache:                                              # (b, n_kv_head, max_length, head_dim)
+        new = old.new_zeros(*old.shape[:2], max_length, old.shape[3])
+        new[:, :, :position] = old[:, :, :position]
+        parts.append(new)
+    return KV(*parts)
+
+
+def kv_nbytes(cache):
+    return cache.k.nbytes + cache.v.nbytes, 0
+
+
+def each_layer(state, change):
+    """-> state with change(layer state) in place of every layer's."""
+    layers = tuple(None if layer is None else change(layer) for layer in state.layers)
+    return replace(state, layers=layers)
+
+
+def state_rows(state, index):
+    """An independent State of these rows (a list or tensor of indices; a row may be taken many times)."""
+    index = torch.as_tensor(index)
+    state = each_layer(state, lambda layer: layer.rows(index))
+    if state.origin is None:
+        return state
+    return replace(state, origin=state.origin[index.to(state.origin.device)])
+
+
+def state_clone(state):
+    """An independent copy."""
+    return each_layer(state, lambda layer: layer.clone())
+
+
+def state_resize(state, max_length):
+    """The same State with room for max_length >= position tokens (key/value caches are copied)."""
+    state = each_layer(state, lambda layer: layer.resize(max_length, state.position))
+    return replace(state, max_length=max_length)
+
+
+def state_nbytes(state):
+    """-> (bytes of key/value caches, bytes of states of fixed size), for the whole batch as allocated."""
+    sizes = [layer.nbytes() for layer in state.layers if layer is not None]
+    return sum(grows for grows, _ in sizes), sum(fixed for _, fixed in sizes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation: prefill the prompts, then one forward with t = 1 per token. Rows never see each other: prompts of
+# different length are padded on the left, and a reset at each row's first real token hides the padding from
+# attention, conv and scan alike. With equal lengths (one prompt above all) there is no padding, no reset, no mask.
+
+def pad_left(prompts, device):
+    """prompts: lists of ids -> tokens (b, longest), and reset (b, longest), None if all are equally long."""
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+    reset = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt):] = torch.tensor(prompt)
+        reset[row, longest - len(prompt)] = True
+    ragged = any(len(prompt) < longest for prompt in prompts)
+    return tokens.to(device), reset.to(device) if ragged else None
 
 
 @torch.no_grad()
-def join_projections(model):
-    """For generation: projections that read the same input (q, k, v; gate, up) become one product each, because a step
-    of one token costs calls, not arithmetic. The single weights become views of the joined ones: no more memory, and
-    the model can still be saved. Do it last: weights that are moved or replaced afterwards would be missed."""
-    for block in model.layers:
-        pairs = [(block.mlp, ("gate_proj", "up_proj"))] if block.kind != "i" else []
-        pairs += [(block.self_attn, ("q_proj", "k_proj", "v_proj"))] if block.kind == "t" else []
-        for module, names in pairs:
-            parts = [getattr(module, name).weight for name in names]         # (rows, d_model) each
-            module.joined = torch.cat([w.data for w in parts])
-            for w, view in zip(parts, module.joined.split([len(w) for w in parts])):
-                w.data = view
-    return model
+def prefill(model, prompts, room, chunk=2048, state=None):
+    """prompts: a list of id lists, each at least one long; room: tokens that will follow -> logits (b, vocab_size)
+    of the last position only, and the State. With a state given, the prompts (of equal length) continue it."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise UserError("every prompt needs at least one token")
+    tokens, reset = pad_left(prompts, model.embed_tokens.weight.device)
+    if state is None:
+        state = model.new_state(len(prompts), tokens.shape[1] + room)
+    elif reset is not None:
+        raise UserError("prompts that continue a state must have equal lengths")
+    for i in range(0, tokens.shape[1], chunk):
+        begins = None if reset is None else reset[:, i:i + chunk]
+        x, state = model.hidden(tokens[:, i:i + chunk], state, begins)
+    return model.lm_head(x[:, -1]), state
+
+
+@torch.no_grad()
+def decode(model, logits, state, temperature=0.0, top_k=0, top_p=1.0, seed=0, streams=None):
+    """Endless generator: yields the next tokens (b,) int64 with the State that does not hold them yet, then feeds them.
+    The State is given away and written over: clone() what shall last. Row i draws from a random stream of its
+    own, seeded by (seed, streams[i]), with i itself for streams None. temperature 0 is greedy; top_k 0 and top_p 1
+    switch those filters off. send(rows), a list of row numbers, in place of next(): go on with these rows only."""
+    rngs = []
+    for stream in range(len(logits)) if streams is None else streams:
+        rngs.append(torch.Generator(logits.device).manual_seed(seed * 1_000_003 + stream))
+    while True:
+        token = choose(logits, temperature, top_k, top_p, rngs)    # (b,)
+        rows = yield token, state
+        if rows is not None:
+            token = token[rows]
+            state = state.rows(rows)
+            rngs = [rngs[row] for row in rows]
+        x, state = model.hidden(token[:, None], state, donate=True)
+        logits = model.lm_head(x[:, -1])                           # (b, vocab_size)
+
+
+def answers(model, logits, state, max_new_tokens, stop, **sampling):
+    """Generator: one step of all rows that still write, as a list of (row, id), until every row has given a stop token
+    (the last id of its row, then) or max_new_tokens. sampling: as decode takes it. Rows that have ended leave the
+    batch once they are a quarter of it: a copy of the others' caches costs less than to go on computing them."""
+    batch = list(range(len(logits)))         # the row that stands in each place of the batch
+    writing = set(batch)
+    steps = model.decode(logits, state, **sampling)
+    rows = None
+    for _ in range(max_new_tokens):
+        token, _ = steps.send(rows)
+        new = [(row, id) for row, id in zip(batch, token.tolist()) if row in writing]
+        yield new
+        writing -= {row for row, id in new if id in stop}
+        if not writing:
+            break
+        rows = None
+        if len(writing) <= 0.75 * len(batch):
+            rows = [place for place, row in enumerate(batch) if row in writing]
+            batch = [batch[place] for place in rows]
+
+
+def generate(model, prompts, max_new_tokens, temperature=0.0, stop=None, top_k=0, top_p=1.0, seed=0):
+    """prompts: a list of id lists of any lengths -> per prompt the list of new ids, at most max_new_tokens, without
+    the stop token that ended it (stop: ids; None: config.eos_ids). A row gives what it would give alone."""
+    stop = set(model.config.eos_ids if stop is None else stop)
+    outputs = [[] for _ in prompts]
+    join_projections(model)
+    with torch.inference_mode():
+        logits, state = model.prefill(prompts, max_new_tokens)
+        steps = model.answers(logits, state, max_new_tokens, stop, temperature=temperature, top_k=top_k,
+                              top_p=top_p, seed=seed)
+        for new in steps:
+            for row, id in new:
+                if id not in stop:
+                    outputs[row].append(id)
+    return outputs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling. Sorting a vocabulary of 50,000 for every row costs more than the model, and is never needed: the tokens that
+# hold top_p of the probability are a few of the most likely. A row draws one number in [0, 1) and takes the token at
+# which the sum of probabilities passes it; it draws from a generator of its own, so that what it draws does not depend
+# on which rows stand beside it in the batch.
+
+def most_likely(logits, top_p):
+    """logits (b, vocab_size) -> the largest logits (b, m), falling, and their ids: enough to hold top_p of the mass."""
+    vocab_size = logits.shape[-1]
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    m = min(64, vocab_size)
+    while True:
+        largest, ids = logits.topk(m)
+        mass = (largest - total).exp().sum(dim=-1)
+        if m == vocab_size or bool((mass >= top_p).all()):
+            return largest, ids
+        m = min(16 * m, vocab_size)
 
 
 def choose(logits, temperature, top_k, top_p, rngs):
-    """logits (b, vocab_size) -> one token per row (b,); rngs: a torch.Generator per row.
-    A generator each, so that what a row draws does not depend on which rows stand beside it in the batch."""
+    """logits (b, vocab_size) -> one token per row (b,); rngs: a torch.Generator per row."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
+    total = logits.logsumexp(dim=-1, keepdim=True)                 # (b, 1)
+    ids = None                                                     # None: all tokens, in their own order
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
-    probs = logits.softmax(dim=-1)
-    if top_p < 1:                                                        # the smallest set that holds top_p of the mass
-        ranked, order = probs.sort(dim=-1, descending=True)
-        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-    return torch.cat([torch.multinomial(p, 1, generator=rng) for p, rng in zip(probs, rngs)])
+        logits, ids = logits.topk(min(top_k, logits.shape[-1]))
+        total = logits.logsumexp(dim=-1, keepdim=True)
+    elif top_p < 1:
+        logits, ids = most_likely(logits, top_p)
+    probs = (logits - total).exp().double()                        # (b, m)
+    if top_p < 1:
+        before = probs.cumsum(dim=-1) - probs                      # mass of the tokens that are likelier
+        probs = probs.masked_fill(before >= top_p, 0)              # the smallest set that holds top_p of the mass
+    cumulative = probs.cumsum(dim=-1)
+    draws = [torch.rand(1, dtype=torch.double, device=probs.device, generator=rng) for rng in rngs]
+    passed = torch.stack(draws) * cumulative[:, -1:]               # (b, 1)
+    place = torch.searchsorted(cumulative, passed, right=True)     # right: a token of probability 0 is never taken
+    place = place.clamp(max=probs.shape[-1] - 1)
+    return place[:, 0] if ids is None else ids.gather(1, place)[:, 0]
+
+
+LayerState.rows = layer_rows
+LayerState.clone = layer_clone
+LayerState.resize = layer_resize
+LayerState.nbytes = layer_nbytes
+KV.resize = kv_resize
+KV.nbytes = kv_nbytes
+State.rows = state_rows
+State.clone = state_clone
+State.resize = state_resize
+State.nbytes = state_nbytes
+HybridLM.new_state = new_state
+HybridLM.prefill = prefill
+HybridLM.decode = decode
+HybridLM.answers = answers
+HybridLM.generate = generate
+
+
+# ======================================================================================================================
+# Part 3. The same numbers, faster. Each form below names the definition that it equals, takes the same arguments, and
+# is tested against it. The list FASTER at the end of the part puts them in their places.
+
+import warnings
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                          # optional: without Triton the pure PyTorch scan does the work
+    triton = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The chunked scan, equal to scan_loop. The exponentials and products of a chunk of steps are made at once, so that a
+# time step is a single multiply-add, and the read-out is one batched matrix product per chunk. Its backward keeps only
+# the cells at each chunk border and rebuilds the rest, so that (b, t, d, n), the history of all cells, never exists for
+# the whole length. It divides by nothing and takes no logarithm: any dt is safe.
+
+def chunk_states(u, dt, A, B, h, keep):
+    """One chunk, time first: u, dt (t, b, d), A (d, n), B (t, b, groups, n), h (b, d, n), keep (t, b, 1, 1) or None.
+    -> decay and states, the cells after every step, both (t, b, d, n)."""
+    t, b, d = u.shape
+    groups, n = B.shape[2:]
+    decay = torch.exp(dt[..., None] * A)
+    if keep is not None:
+        decay *= keep                                              # a document's first step forgets all
+    write = (dt * u).view(t, b, groups, d // groups, 1) * B[:, :, :, None]
+    states = write.view(t, b, d, n)
+    for i in range(t):
+        h = states[i].addcmul_(decay[i], h)                        # in place: states[i] + decay[i] * h
+    return decay, states
+
+
+class ChunkedScan(torch.autograd.Function):
+    """(u, dt, A, B, C, h, keep, size), all time first and in one float dtype, dt positive -> y (t, b, d), last cells.
+
+    Backward. grad_h_t is the gradient that reaches the cells from their own read-out and from the next step:
+        grad_h_t = grad_y_t C_t + decay_{t+1} grad_h_{t+1}
+        grad of dt_t u_t = grad_h_t . B_t          grad_B_t = grad_h_t dt_t u_t          grad_C_t = grad_y_t h_t
+        grad of the rate dt_t A = grad_h_t decay_t h_{t-1}"""
+
+    @staticmethod
+    def forward(ctx, u, dt, A, B, C, h, keep, size):
+        """Keeps the inputs and the cells at every chunk border, (t / size, b, d, n)."""
+        t, b, d = u.shape
+        n = A.shape[1]
+        groups = C.shape[2]
+        y = torch.empty_like(u)
+        borders = []
+        for i in range(0, t, size):
+            part = slice(i, i + size)
+            borders.append(h)
+            kept = None if keep is None else keep[part]
+            _, states = chunk_states(u[part], dt[part], A, B[part], h, kept)
+            grouped = states.view(-1, b, groups, d // groups, n)
+            y[part] = torch.matmul(grouped, C[part][..., None]).view(-1, b, d)
+            h = states[-1].clone()
+        ctx.size = size
+        ctx.save_for_backward(u, dt, A, B, C, keep, torch.stack(borders))
+        return y, h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y, carry):
+        """grad_y (t, b, d); carry (b, d, n), the gradient of the last cells. Chunks from the last to the first."""
+        u, dt, A, B, C, keep, borders = ctx.saved_tensors
+        t, b, d = u.shape
+        groups, n = B.shape[2:]
+        c_groups = C.shape[2]
+        grad_y = grad_y.contiguous()
+        grad_u = torch.empty_like(u)
+        grad_dt = torch.empty_like(dt)
+        grad_A = torch.zeros_like(A)
+        grad_B = torch.empty_like(B)
+        grad_C = torch.empty_like(C)
+        for i in reversed(range(0, t, ctx.size)):
+            part = slice(i, i + ctx.size)
+            start = borders[i // ctx.size]
+            kept = None if keep is None else keep[part]
+            decay, states = chunk_states(u[part], dt[part], A, B[part], start, kept)     # the same states once more
+
+            read = grad_y[part].view(-1, b, c_groups, d // c_groups, 1)
+            grouped = states.view(-1, b, c_groups, d // c_groups, n)
+            grad_C[part] = torch.matmul(read.transpose(-1, -2), grouped).squeeze(-2)
+
+            grad_h = (read * C[part][:, :, :, None]).view(states.shape)                  # (t, b, d, n)
+            grad_h[-1] += carry                                    # from the chunk after this one
+            for j in reversed(range(len(grad_h) - 1)):
+                grad_h[j].addcmul_(decay[j + 1], grad_h[j + 1])
+            carry = decay[0] * grad_h[0]                           # for the chunk before
+
+            written = dt[part] * u[part]
+            grouped = grad_h.view(-1, b, groups, d // groups, n)
+            grad_written = torch.matmul(grouped, B[part][..., None]).view(written.shape)
+            grad_B[part] = torch.matmul(written.view(-1, b, groups, 1, d // groups), grouped).squeeze(-2)
+
+            previous = torch.cat([start[None], states[:-1]])
+            grad_rate = previous.mul_(grad_h).mul_(decay)
+            grad_A += (grad_rate * dt[part][..., None]).sum((0, 1))
+            grad_dt[part] = (grad_rate * A).sum(-1) + grad_written * u[part]
+            grad_u[part] = grad_written * dt[part]
+        return grad_u, grad_dt, grad_A, grad_B, grad_C, carry, None, None
+
+
+def chunk_size(b, d, n):
+    """Steps per chunk: its cells, b * d * n a step, should stay in the processor's cache."""
+    return max(8, min(64, (1 << 19) // (b * d * n)))
+
+
+def scan_chunk(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None):
+    """scan_loop in chunks of time steps."""
+    dtype = u.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    u = u.to(wide)
+    dt = F.softplus(dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide))
+    h = u.new_zeros(len(u), *A.shape) if h is None else h.to(wide)
+    keep = None if reset is None else (~reset).T[:, :, None, None].to(wide)              # (t, b, 1, 1)
+
+    def time_first(tensor):                                        # each step lies in one piece
+        return tensor.to(wide).transpose(0, 1).contiguous()
+    y, h = ChunkedScan.apply(time_first(u), time_first(dt), A.to(wide), time_first(B), time_first(C), h, keep,
+                             chunk_size(len(u), *A.shape))
+    y = y.transpose(0, 1)                                          # (b, t, d)
+    if D is not None:
+        y = y + D.to(wide) * u
+    if z is not None:
+        y = y * F.silu(z.to(wide))
+    return y.to(dtype), h
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The choice of the scan. scan_backend is the only place that decides.
+
+def check_scan_shapes(u, dt, A, B, C, D, z, dt_bias, h, reset):
+    b, t, d = u.shape
+    n = A.shape[1]
+    wanted = {"dt": (dt, (b, t, d)), "A": (A, (d, n)), "D": (D, (d,)), "z": (z, (b, t, d)), "h": (h, (b, d, n)),
+              "B": (B, (b, t, B.shape[2], n)), "C": (C, (b, t, C.shape[2], n)), "dt_bias": (dt_bias, (d,)),
+              "reset": (reset, (b, t))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise UserError(f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if t == 0 or d % B.shape[2] or d % C.shape[2]:
+        raise UserError(f"selective_scan: need t > 0 and groups that divide d = {d}, got t = {t}, "
+                        f"{B.shape[2]} groups of B and {C.shape[2]} of C")
+
+
+def selective_scan(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None, impl="auto"):
+    """Walk the recurrence of a Mamba layer: arguments and results as in scan_loop, its definition.
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, y_t = (C_t . h_t + D u_t) silu(z_t), with softplus(dt + dt_bias) for dt.
+
+    impl: "loop" (the definition), "chunk" (pure PyTorch, fast), "triton", or "auto". u may be float32, bfloat16 or
+    float64; the cells come back in float32 (float64 for that). Differentiable in every tensor but reset, and through
+    the returned cells. Raises UserError on shapes that do not fit together."""
+    check_scan_shapes(u, dt, A, B, C, D, z, dt_bias, h, reset)
+    name = scan_backend(u.device, u.shape[1], A.shape[1], u.dtype, impl)
+    scan = {"loop": scan_loop, "chunk": scan_chunk}.get(name) or scan_triton
+    with torch.autocast(u.device.type, enabled=False):             # mixed precision must not touch it
+        return scan(u, dt, A, B, C, D, z, dt_bias, h, reset)
+
+
+def scan_backend(device, t=2, n=16, dtype=torch.float32, impl="auto"):
+    """The scan to take for t steps of n cells in dtype on this device: "loop", "chunk" or "triton".
+    Raises UserError if impl asks for what is not there."""
+    if impl not in ("auto", "loop", "chunk", "triton"):
+        raise UserError(f"selective_scan: unknown impl {impl!r}; known: loop, chunk, triton, auto")
+    if impl in ("loop", "chunk"):
+        return impl
+    kind = torch.device(device).type                               # ROCm is "cuda", too
+    interpreted = triton is not None and triton.knobs.runtime.interpret
+    if impl == "triton" and triton is None:
+        raise UserError("impl='triton' needs Triton: pip install triton")
+    if impl == "triton" and kind != "cuda" and not (kind == "cpu" and interpreted):
+        raise UserError("impl='triton' needs a GPU, or TRITON_INTERPRET=1 set before the start; "
+                        f"the tensors are on {kind}")
+    if impl == "auto" and (triton is None or kind != "cuda"):
+        return "loop" if t == 1 else "chunk"                       # one step needs no machinery
+    if n > 64 or n & (n - 1) or dtype == torch.float64:
+        warnings.warn(f"scan: the Triton kernels want d_state a power of two up to 64 and at most float32, "
+                      f"not {n} and {dtype}: taking chunk")        # Python shows a warning once
+        return "chunk"
+    return "triton"
+
+
+def scan_backend_reason(device):
+    """One line for scripts to print: the scan that impl="auto" takes on this device, and why."""
+    name = scan_backend(device)
+    kind = torch.device(device).type
+    why = f"pure PyTorch: Triton needs a GPU, this is {kind}"
+    if kind == "cuda":
+        why = "Triton is not installed"
+    if name == "triton":
+        why = f"Triton {triton.__version__} on {torch.cuda.get_device_name(device)}"
+    return f"scan: {name} ({why})"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One token. Generating on a CPU is bound by the number of operations, on a GPU by the number of kernels: what follows
+# makes fewer of them.
+#
+# Projections that read the same input (q, k, v; gate, up) become one product. The single weights become views of the
+# joined ones: no more memory, and the model can still be trained, saved and moved. A weight that has been replaced
+# since is found by its address, and the single products are taken again.
+
+class Joined(NamedTuple):
+    weight: torch.Tensor                     # (rows of all, d_model)
+    bias: torch.Tensor | None
+    addresses: list                          # [(linear, address of its rows)]
+
+
+@torch.no_grad()
+def join(*linears):
+    """-> Joined, of linear layers that read the same input."""
+    weight = torch.cat([linear.weight for linear in linears])
+    addresses = []
+    start = 0
+    for linear in linears:
+        end = start + len(linear.weight)
+        linear.weight.data = weight[start:end]
+        addresses.append((linear, linear.weight.data_ptr()))
+        start = end
+    biases = [linear.bias for linear in linears]
+    return Joined(weight, None if biases[0] is None else torch.cat(biases), addresses)
+
+
+def usable(joined):
+    """Is it there, are no gradients wanted, and are the weights still its rows?"""
+    if joined is None or torch.is_grad_enabled():
+        return False
+    return all(linear.weight.data_ptr() == address for linear, address in joined.addresses)
+
+
+def join_projections(model):
+    """For generation, which calls it. Does nothing where it is done already. -> the model."""
+    with torch.inference_mode(False), torch.no_grad():             # the weights stay ordinary tensors
+        for block in model.layers:
+            if isinstance(block.mlp, MLP) and not usable(block.mlp.joined):
+                block.mlp.joined = join(block.mlp.gate_proj, block.mlp.up_proj)
+            if isinstance(block.mixer, Attention) and not usable(block.mixer.joined):
+                block.mixer.joined = join(block.mixer.q_proj, block.mixer.k_proj, block.mixer.v_proj)
+    return model
+
+
+mlp_by_definition = MLP.forward
+project_by_definition = Attention.project
+attend_by_definition = Attention.attend
+norm_by_definition = RMSNorm.forward
+mix_by_definition = Mamba.mix
+
+
+def mlp_joined(mlp, x):
+    """MLP.forward with one product for gate and up."""
+    if not usable(mlp.joined):
+        return mlp_by_definition(mlp, x)
+    gate, up = F.linear(x, mlp.joined.weight).chunk(2, dim=-1)
+    return mlp.down_proj(F.silu(gate) * up)
+
+
+def rotary_rolled(x, cos, sin):
+    """rotary in three operations: rolling by half a head swaps the halves."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def project_joined(attention, x, place):
+    """Attention.project with one product for q, k and v, and one rotation for q and k."""
+    if not usable(attention.joined):
+        return project_by_definition(attention, x, place)
+    c = attention.config
+    b, t, _ = x.shape
+    heads = F.linear(x, attention.joined.weight, attention.joined.bias)
+    heads = heads.view(b, t, -1, c.head_dim).transpose(1, 2)       # (b, n_head + 2 n_kv_head, t, head_dim)
+    qk, v = heads.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+    if c.qk_norm:
+        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+        qk = torch.cat([attention.q_norm(q), attention.k_norm(k)], dim=1)
+    q, k = rotary_rolled(qk, place.cos, place.sin).split([c.n_head, c.n_kv_head], dim=1)
+    return q, k, v
+
+
+def attend_fast(attention, q, k, v, mask):
+    """Attention.attend, where PyTorch's kernels would read keys more than once."""
+    if q.shape[2] == 1:
+        # The query heads that share a key stand in for tokens, so each key is read only once.
+        grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])    # (b, n_kv_head, heads per key, head_dim)
+        return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
+    if q.is_cuda and mask is not None:
+        # GPU kernels take a mask or groups, not both.
+        share = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(share, dim=1)
+        v = v.repeat_interleave(share, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    return attend_by_definition(attention, q, k, v, mask)
+
+
+def norm_on_cpu(norm, x):
+    """RMSNorm.forward. rms_norm is nine operations on a CPU, layer_norm one; (x, -x) has mean 0 and the mean square of
+    x as its variance, so layer_norm does the same to it."""
+    if not x.is_cpu or torch.is_grad_enabled():
+        return norm_by_definition(norm, x)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    n = x.shape[-1]
+    y = F.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=norm.eps)[..., :n]
+    return y.to(x.dtype) * norm.weight
+
+
+def mix_one_token(mixer, u, dt, B, C, z, state, place):
+    """Mamba.mix: one token on a GPU is the work of one kernel, see part 5."""
+    one = u.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
+    if one and scan_backend(u.device, 1, mixer.config.d_state, u.dtype) == "triton":
+        return mamba_step(mixer, u, dt, B, C, z, state, place)
+    return mix_by_definition(mixer, u, dt, B, C, z, state, place)
+
+
+# Where part 1 computes by definition, the model takes these forms. use(DEFINITIONS) takes them out again: to try
+# something in part 1, and for the tests.
+
+MLP.joined = None
+Attention.joined = None
+
+FASTER = [(RMSNorm, "forward", norm_on_cpu), (MLP, "forward", mlp_joined), (Attention, "project", project_joined),
+          (Attention, "attend", attend_fast), (Mamba, "mix", mix_one_token),
+          (Mamba, "scan", staticmethod(selective_scan))]
+DEFINITIONS = [(owner, name, vars(owner)[name]) for owner, name, _ in FASTER]
+
+
+def use(forms):
+    """forms: FASTER or DEFINITIONS."""
+    for owner, name, form in forms:
+        setattr(owner, name, form)
+
+
+use(FASTER)
+
+
+# ======================================================================================================================
+# Part 4. Files, and running a script.
+
+import contextlib
+import datetime
+import hashlib
+import json
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import unicodedata
 
 
 def cast(module, device, dtype):
@@ -756,7 +1118,8 @@ def cast(module, device, dtype):
 
 def keeps_float32(name):
     """Is this parameter, of a whole model or of a mixer alone, stored and used in float32 at least?"""
-    return name.rpartition(".")[2] in ("A_log", "D")
+    last = name.rpartition(".")[2]
+    return any(last in mixer.float32 for mixer in MIXERS.values())
 
 
 def stored_dtype(name, dtype):
@@ -765,15 +1128,40 @@ def stored_dtype(name, dtype):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints: a directory with config.json and safetensors, in the Hugging Face layout. All-attention models are
-# Mistral's format, hybrids Apriel-H1's.
+# Checkpoints: a directory with config.json and safetensors, in the Hugging Face layout.
 #
 # What a file asks for is implemented, or it changes nothing, or it is refused by name. A setting that is passed over
 # gives a model that is nearly right, and nobody would notice. The same for tensors: each parameter has exactly one
 # Source, and each tensor of the file is used.
+#
+# An all-attention model is saved as its own family. A hybrid whose attention is Mistral's is saved in the format of
+# Apriel-H1. A hybrid whose attention has more (biases of q, k and v, norms of q and k, scaled rotary frequencies) must
+# not: readers of that format ignore keys that they do not know and would compute something else. It gets a model type of
+# its own, nanoh1_hybrid, which everybody else refuses: Apriel's format plus the keys base_model_type (the family of the
+# attention), qkv_bias, qk_norm (true or false) and rope_scaling (null, or Llama 3's object), none of them optional.
 
-HYBRID_TYPES = ("apriel_hybrid_ssm", "apriel_h")
-MODEL_TYPES = ("mistral", "llama", *HYBRID_TYPES)
+class Family(NamedTuple):
+    """A model type of transformers: how its attention differs, and what absent keys of config.json mean to it."""
+    architecture: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    n_kv_head: int | None = None         # None: as many as query heads
+    head_dim: int | None = None          # None: hidden_size / heads
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+
+FAMILIES = {
+    "mistral": Family("MistralForCausalLM", n_kv_head=8, bos_id=1, eos_id=2),
+    "llama": Family("LlamaForCausalLM", bos_id=1, eos_id=2),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, n_kv_head=32),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, n_kv_head=32, head_dim=128),
+}
+HYBRIDS = {
+    "apriel_hybrid_ssm": "AprielHybridSSMForCausalLM",
+    "apriel_h": None,                    # an older name, only read
+    "nanoh1_hybrid": "NanoH1HybridForCausalLM",
+}
 
 # Sizes that every config.json must name: its key -> the field of Config.
 SIZES = {
@@ -791,14 +1179,24 @@ NEUTRAL = {
     "mlp_bias": (False, None),
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
+    "original_max_position_embeddings": (None,),
 }
 
-# The same for the keys of rope_scaling (transformers 4) and rope_parameters (transformers 5).
+# The same for the keys of rope_scaling (transformers 4) and rope_parameters (transformers 5). The type is spelled in
+# two ways, sometimes in both.
 NEUTRAL_ROPE = {
-    "rope_type": ("default", None),
-    "type": ("default", None),
+    "rope_type": ("default", "linear", None),
+    "type": ("default", "linear", None),
     "factor": (1.0, None),
     "partial_rotary_factor": (1.0, None),
+}
+
+# Llama 3's rule: key -> field of RopeScaling.
+LLAMA3_ROPE = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_length",
 }
 
 # The keys of ssm_cfg -> (field of Config, default).
@@ -828,6 +1226,43 @@ LARGEST = 1 << 24
 MOST_LAYERS = 10_000
 
 
+def checkpoint_dir(path):
+    """path -> the same with ~ expanded, if it is a directory with a config.json. Raises UserError otherwise, with a hint
+    where the user is nearly right."""
+    path = os.path.expanduser(os.fspath(path))
+    if os.path.isfile(path):
+        more = ": GGUF is not read" if path.endswith(".gguf") else "; give the directory that holds config.json"
+        raise UserError(f"{path} is a file, not a checkpoint directory{more}")
+    if not os.path.isdir(path):
+        more = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.exists(path.split("/")[0]):
+            more = f"; if that is a name on the Hugging Face hub: hf download {path} --local-dir DIR"
+        raise UserError(f"no such directory: {path}{more}")
+    if not os.path.exists(os.path.join(path, "config.json")):
+        raise UserError(f"{path} has no config.json{nearly(path)}")
+    return path
+
+
+def nearly(path):
+    """The directory `path` lacks a file -> what it is instead, as the end of an error message, or nothing."""
+    files = sorted(os.listdir(path))
+    if "adapter_config.json" in files:
+        return "; it holds an adapter, not a model: merge it into its base first (peft: merge_and_unload)"
+    for file in files:
+        if file.endswith((".bin", ".pth", ".pt")):
+            return f"; {file} is a pickle and not read: save the model again with transformers' save_pretrained"
+        if file.endswith(".gguf"):
+            return f"; {file} is a GGUF, which is not read: take the model in the safetensors format"
+    return ""
+
+
+def refuse_pointer(file):
+    """Raise UserError if this file is only git LFS's note where the file would be."""
+    with open(file, "rb") as f:
+        if f.read(100).startswith(b"version https://git-lfs.github.com/spec"):
+            raise UserError(f"{file} is a git LFS pointer, not the file itself: run git lfs pull")
+
+
 def read_json(path, kind=object):
     """path -> the value in it. kind: the Python type it must have, dict for a JSON object."""
     try:
@@ -838,6 +1273,7 @@ def read_json(path, kind=object):
     except RecursionError:
         raise UserError(f"{path} is not valid JSON: it is nested too deeply") from None
     except ValueError as e:
+        refuse_pointer(path)
         raise UserError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(value, kind):
         raise UserError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}")
@@ -846,10 +1282,16 @@ def read_json(path, kind=object):
 
 def refuse_value(name, value, expected):
     """Raise the UserError for a value of config.json that is not what it must be."""
-    shown = repr(value)
-    if len(shown) > 60:
-        shown = shown[:60] + " ..."
-    raise UserError(f"{name} must be {expected}, got {shown}")
+    raise UserError(f"{name} must be {expected}, got {brief(value)}")
+
+
+def brief(value, most=200):
+    """A value of config.json as text for an error message, the beginning of it if it is long."""
+    try:
+        shown = json.dumps(value)
+    except RecursionError:
+        shown = "something nested deeply"
+    return shown if len(shown) <= most else shown[:most] + " ..."
 
 
 def whole(name, value, most=LARGEST):
@@ -882,81 +1324,194 @@ def config_from_json(raw, where="config.json"):
         raise UserError(f"{where}: {e}") from None
 
 
+def read_config(path):
+    """A checkpoint directory -> its Config. A text ends at any token that config.json or generation_config.json
+    names: instruct models often list more of them in the second file, and either may say null."""
+    file = os.path.join(path, "config.json")
+    raw = read_json(file, dict)
+    config = config_from_json(raw, file)
+    generation = os.path.join(path, GENERATION)
+    if os.path.exists(generation):
+        try:
+            more = token_ids("eos_token_id", read_json(generation, dict).get("eos_token_id"))
+        except UserError as e:
+            raise UserError(f"{generation}: {e}") from None
+        # The default of an absent key counts only where neither file says anything.
+        if more and "eos_token_id" not in raw:
+            config = replace(config, eos_ids=())
+        config = replace(config, eos_ids=tuple(dict.fromkeys(config.eos_ids + more)))
+    return config
+
+
 def config_fields(raw):
     """The dict in config.json -> the arguments of Config."""
     if not isinstance(raw, dict):
         refuse_value("it", raw, "a JSON object")
-    family = raw.get("model_type")
-    if family not in MODEL_TYPES:
-        raise UserError(f"model_type {family!r} is not supported; known: {', '.join(MODEL_TYPES)}")
-    hybrid = family in HYBRID_TYPES
-    for key in [*SIZES, "hybrid_block_layout"] if hybrid else SIZES:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in [*FAMILIES, *HYBRIDS]:
+        raise UserError(f"model_type {brief(model_type)} is not supported; known: {', '.join([*FAMILIES, *HYBRIDS])}")
+    needed = list(SIZES)
+    family = model_type
+    if model_type in HYBRIDS:
+        needed += ["hybrid_block_layout"]
+        family = raw.get("base_model_type", "mistral")
+    if model_type == "nanoh1_hybrid":
+        needed += ["base_model_type", "qkv_bias", "qk_norm", "num_key_value_heads", "head_dim"]
+    for key in needed:
         if raw.get(key) is None:
             raise UserError(f"the key {key!r} is missing")
+    # Null is a value of this one.
+    if model_type == "nanoh1_hybrid" and "rope_scaling" not in raw:
+        raise UserError("the key 'rope_scaling' is missing")
+    if not isinstance(family, str) or family not in FAMILIES:
+        refuse_value("base_model_type", family, f"one of {', '.join(FAMILIES)}")
     refuse_settings(raw, NEUTRAL)
 
     fields = {field: whole(key, raw[key]) for key, field in SIZES.items()}
     whole("num_hidden_layers", raw["num_hidden_layers"], MOST_LAYERS)
-    fields |= attention_fields(raw, family)
-    fields |= rope_fields(raw)
-    fields |= token_fields(raw)
     fields["norm_eps"] = number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6))
     fields["tie_embeddings"] = flag("tie_word_embeddings", raw.get("tie_word_embeddings", False))
     fields["max_length"] = whole("max_position_embeddings", raw.get("max_position_embeddings", 4096), 1 << 40)
-    if hybrid:
+    fields["sliding_window"] = window_of(raw, model_type)
+    fields |= attention_fields(raw, family)
+    fields |= rope_fields(raw)
+    fields |= token_fields(raw, FAMILIES[family])
+    if model_type in HYBRIDS:
         fields |= mamba_fields(raw)
     return fields
 
 
-def refuse_settings(raw, neutral, where=""):
+def refuse_settings(raw, neutral, where=None):
     """Raise UserError for the first key of the table `neutral` whose value in raw is none of those that change
-    nothing. where: a prefix for its name in the message."""
+    nothing. where: the name of raw in the message, if it lies within config.json."""
     for key, values in neutral.items():
         if key in raw and raw[key] not in values:
-            shown = json.dumps(raw[key])[:200]
-            raise UserError(f"{where}{key} = {shown} changes the result and is not implemented")
+            shown = f"{where} = {brief(raw)}" if where else f"{key} = {brief(raw[key])}"
+            raise UserError(f"{shown} changes the result and is not implemented")
 
 
 def attention_fields(raw, family):
-    """config.json -> heads, their width, and the sliding window."""
+    """config.json -> heads and their width; what the family's attention has that Mistral's has not."""
     n_head = raw["num_attention_heads"]
-    n_kv_head = raw.get("num_key_value_heads", n_head if family == "llama" else 8)
-    head_dim = raw.get("head_dim")
-    # Only an absent window has the default. Llama has none.
-    window = raw.get("sliding_window", None if family == "llama" else 4096)
-    return {
+    kind = FAMILIES[family]
+    n_kv_head = raw.get("num_key_value_heads", kind.n_kv_head or n_head)
+    head_dim = raw.get("head_dim", kind.head_dim)
+    fields = {
+        "family": family,
         "n_kv_head": n_head if n_kv_head is None else whole("num_key_value_heads", n_kv_head),
         "head_dim": raw["hidden_size"] // n_head if head_dim is None else whole("head_dim", head_dim),
-        "sliding_window": None if window is None else whole("sliding_window", window),
+        "qkv_bias": kind.qkv_bias,
+        "qk_norm": kind.qk_norm,
     }
+    if raw["model_type"] == "nanoh1_hybrid":
+        fields["qkv_bias"] = flag("qkv_bias", raw["qkv_bias"])
+        fields["qk_norm"] = flag("qk_norm", raw["qk_norm"])
+    elif raw["model_type"] in HYBRIDS:
+        fields["qkv_bias"] = False
+        fields["qk_norm"] = False
+    whole("num_attention_heads * head_dim", n_head * fields["head_dim"])
+    if fields["head_dim"] % 2:
+        raise UserError(f"head_dim must be even, got {fields['head_dim']}")
+    return fields
+
+
+def window_of(raw, model_type):
+    """config.json -> the sliding window in tokens, None for none. Qwen has a switch for it and lets it begin at some
+    layer; Llama has none and ignores what is left over from another model. Only an absent one has the default."""
+    n_layer = raw["num_hidden_layers"]
+    window = raw.get("sliding_window", 4096)
+    types = raw.get("layer_types")
+    is_qwen = model_type in ("qwen2", "qwen3")
+    if model_type == "llama" or is_qwen and not flag("use_sliding_window", raw.get("use_sliding_window", False)):
+        window = None
+    if window is not None:
+        whole("sliding_window", window, 1 << 40)
+    # A hybrid's layers are what hybrid_block_layout says, and Fast-LLM writes other names into layer_types.
+    if model_type in HYBRIDS:
+        return window
+    if types is None and is_qwen and window is not None:
+        first = raw.get("max_window_layers", 28)
+        if type(first) is not int or first < 0:
+            refuse_value("max_window_layers", first, "a whole number")
+        full = min(n_layer, first)
+        types = ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
+    if types is None:
+        return window
+    if types == ["full_attention"] * n_layer and (is_qwen or window is None):
+        return None
+    if types == ["sliding_attention"] * n_layer and window is not None:
+        return window
+    raise UserError(f"layer_types = {brief(types)} with sliding_window = {window} is not implemented: "
+                    f"either every layer has the window or none")
 
 
 def rope_fields(raw):
-    """config.json -> the base of the rotary frequencies: flat in transformers 4, in rope_parameters in 5."""
+    """config.json -> the base of the rotary frequencies and their scaling. Flat and in rope_scaling in transformers 4,
+    all in rope_parameters in 5; what stands inside counts more."""
     theta = raw.get("rope_theta", 10000.0)
+    scalings = []
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name)
         if rope is None:
             continue
         if not isinstance(rope, dict):
             refuse_value(name, rope, "a JSON object or null")
-        refuse_settings(rope, NEUTRAL_ROPE, name + ".")
-        unknown = sorted(set(rope) - set(NEUTRAL_ROPE) - {"rope_theta"})
-        if unknown:
-            raise UserError(f"{name}.{unknown[0]} is not known to this reader")
+        scalings.append(rope_scaling_from_json(rope, name))
         theta = rope.get("rope_theta", theta)
-    return {"rope_theta": number("rope_theta", theta)}
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
+        raise UserError("rope_scaling and rope_parameters contradict each other")
+    return {"rope_theta": number("rope_theta", theta), "rope_scaling": scalings[0] if scalings else None}
 
 
-def token_fields(raw):
-    """config.json -> the tokens that begin and end a text. Null: none. Absent: Mistral's and Llama's."""
-    eos = raw.get("eos_token_id", 2)
-    eos = eos if isinstance(eos, list) else [eos]
-    bos = raw.get("bos_token_id", 1)
-    for key, token in [("bos_token_id", bos), *(("eos_token_id", token) for token in eos)]:
-        if token is not None and type(token) is not int:
-            refuse_value(key, token, "a token id, or null")
-    return {"bos_id": bos, "eos_ids": tuple(token for token in eos if token is not None)}
+def rope_scaling_from_json(rope, name):
+    """The dict rope_scaling or rope_parameters -> RopeScaling, or None where it changes nothing."""
+    known = set(NEUTRAL_ROPE) | {"rope_theta"}
+    scaling = None
+    if rope.get("rope_type", rope.get("type")) == "llama3":
+        fields = {}
+        for key, field in LLAMA3_ROPE.items():
+            check = whole if key == "original_max_position_embeddings" else number
+            fields[field] = check(f"{name}.{key}", rope.get(key))
+        if fields["high_freq_factor"] <= fields["low_freq_factor"]:
+            raise UserError(f"{name}.high_freq_factor must be above low_freq_factor")
+        scaling = RopeScaling(**fields)
+        known |= set(LLAMA3_ROPE)
+        refuse_settings(rope, {"partial_rotary_factor": (1.0, None)}, name)
+    else:
+        refuse_settings(rope, NEUTRAL_ROPE, name)
+    unknown = sorted(set(rope) - known)
+    if unknown:
+        raise UserError(f"{name}.{unknown[0]} is not known to this reader")
+    return scaling
+
+
+def rope_scaling_to_json(scaling):
+    """RopeScaling or None -> the dict for config.json, as transformers 4 and 5 read it, or None."""
+    if scaling is None:
+        return None
+    return {"rope_type": "llama3"} | {key: getattr(scaling, field) for key, field in LLAMA3_ROPE.items()}
+
+
+def token_fields(raw, family):
+    """config.json -> the tokens that begin and end a text, and the one that pads. family: a Family, for the defaults."""
+    return {
+        "bos_id": token_id("bos_token_id", raw.get("bos_token_id", family.bos_id)),
+        "eos_ids": token_ids("eos_token_id", raw.get("eos_token_id", family.eos_id)),
+        "pad_id": token_id("pad_token_id", raw.get("pad_token_id")),
+    }
+
+
+def token_id(name, value):
+    """value, if it is an id or None. Some files say -1 where they mean none."""
+    if value is not None and (type(value) is not int or not -1 <= value <= LARGEST):
+        refuse_value(name, value, "a token id, or null")
+    return value
+
+
+def token_ids(name, value):
+    """An id, a list of ids, or None -> a tuple of ids."""
+    ids = value if isinstance(value, list) else [value]
+    return tuple(token_id(name, token) for token in ids if token is not None)
 
 
 def mamba_fields(raw):
@@ -987,14 +1542,27 @@ def mamba_fields(raw):
     return fields
 
 
+def model_type_of(config):
+    """Config -> the model_type as which it is saved: its family if that says it all, else one of the hybrid types."""
+    c = config
+    plain = not c.qkv_bias and not c.qk_norm and c.rope_scaling is None
+    if any(kind != "t" for kind in c.layout):
+        return "apriel_hybrid_ssm" if plain else "nanoh1_hybrid"
+    family = FAMILIES[c.family]
+    says_all = (family.qkv_bias, family.qk_norm) == (c.qkv_bias, c.qk_norm)
+    if c.family == "llama" and c.sliding_window is not None:
+        says_all = False
+    return c.family if says_all else "nanoh1_hybrid"
+
+
 def config_to_json(config, dtype):
     """Config -> the dict for config.json; dtype: a torch dtype, recorded as the weights' dtype."""
     c = config
-    hybrid = any(kind != "t" for kind in c.layout)
+    model_type = model_type_of(c)
     eos = list(c.eos_ids)
     raw = {
-        "architectures": ["AprielHybridSSMForCausalLM" if hybrid else "MistralForCausalLM"],
-        "model_type": "apriel_hybrid_ssm" if hybrid else "mistral",
+        "architectures": [HYBRIDS.get(model_type) or FAMILIES[model_type].architecture],
+        "model_type": model_type,
         "vocab_size": c.vocab_size,
         "hidden_size": c.d_model,
         "num_hidden_layers": c.n_layer,
@@ -1012,10 +1580,31 @@ def config_to_json(config, dtype):
         "max_position_embeddings": c.max_length,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    if hybrid:
+    if c.pad_id is not None:
+        raw["pad_token_id"] = c.pad_id
+    if c.rope_scaling is not None or model_type == "nanoh1_hybrid":
+        raw["rope_scaling"] = rope_scaling_to_json(c.rope_scaling)
+    if model_type == "llama":
+        del raw["sliding_window"]
+        raw |= {"attention_bias": False, "mlp_bias": False}
+    if model_type in ("qwen2", "qwen3"):
+        # The window begins at layer max_window_layers.
+        windowed = c.sliding_window is not None
+        raw |= {"use_sliding_window": windowed, "max_window_layers": 0 if windowed else c.n_layer}
+    if model_type == "qwen3":
+        raw["attention_bias"] = False
+    if model_type in HYBRIDS:
         raw["hybrid_block_layout"] = list(c.layout)
         raw["ssm_cfg"] = {key: getattr(c, field) for key, (field, _) in SSM_KEYS.items()} | SSM_IGNORED
+        if c.family != "mistral" or model_type == "nanoh1_hybrid":
+            raw["base_model_type"] = c.family
+    if model_type == "nanoh1_hybrid":
+        raw |= {"qkv_bias": c.qkv_bias, "qk_norm": c.qk_norm}
     return raw
+
+
+INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 
 
 class Source(NamedTuple):
@@ -1031,35 +1620,58 @@ class Source(NamedTuple):
         return tensor if self.rows is None else tensor[self.rows]
 
 
+# What a safetensors file calls the dtypes that are read. Others (integers, float8) belong to quantised models.
+DTYPES = ("F64", "F32", "F16", "BF16")
+
+
 def open_tensors(path):
-    """path: a checkpoint directory -> {tensor name: Source}, following the index where there is one."""
-    from safetensors import SafetensorError, safe_open
-    index = os.path.join(path, "model.safetensors.index.json")
-    where = read_index(index) if os.path.exists(index) else None
+    """path: a checkpoint directory -> {tensor name: Source}. As in transformers, model.safetensors comes before an
+    index, which names the file of each tensor."""
+    single = os.path.join(path, "model.safetensors")
+    index = os.path.join(path, INDEX)
+    if not os.path.exists(index):
+        if not os.path.exists(single):
+            raise UserError(f"{single} is missing{nearly(path)}")
+        return open_file(single)
+    if os.path.exists(single):
+        print(f"warning: {path} holds both model.safetensors and {INDEX}: reading the first", file=sys.stderr)
+        return open_file(single)
+    where = read_index(index)
     sources = {}
-    for name in ["model.safetensors"] if where is None else sorted(set(where.values())):
-        full = os.path.join(path, name)
-        if not os.path.isfile(full):
-            raise UserError(f"{full} is missing")
-        try:
-            file = safe_open(full, framework="pt")
-            for tensor in file.keys():
-                if where is None or where.get(tensor) == name:
-                    sources[tensor] = Source(file, tensor, tuple(file.get_slice(tensor).get_shape()))
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{full} is not a readable safetensors file: {e}") from None
-    lost = sorted(set(where or ()) - set(sources))
+    for file in sorted(set(where.values())):
+        tensors = open_file(os.path.join(path, file))
+        sources |= {name: source for name, source in tensors.items() if where.get(name) == file}
+    lost = sorted(set(where) - set(sources))
     if lost:
         raise UserError(f"{index} names tensors that are not in their files: {some(lost)}")
     return sources
 
 
-def read_index(index):
+def read_index(path):
     """model.safetensors.index.json -> {tensor name: file name}."""
-    where = read_json(index, dict).get("weight_map")
+    where = read_json(path, dict).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise UserError(f"{index} has no weight_map from tensor to file")
+        raise UserError(f"{path} has no weight_map from tensor to file")
     return where
+
+
+def open_file(path):
+    """A safetensors file -> {tensor name: Source}."""
+    from safetensors import SafetensorError, safe_open
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing")
+    sources = {}
+    try:
+        file = safe_open(path, framework="pt")
+        for name in file.keys():
+            tensor = file.get_slice(name)
+            if tensor.get_dtype() not in DTYPES:
+                raise UserError(f"{path}: {name} is stored as {tensor.get_dtype()}; known: {', '.join(DTYPES)}")
+            sources[name] = Source(file, name, tuple(tensor.get_shape()))
+    except (SafetensorError, OSError) as e:
+        refuse_pointer(path)
+        raise UserError(f"{path} is not a readable safetensors file: {e}") from None
+    return sources
 
 
 def find_sources(path, config):
@@ -1115,9 +1727,12 @@ def some(names, most=5):
     return ", ".join(names[:most]) + more
 
 
-def file_name(name):
-    """A parameter's name in the module -> its name in the file."""
-    return name if name.startswith("lm_head.") else "model." + name
+def file_name(name, layout):
+    """A parameter's name in the module -> its name in the file: a mixer is called self_attn there, if it is attention."""
+    parts = name.split(".")
+    if parts[0] == "layers" and parts[2] == "mixer":
+        parts[2] = MIXERS[layout[int(parts[1])]].name_in_file
+    return name if name.startswith("lm_head.") else "model." + ".".join(parts)
 
 
 def load_pretrained(path, device="cpu", dtype=torch.float32):
@@ -1125,11 +1740,8 @@ def load_pretrained(path, device="cpu", dtype=torch.float32):
     Raises UserError for a missing or broken file, unknown settings, and missing, unexpected or mis-shaped tensors."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise UserError(f"dtype {dtype} is not supported (float16 overflows in the scan): use float32 or bfloat16")
-    path = os.fspath(path)
-    if not os.path.isdir(path):
-        raise UserError(f"no such directory: {path}")
-    file = os.path.join(path, "config.json")
-    config = config_from_json(read_json(file, dict), file)
+    path = checkpoint_dir(path)
+    config = read_config(path)
     sources = find_sources(path, config)
     # Published configs disagree with their weights on the rank of dt: the weights decide.
     for name, source in sources.items():
@@ -1144,9 +1756,12 @@ def load_pretrained(path, device="cpu", dtype=torch.float32):
         raise UserError(f"{path}: {len(lost)} layers of config.json have no tensors: {some(lost)}")
 
     # On the meta device a model has shapes and no memory. A tied head is not listed.
-    with torch.device("meta"):
-        model = HybridLM(config)
-    names = {name: file_name(name) for name, _ in model.named_parameters()}
+    try:
+        with torch.device("meta"):
+            model = HybridLM(config)
+    except UserError as e:
+        raise UserError(f"{os.path.join(path, 'config.json')}: {e}") from None
+    names = {name: file_name(name, config.layout) for name, _ in model.named_parameters()}
     check_fit(path, sources, {names[name]: tuple(p.shape) for name, p in model.named_parameters()})
     weights = {}
     for name, in_file in names.items():
@@ -1164,7 +1779,6 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "generation_config.json",
 )
 
 
@@ -1235,51 +1849,91 @@ def deal_out(parameters, shard_bytes):
 
 
 @torch.no_grad()
-def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30):
+def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30, dtype=None):
     """Write model to the directory path: config.json and model.safetensors, or shards of at most shard_bytes with an
-    index. tokenizer_from: a directory whose tokenizer files are copied along. A_log and D are written in float32.
+    index. dtype: of the weights in the file (None: the model's); A_log and D are float32 in any case.
+    tokenizer_from: a directory whose tokenizer files are copied along.
     Raises UserError where that fails; what was in the directory before is then still there."""
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
+    dtype = dtype or model.embed_tokens.weight.dtype
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot make the directory {path}: {e.strerror}") from None
-    parameters = {}
+    tensors = {}
     # A tied head appears as the embedding.
     for name, p in model.named_parameters():
-        w = p.detach().to(stored_dtype(name, p.dtype))
-        parameters[file_name(name)] = w.cpu().contiguous()
-    shards = deal_out(parameters, shard_bytes)
-    count = len(shards)
-    files = ["model.safetensors"]
-    if count > 1:
-        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-
-    writers = {file: tensor_writer(shard) for file, shard in zip(files, shards)}
-    index = "model.safetensors.index.json"
-    if count > 1:
-        where = {}
-        for file, shard in zip(files, shards):
-            where |= dict.fromkeys(shard, file)
-        total = sum(w.nbytes for w in parameters.values())
-        writers[index] = json_writer({"metadata": {"total_size": total}, "weight_map": where})
-    writers["config.json"] = json_writer(config_to_json(model.config, model.embed_tokens.weight.dtype))
-    writers |= copies(tokenizer_from, path)
+        tensors[file_name(name, model.config.layout)] = p.detach().to("cpu", stored_dtype(name, dtype)).contiguous()
+    writers = weight_writers(tensors, shard_bytes)
+    stale = old_weights(path) - set(writers)
+    raw = config_to_json(model.config, dtype)
+    writers["config.json"] = json_writer(raw)
+    source = os.path.expanduser(os.fspath(tokenizer_from or path))
+    writers |= copies(source, path)
+    writers |= generation_writer([source, path], raw["eos_token_id"])
     write_together({os.path.join(path, file): write for file, write in writers.items()})
-    # Left by a save of the other kind, where some readers look first.
-    stale = os.path.join(path, index if count == 1 else "model.safetensors")
-    if os.path.exists(stale):
-        os.remove(stale)
+    for file in stale:
+        os.remove(os.path.join(path, file))
+
+
+def weight_writers(tensors, shard_bytes):
+    """{name: tensor} -> {file: write} for model.safetensors, or for shards of at most shard_bytes (or a single tensor)
+    with their index."""
+    shards = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": tensor_writer(tensors)}
+    writers = {}
+    where = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        writers[file] = tensor_writer(shard)
+        where |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    writers[INDEX] = json_writer({"metadata": {"total_size": total}, "weight_map": where})
+    return writers
+
+
+def old_weights(path):
+    """The directory `path` -> the names of the weight files of a checkpoint that lies there: a new one replaces them."""
+    files = set(os.listdir(path))
+    old = {file for file in files if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", file)}
+    if INDEX in files:
+        try:
+            old |= {file for file in read_index(os.path.join(path, INDEX)).values() if file.endswith(".safetensors")}
+        except UserError:
+            pass                             # a broken one names nothing
+    return files & (old | {"model.safetensors", INDEX})
 
 
 def copies(source, path):
-    """-> {file: write} for the tokenizer files of the directory `source` (None: none), unless they are in path."""
-    found = {}
-    for file in TOKENIZER_FILES if source else ():
-        original = os.path.join(os.fspath(source), file)
-        if os.path.exists(original) and os.path.abspath(original) != os.path.abspath(os.path.join(path, file)):
-            found[file] = file_writer(original)
-    return found
+    """-> {file: write} for the tokenizer files of the directory `source`, unless that is the directory `path`."""
+    writers = {}
+    for file in TOKENIZER_FILES if os.path.realpath(source) != os.path.realpath(path) else ():
+        original = os.path.join(source, file)
+        if os.path.exists(original):
+            writers[file] = file_writer(original)
+    return writers
+
+
+def generation_writer(folders, eos):
+    """-> {file: write} for the first generation_config.json in these directories, with the end tokens of config.json:
+    a reader that asks either file, or both, stops at the same tokens. Nothing where there is none."""
+    for folder in folders:
+        file = os.path.join(folder, GENERATION)
+        if os.path.exists(file):
+            try:
+                raw = read_json(file, dict)
+            except UserError:
+                raw = {}                     # nobody could read it, and a save must not fail for it
+            return {GENERATION: json_writer(raw | {"eos_token_id": eos})}
+    return {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1296,6 +1950,9 @@ def copies(source, path):
 # joins two neighbours whenever the joined bytes are in the vocabulary, lowest id first, and takes a whole piece that is
 # in the vocabulary as it is. tokenizer.json lists the allowed merges instead. The two agree if merges come in the order
 # of ids and no token can be reached in one way only by the one rule: that is checked token by token.
+#
+# "The same ids" has one limit that no test can lift: the libraries know different versions of Unicode. A letter that is
+# a few years old is one to this, and a sign without a kind to that.
 #
 # A tokenizer that is nearly right gives other ids and a model that is nearly right. So what ByteTokenizer cannot hold
 # exactly goes through the package `tokenizers` where that is installed (LibraryTokenizer), and is refused where not.
@@ -1342,13 +1999,14 @@ def steps_of(part, key):
     return steps
 
 
-def normal_forms(normalizer):
-    """The normalizer of a tokenizer.json -> Unicode normal forms ("NFC"), to be applied one after the other."""
-    forms = [step.get("type") for step in steps_of(normalizer, "normalizers")]
-    for form in forms:
-        if form not in ("NFC", "NFD", "NFKC", "NFKD"):
-            raise Unfit(f"it has a normalizer ({form})")
-    return forms
+def is_composed(normalizer):
+    """The normalizer of a tokenizer.json -> whether it turns letters and their accents into one character (NFC)."""
+    kinds = [step.get("type") for step in steps_of(normalizer, "normalizers")]
+    for kind in kinds:
+        # The tables for other forms differ too much between Python and `tokenizers`.
+        if kind != "NFC":
+            raise Unfit(f"it has a normalizer ({kind})")
+    return len(kinds) > 0
 
 
 def split_patterns(pre_tokenizer):
@@ -1408,14 +2066,16 @@ def check_added(added, vocab_size, id_of):
 
 def byte_merges(model, special):
     """The model of a tokenizer.json -> {bytes: id}, and its merges in order as a list of (left bytes, right bytes)."""
+    if model.get("dropout"):
+        raise UserError(f"model.dropout = {model['dropout']!r}: the ids of a text are random")
+    if "merges" in model and model.get("continuing_subword_prefix"):
+        # `tokenizers` ends the whole process where a merge lacks the prefix.
+        raise UserError(f"model.continuing_subword_prefix = {model['continuing_subword_prefix']!r}")
     # GPT-2's own file names no type.
     if model.get("type", "BPE") != "BPE" or "vocab" not in model or "merges" not in model:
         raise Unfit(f"model type {model.get('type')}, not byte-level BPE")
-    if model.get("dropout"):
-        raise UserError(f"model.dropout = {model['dropout']!r}: the ids of a text are random")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            raise Unfit(f"model.{key} = {model[key]!r}")
+    if model.get("end_of_word_suffix"):
+        raise Unfit(f"model.end_of_word_suffix = {model['end_of_word_suffix']!r}")
     table = byte_characters()
     for text in special:
         if text in table:
@@ -1499,7 +2159,7 @@ class ByteTokenizer:
         for token in added:
             if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
                 raise Unfit(f"the added token {token['content']!r} strips or needs word borders")
-        self.forms = normal_forms(raw.get("normalizer"))
+        self.composed = is_composed(raw.get("normalizer"))
         self.patterns = split_patterns(raw.get("pre_tokenizer"))
         check_merges(ranks, pairs, model.get("ignore_merges"))
         # A vocabulary may lack bytes that its training text never had. `tokenizers` drops them without a word.
@@ -1521,9 +2181,7 @@ class ByteTokenizer:
         self.max_token_value = self.core.max_token_value
 
     def normalise(self, text):
-        for form in self.forms:
-            text = unicodedata.normalize(form, text)
-        return text
+        return unicodedata.normalize("NFC", text) if self.composed else text
 
     def encode_plain(self, text):
         """A normalised text without added tokens -> ids."""
@@ -1575,7 +2233,8 @@ class LibraryTokenizer:
         text = valid_unicode(text)
         if allowed_special != "all" and self.find and self.find.search(text):
             raise UserError("this tokenizer cannot read a special token in a text as plain text")
-        return self.library.encode(text, add_special_tokens=False).ids
+        with refusing("the package tokenizers"):
+            return self.library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         return self.library.decode(ids, skip_special_tokens=False)
@@ -1635,7 +2294,7 @@ def other_tokenizer(file, raw, reason):
 
 
 @contextlib.contextmanager
-def refusing(file):
+def refusing(file, outcome="not understood"):
     """Turn whatever a damaged file raises inside into a UserError that names the file."""
     try:
         yield
@@ -1646,7 +2305,7 @@ def refusing(file):
     except BaseException as e:
         # Rust's panics, of tiktoken or tokenizers, are not Exceptions.
         first_line = str(e).strip().partition("\n")[0]
-        raise UserError(f"{file}: not understood ({type(e).__name__}: {first_line})") from None
+        raise UserError(f"{file}: {outcome} ({type(e).__name__}: {first_line})") from None
 
 
 def begin_tokens(path, enc):
@@ -1810,9 +2469,9 @@ def template_chat(path, text, enc):
     names = token_texts(path)
 
     def render(messages, add_generation_prompt):
-        with refusing("its chat template"):
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
-                                   documents=None, **names)
+        with refusing(f"{path}: its chat template", "failed"):
+            return template.render(messages=messages, add_generation_prompt=add_generation_prompt,
+                                   tools=None, documents=None, **names)
 
     return Chat(render, end_of_answer(render, names, enc))
 
@@ -1933,10 +2592,24 @@ def run_main(main):
         sys.exit(130)
 
 
-def claim_out(path, overwrite, resume, done="config.json"):
-    """Check that the directory `path` can be written and holds no finished result (`done`) nobody asked to lose.
-    Raises UserError for both. It is called before anything is computed: an hour of training must not end here."""
-    if os.path.exists(os.path.join(path, done)) and not (overwrite or resume):
+def claim_out(path, inputs, overwrite, resume, done="report.json"):
+    """Check that the directory `path` can be written and that nothing is lost in it; made if it is not there.
+    -> path, with ~ expanded. inputs: the directories that the run reads (None: not given). done: the report that a
+    finished run of this script leaves. Raises UserError
+    * for an input, however its path is spelled, whatever the flags;
+    * for a model that this script did not make, unless overwrite;
+    * for its own result, unless overwrite or resume.
+    It is called before anything is computed: an hour of training must not end here."""
+    path = os.path.expanduser(path)
+    for other in inputs:
+        if other is not None and same_place(path, os.path.expanduser(other)):
+            raise UserError(f"--out {path} is {other}, which this run reads: choose another --out")
+    there = [file for file in ("config.json", done, "progress.safetensors") if os.path.exists(os.path.join(path, file))]
+    if there == ["config.json"] and not overwrite:
+        raise UserError(f"{path} holds a model that this script did not make: choose another --out, or pass --overwrite")
+    if there and not (overwrite or resume):
+        if there == ["progress.safetensors"]:
+            raise UserError(f"{path} holds an unfinished run: pass --resume to continue it, or --overwrite")
         raise UserError(f"{path} already holds a result: choose another --out, or pass --overwrite")
     try:
         os.makedirs(path, exist_ok=True)
@@ -1946,6 +2619,12 @@ def claim_out(path, overwrite, resume, done="config.json"):
         os.remove(probe)
     except OSError as e:
         raise UserError(f"cannot write to {path}: {e.strerror}") from None
+    return path
+
+
+def same_place(path, other):
+    """Do two paths name one directory: through a link, another spelling, a letter's case where the disk ignores it?"""
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 @contextlib.contextmanager
@@ -2228,8 +2907,9 @@ if triton is not None:
             dB, dC = ((s if l == 1 else s.sum(2).to(m.dtype)).view(m.shape) for m, s, l in zip((B, C), sums, left))
             return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1)), None, k[:, 0]
 
-    def scan_triton(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None, reset=None):
+    def scan_triton(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None):
         """The selective scan in Triton kernels. Arguments and results as in selective_scan."""
+        x, state = u, h
         (b, t, d), n = x.shape, A.shape[1]
         def rows(m):                                            # a slice of in_proj's output passes without a copy
             m = m if m is None else m.reshape(b * t, -1)
@@ -2281,10 +2961,11 @@ if triton is not None:
         tl.debug_barrier()                                      # all threads have read the window
         tl.store(window + slot * d_xb + source, tl.where(slot == TAPS - 2, newest, older), mask=slot < TAPS - 1)
 
-    def mamba_step(mixer, x, dt, B, C, z, state, pos):
+    def mamba_step(mixer, x, dt, B, C, z, state, place):
         """What Mamba.forward does between its projections, for one token and in place on state: x, B (b, 1, d_xb), C,
         z (b, 1, d_inner) slices of one tensor, dt (b, 1, d_inner), pos (b, 1) or None -> y (b, 1, d_inner)."""
-        c, b, y = mixer.config, len(x), torch.empty_like(dt)
+        c, b, y, pos = mixer.config, len(x), torch.empty_like(dt), place.position
+        state = state if place.donated else state.clone()
         r, n = c.d_inner // c.d_xb, c.d_state
         assert all(m.stride(0) == z.stride(0) for m in (x, B, C)) and all(m.is_contiguous() for m in (dt, *state))
         width = min(triton.next_power_of_2(r * n), max(1, 8 * SCAN_CELLS // n))
@@ -2294,4 +2975,4 @@ if triton is not None:
                 mixer.dt_proj.bias, y, z.stride(0), c.d_xb, r, TAPS=c.d_conv,
                 SLOTS=triton.next_power_of_2(max(1, c.d_conv - 1)), N=n, BD=width, EXPAND=c.expand_before_conv,
                 num_warps=max(1, width * n // 512))
-        return y
+        return y, state

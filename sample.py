@@ -209,20 +209,6 @@ class Speed:
         return self.decoded / self.decode_seconds if self.decoded else None
 
 
-def next_tokens(lm, args, logits, state, streams):
-    """STAND-IN for the generator of part 2."""
-    stop = set(lm.config.eos_ids)
-    rows = list(range(len(logits)))
-    count = 0
-    for tokens, _ in lm.decode(logits, state, args.temperature, args.top_k, args.top_p, (args.seed, streams)):
-        tokens = tokens.tolist()
-        count += 1
-        yield rows, [tokens[row] for row in rows]
-        rows = [row for row in rows if tokens[row] not in stop]
-        if not rows or count == args.max_new_tokens:
-            break
-
-
 def write_answers(lm, args, device, prompts, numbers, bar, printer=None):
     """One batch: the answers with these numbers. bar moves on with every finished one; printer shows the text of a
     single one while it is made. -> a list of Answers, their Speed, and the State in which they were begun."""
@@ -236,13 +222,16 @@ def write_answers(lm, args, device, prompts, numbers, bar, printer=None):
     rows = [asked.index(number // n) for number in numbers]
     if len(rows) > len(asked):
         logits = logits[rows]
-        state = state.take(rows)
+        state = state.rows(rows)
     answers = [Answer([], None) for _ in rows]
     first = None
-    for rows, tokens in next_tokens(lm, args, logits, state, [number % n for number in numbers]):
+    streams = [number % n for number in numbers]
+    steps = lm.answers(logits, state, args.max_new_tokens, lm.config.eos_ids, temperature=args.temperature,
+                       top_k=args.top_k, top_p=args.top_p, seed=args.seed, streams=streams)
+    for new in steps:
         now = time.perf_counter()
         first = first or now
-        for row, token in zip(rows, tokens):
+        for row, token in new:
             answer = answers[row]
             if token in lm.config.eos_ids:
                 answers[row] = answer._replace(end=token)

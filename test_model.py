@@ -31,6 +31,7 @@ import unicodedata
 import numpy as np
 import pytest
 import regex
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bench
@@ -93,7 +94,8 @@ def in_pieces(model, tokens, sizes, state=None, reset=None):
 
 def state_tensors(state):
     """All tensors of a State that mean something: caches up to the position, conv and SSM states."""
-    return [m[:, :state.position] if isinstance(layer, KV) else m for layer in state.layers if layer for m in layer]
+    return [m[:, :, :state.position] if isinstance(layer, KV) else m
+            for layer in state.layers if layer for m in layer]
 
 
 def script(name, *args, stdin="", env=()):
@@ -126,21 +128,26 @@ def run(program, *args, stdin=None):
 
 @pytest.fixture
 def interrupt_after(monkeypatch):
-    """-> a function: let the next training loop end with Ctrl-C after so many optimiser steps."""
-    monkeypatch.setattr(nano.signal, "signal", lambda *args: None)           # this process stays interruptible
+    """-> a function: press Ctrl-C at the end of the optimiser step of that number, of all loops together. It gives the
+    list of steps that were taken since."""
     real = train_sft.clipped_step
+    # A shell without job control starts its background jobs with Ctrl-C ignored.
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def after(steps, program=train_sft):
-        left = [steps]
+    def after(steps):
+        taken = []
 
         def step(*args):
-            if not left[0]:
-                monkeypatch.setattr(program, "clipped_step", real)
-                raise KeyboardInterrupt
-            left[0] -= 1
-            return real(*args)
-        monkeypatch.setattr(program, "clipped_step", step)
-    return after
+            norm = real(*args)
+            taken.append(norm)
+            if len(taken) == steps:
+                signal.raise_signal(signal.SIGINT)
+            return norm
+        monkeypatch.setattr(train_sft, "clipped_step", step)
+        monkeypatch.setattr(distill, "clipped_step", step)
+        return taken
+    yield after
+    signal.signal(signal.SIGINT, usual)
 
 
 LAYOUTS = ["t t", "m2 m2", "m2 t", "t m2 t m2", "m2 i n t m2"]
@@ -150,60 +157,80 @@ LAYOUTS = ["t t", "m2 m2", "m2 t", "t m2 t m2", "m2 i n t m2"]
 # The selective scan. The loop is the definition, itself compared with an explicit sum over the past and with finite
 # differences; every other scan must give the loop's values, states and gradients.
 
-def scan_inputs(b=2, t=9, d=6, n=3, g=2, gc=3, dtype=torch.float64, seed=0, reset=True):
-    """Random arguments for selective_scan, all of them used; resets at a fifth of the steps."""
-    rng = torch.Generator().manual_seed(seed)
-    def draw(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+OVER_TIME = ("u", "dt", "B", "C", "z", "reset")                              # arguments of the scan with a time
+
+
+def scan_inputs(b=2, t=9, d=6, n=3, groups=2, c_groups=3, dtype=torch.float64, reset=True, device="cpu"):
+    """Random arguments of selective_scan by name, all that there are; resets, if any, at a fifth of the steps."""
+    rng = torch.Generator(device).manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
-    out = dict(x=draw(b, t, d).to(dtype), dt=draw(b, t, d).to(dtype), A=-draw(d, n).exp().to(wide),
-               B=draw(b, t, g, n).to(dtype), C=draw(b, t, gc, n).to(dtype), D=draw(d).to(wide),
-               z=draw(b, t, d).to(dtype), dt_bias=draw(d).to(wide), state=draw(b, d, n).to(wide))
-    return out | dict(reset=torch.rand(b, t, generator=rng) < 0.2) if reset else out
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=rng, device=device, dtype=wide)
+    inputs = {}
+    for name, shape in dict(u=(b, t, d), dt=(b, t, d), B=(b, t, groups, n), C=(b, t, c_groups, n), z=(b, t, d)).items():
+        inputs[name] = draw(*shape).to(dtype)
+    for name, shape in dict(A=(d, n), D=(d,), dt_bias=(d,), h=(b, d, n)).items():
+        inputs[name] = draw(*shape)
+    inputs["A"] = -inputs["A"].exp()
+    if reset:
+        inputs["reset"] = torch.rand(b, t, generator=rng, device=device) < 0.2
+    return inputs
 
 
-def run_scan(scan, inputs, reset, cotangents, dtype=None, **kw):
-    """-> {name: tensor}: y, the state, and the gradient of every input for these cotangents of both. A plain sum in
-    place of random cotangents would not see permuted or rescaled gradients."""
-    leaves = {k: v.detach().clone().to(dtype or v.dtype).requires_grad_() for k, v in inputs.items()}
-    y, h = scan(**leaves, reset=reset, **kw)
-    torch.autograd.backward([y, h], [m.to(like.dtype) for m, like in zip(cotangents, (y, h))])
-    return {"y": y.detach(), "state": h.detach()} | {f"d{k}": v.grad for k, v in leaves.items()}
-
-
-def with_gradients(impl, inputs):
-    """The same for the arguments of selective_scan, reset among them, and cotangents drawn here."""
-    inputs, rng = dict(inputs), torch.Generator().manual_seed(1)
-    (b, t, d), reset = inputs["x"].shape, inputs.pop("reset", None)
-    draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
-    return run_scan(selective_scan, inputs, reset, (draw(b, t, d), draw(b, *inputs["A"].shape)), impl=impl)
+def run_scan(scan, inputs, dtype=None, **options):
+    """-> {name: tensor}: y, the last cells h, and the gradient of every input as grad_u, grad_dt, ...; dtype: compute in
+    this one. The gradients that enter at y and h are random: a plain sum would not see permuted or rescaled ones."""
+    leaves = {}
+    for name, value in inputs.items():
+        if value is not None and value.is_floating_point():
+            value = value.detach().to(dtype or value.dtype, copy=True).requires_grad_()
+        leaves[name] = value
+    y, h = scan(**leaves, **options)
+    rng = torch.Generator(y.device).manual_seed(1)
+    grads = []
+    for result, like in ((y, inputs["u"]), (h, inputs["A"])):
+        # Drawn in the dtype of the inputs, so that the same values enter when a wider dtype computes.
+        drawn = torch.randn(result.shape, generator=rng, device=y.device, dtype=inputs["A"].dtype)
+        grads.append(drawn.to(like.dtype).to(result.dtype))
+    torch.autograd.backward([y, h], grads)
+    results = {"y": y.detach(), "h": h.detach()}
+    for name, leaf in leaves.items():
+        if leaf is not None and leaf.requires_grad:
+            results["grad_" + name] = leaf.grad
+    return results
 
 
 def assert_same(got, wanted, tolerance):
-    for name in wanted:
-        assert torch.isfinite(got[name]).all(), name
-        assert off(got[name], wanted[name]) < tolerance, (name, off(got[name], wanted[name]))
+    """Results of run_scan, name by name, in the wanted dtype."""
+    for name, value in wanted.items():
+        difference = off(got[name].to(value.dtype), value)
+        assert difference < tolerance, (name, difference)
+
+
+def check_chunk(tolerance=1e-10, **change):
+    """The chunked scan gives the loop's values, cells and gradients, for scan_inputs(**change)."""
+    inputs = scan_inputs(**change)
+    wanted = run_scan(selective_scan, inputs, impl="loop")
+    assert_same(run_scan(selective_scan, inputs, impl="chunk"), wanted, tolerance)
 
 
 @pytest.mark.parametrize("t", [1, 2, 7, 63, 64, 65, 131, 192])
 def test_chunk_equals_loop_at_any_length(t):
-    """Values, state and all gradients: one step, primes, around one chunk of 64 steps, several chunks."""
-    inputs = scan_inputs(t=t)
-    assert_same(with_gradients("chunk", inputs), with_gradients("loop", inputs), 1e-10)
+    """One step, primes, around one chunk of 64 steps, several chunks."""
+    check_chunk(t=t)
 
 
 def test_chunk_equals_loop_when_chunks_are_short():
     """Wide layers get chunks of 8 steps: the number of borders grows, and 17 steps end in a chunk of one."""
-    inputs = scan_inputs(b=1, t=17, d=1024, n=64, g=4, gc=8)
-    assert_same(with_gradients("chunk", inputs), with_gradients("loop", inputs), 1e-10)
+    check_chunk(b=1, t=17, d=1024, n=64, groups=4, c_groups=8)
 
 
-@pytest.mark.parametrize("g", [1, 2, 3, 4, 6, 12])
-@pytest.mark.parametrize("gc", [1, 2, 3, 4, 6, 12])
-def test_chunk_equals_loop_for_every_grouping(g, gc):
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("c_groups", [1, 2, 3, 4, 6, 12])
+def test_chunk_equals_loop_for_every_grouping(groups, c_groups):
     """B and C may be shared by any number of channels, each in its own way."""
-    inputs = scan_inputs(t=5, d=12, g=g, gc=gc)
-    assert_same(with_gradients("chunk", inputs), with_gradients("loop", inputs), 1e-10)
+    check_chunk(t=5, d=12, groups=groups, c_groups=c_groups)
 
 
 @pytest.mark.parametrize("dt, A", [(-60.0, 1.0), (60.0, 1e3), (60.0, 1e-9), (-60.0, 1e9)])
@@ -211,158 +238,161 @@ def test_extreme_steps_neither_overflow_nor_differ(dt, A):
     """Everything remembered (decay 1), everything forgotten at once (decay underflows to 0), for 150 steps. A scan that
     divides by a product of decays gives inf or nan here."""
     inputs = scan_inputs(t=150)
-    inputs |= {"dt": inputs["dt"] + dt, "A": inputs["A"] * A}
-    assert_same(with_gradients("chunk", inputs), with_gradients("loop", inputs), 1e-10)
+    inputs["dt"] += dt
+    inputs["A"] *= A
+    wanted = run_scan(selective_scan, inputs, impl="loop")
+    assert_same(run_scan(selective_scan, inputs, impl="chunk"), wanted, 1e-10)
 
 
-@pytest.mark.parametrize("left_out", ["D", "z", "dt_bias", "state", "reset"])
-def test_optional_arguments_may_be_left_out(left_out):
-    inputs = {k: v for k, v in scan_inputs(t=70).items() if k != left_out}
-    neutral = {"D": 0.0, "dt_bias": 0.0, "state": 0.0, "reset": False}
-    wanted = with_gradients("loop", inputs)
-    assert_same(with_gradients("chunk", inputs), wanted, 1e-10)
-    if left_out in neutral:
-        full = scan_inputs(t=70)
-        full[left_out] = torch.full_like(full[left_out], neutral[left_out])
-        assert_same(with_gradients("loop", full), wanted, 1e-12)
+@pytest.mark.parametrize("name, neutral", [("D", 0.0), ("z", None), ("dt_bias", 0.0), ("h", 0.0), ("reset", False)])
+def test_optional_arguments_may_be_left_out(name, neutral):
+    inputs = scan_inputs(t=70)
+    without = run_scan(selective_scan, inputs | {name: None}, impl="loop")
+    assert_same(run_scan(selective_scan, inputs | {name: None}, impl="chunk"), without, 1e-10)
+    if neutral is not None:
+        inputs[name].fill_(neutral)
+        assert_same(run_scan(selective_scan, inputs, impl="loop"), without, 1e-12)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-def test_low_precision_inputs_are_summed_in_float32(dtype, tolerance):
-    """y comes back in the input's dtype, the state in float32 and exact to float32 whatever the inputs are."""
+@pytest.mark.parametrize("impl", ["loop", "chunk"])
+def test_low_precision_inputs_are_summed_in_float32(impl, dtype, tolerance):
+    """y comes back in the input's dtype, the cells in float32 and exact to float32 whatever the inputs are."""
     inputs = scan_inputs(t=131, dtype=dtype, reset=False)
-    wide = {k: v.double() for k, v in inputs.items()}
-    exact = with_gradients("loop", wide)
-    for impl in ("loop", "chunk"):
-        got = with_gradients(impl, inputs)
-        assert got["y"].dtype == got["dx"].dtype == dtype and got["state"].dtype == torch.float32
-        assert off(got["state"].double(), exact["state"]) < 1e-5, impl
-        assert_same({k: v.double() for k, v in got.items()}, exact, tolerance)
+    exact = run_scan(selective_scan, inputs, dtype=torch.float64, impl="loop")
+    got = run_scan(selective_scan, inputs, impl=impl)
+    assert got["y"].dtype == got["grad_u"].dtype == dtype
+    assert got["h"].dtype == torch.float32
+    assert off(got["h"].double(), exact["h"]) < 1e-5
+    assert_same(got, exact, tolerance)
 
 
-def closed_form(x, dt, A, B, C, D, z, dt_bias, state, reset):
-    """y_t as an explicit sum over the past, in plain Python: no recurrence, no shared code."""
-    (b, t, d), n = x.shape, A.shape[1]
-    y, last = np.zeros((b, t, d)), np.zeros((b, d, n))
-    for i, c, k in np.ndindex(b, d, n):
-        step = [math.log1p(math.exp(float(dt[i, s, c] + dt_bias[c]))) for s in range(t)]
-        key, query = c // (d // B.shape[2]), c // (d // C.shape[2])
+def closed_form(u, dt, A, B, C, D, z, dt_bias, h, reset):
+    """y and the last cells as explicit sums over the past, in plain Python: no recurrence, no shared code."""
+    b, t, d = u.shape
+    y = torch.zeros(u.shape, dtype=torch.float64)
+    last = torch.zeros(h.shape, dtype=torch.float64)
+    for row, c, lane in np.ndindex(*h.shape):
+        step = [math.log1p(math.exp(dt[row, i, c] + dt_bias[c])) for i in range(t)]
         for now in range(t):
             cell = 0.0
-            for then in range(-1, now + 1):                                  # -1: the state before the first step
-                if any(reset[i, s] for s in range(then + 1, now + 1)):
+            for then in range(-1, now + 1):                                  # -1: the cells before the first step
+                if reset[row, then + 1:now + 1].any():
                     continue                                                 # wiped out on the way
-                decay = math.exp(float(A[c, k]) * sum(step[then + 1:now + 1]))
-                written = step[then] * float(B[i, then, key, k] * x[i, then, c]) if then >= 0 else float(state[i, c, k])
-                cell += decay * written
-            y[i, now, c] += float(C[i, now, query, k]) * cell
-        last[i, c, k] = cell
-    gate = z.numpy() / (1 + np.exp(-z.numpy()))
-    return torch.from_numpy((y + D.numpy() * x.numpy()) * gate), torch.from_numpy(last)
+                written = h[row, c, lane].item()
+                if then >= 0:
+                    key = B[row, then, c // (d // B.shape[2]), lane]
+                    written = step[then] * float(key * u[row, then, c])
+                cell += math.exp(A[c, lane] * sum(step[then + 1:now + 1])) * written
+            y[row, now, c] += cell * C[row, now, c // (d // C.shape[2]), lane]
+        last[row, c, lane] = cell
+    gate = z / (1 + torch.exp(-z))
+    return (y + D * u) * gate, last
 
 
 @pytest.mark.parametrize("impl", ["loop", "chunk"])
 def test_scan_is_the_sum_over_the_past(impl):
     inputs = scan_inputs(t=8)
     assert inputs["reset"].any()
-    y, state = selective_scan(**inputs, impl=impl)
-    wanted_y, wanted_state = closed_form(**inputs)
-    assert off(y, wanted_y) < 1e-12 and off(state, wanted_state) < 1e-12
+    y, h = selective_scan(**inputs, impl=impl)
+    wanted_y, wanted_h = closed_form(**inputs)
+    assert off(y, wanted_y) < 1e-12
+    assert off(h, wanted_h) < 1e-12
 
 
 @pytest.mark.parametrize("t", [1, 2, 5, 8, 31, 70])
 def test_chunk_equals_a_blelloch_scan(t):
     """Another algorithm altogether, the tree of bench.py, with its own backward."""
     inputs = scan_inputs(t=t, reset=False)
-    del inputs["state"]
-    rng = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(inputs["x"].shape, generator=rng, dtype=torch.float64)
-    blelloch = lambda reset, **i: (bench.blelloch_scan(**i), i["x"].new_zeros((), requires_grad=True) * 1)
-    wanted = run_scan(blelloch, inputs, None, (cotangent, torch.zeros(())))
-    wanted.pop("state")
-    none = torch.zeros(2, *inputs["A"].shape)
-    assert_same(run_scan(selective_scan, inputs, None, (cotangent, none), impl="chunk"), wanted, 1e-10)
+    inputs["h"].zero_()
+
+    def blelloch(h, **inputs):
+        return bench.blelloch_scan(**inputs), h                              # it has no cells to give
+    wanted = run_scan(blelloch, inputs)
+    chunk = run_scan(lambda h, **rest: (selective_scan(**rest, impl="chunk")[0], h), inputs)
+    assert_same(chunk, wanted, 1e-10)
 
 
-@pytest.mark.parametrize("impl", ["loop", "chunk"])
-def test_scan_gradients_are_those_of_finite_differences(impl):
-    inputs = scan_inputs(b=2, t=4, d=2, n=2, g=1, gc=2)
-    inputs["reset"][0, 2] = True
-    names = [k for k in inputs if k != "reset"]
-    f = lambda *values: selective_scan(**dict(zip(names, values)), reset=inputs["reset"], impl=impl)
-    assert torch.autograd.gradcheck(f, [inputs[k].requires_grad_() for k in names])
+@pytest.mark.parametrize("impl, size", [("loop", 0), ("chunk", 1), ("chunk", 2), ("chunk", 3), ("chunk", 7)])
+@pytest.mark.parametrize("reset", [True, False])
+def test_scan_gradients_are_those_of_finite_differences(impl, size, reset, monkeypatch):
+    """Also where they cross the borders of chunks of a few steps."""
+    monkeypatch.setattr(nano, "chunk_size", lambda b, d, n: size)
+    inputs = scan_inputs(b=2, t=5, d=2, n=2, groups=1, c_groups=2, reset=reset)
+    names = [name for name in inputs if name != "reset"]
 
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_gradients_cross_chunk_borders(size):
-    """The hand-written backward at chunks of a few steps, against finite differences, with and without resets."""
-    i = scan_inputs(b=2, t=5, d=2, n=2, g=2, gc=1)
-    first = lambda m: m.transpose(0, 1).contiguous().requires_grad_()
-    keep = (~i["reset"]).T[:, :, None, None].double()
-    for keep in (None, keep):
-        f = lambda x, dt, A, B, C, h: ChunkedScan.apply(x, dt, A, B, C, h, keep, size)
-        args = [first(i["x"]), first(i["dt"].exp()), i["A"].clone().requires_grad_(), first(i["B"]), first(i["C"]),
-                i["state"].clone().requires_grad_()]
-        assert torch.autograd.gradcheck(f, args)
+    def scan(*values):
+        return selective_scan(**inputs | dict(zip(names, values)), impl=impl)
+    assert torch.autograd.gradcheck(scan, [inputs[name].requires_grad_() for name in names])
 
 
 @pytest.mark.parametrize("impl", ["loop", "chunk"])
 def test_scan_hands_its_state_on_from_every_split_point(impl):
     inputs = scan_inputs(t=20)
-    y, state = selective_scan(**inputs, impl=impl)
-    over_time = ("x", "dt", "B", "C", "z", "reset")
+    y, h = selective_scan(**inputs, impl=impl)
+
+    def piece(part, **change):
+        cut = {name: inputs[name][:, part] for name in OVER_TIME}
+        return selective_scan(**inputs | cut | change, impl=impl)
     for cut in range(1, 20):
-        piece = lambda part: {k: v[:, part] if k in over_time else v for k, v in inputs.items()}
-        y1, middle = selective_scan(**piece(slice(0, cut)), impl=impl)
-        y2, last = selective_scan(**piece(slice(cut, 20)) | {"state": middle}, impl=impl)
-        assert off(torch.cat([y1, y2], dim=1), y) < 1e-12 and off(last, state) < 1e-12, cut
+        first, middle = piece(slice(0, cut))
+        second, last = piece(slice(cut, 20), h=middle)
+        assert off(torch.cat([first, second], dim=1), y) < 1e-12, cut
+        assert off(last, h) < 1e-12, cut
 
 
-def test_scan_does_not_change_its_inputs():
+@pytest.mark.parametrize("impl", ["loop", "chunk"])
+def test_scan_does_not_change_its_inputs(impl):
     inputs = scan_inputs(t=70)
-    before = {k: v.clone() for k, v in inputs.items()}
-    for impl in ("loop", "chunk"):
-        selective_scan(**inputs, impl=impl)
-        assert all(torch.equal(inputs[k], before[k]) for k in inputs)
+    before = copy.deepcopy(inputs)
+    selective_scan(**inputs, impl=impl)
+    for name in inputs:
+        assert torch.equal(inputs[name], before[name]), name
 
 
-def saved_bytes(impl, t, n, d=64):
-    """Bytes that autograd keeps between the forward and the backward of one scan."""
-    inputs = {k: v.requires_grad_() for k, v in scan_inputs(b=1, t=t, d=d, n=n, g=1, gc=1, reset=False).items()}
+def saved_bytes(impl, t, n):
+    """Bytes that autograd keeps between the forward and the backward of one scan of 64 channels."""
+    inputs = scan_inputs(b=1, t=t, d=64, n=n, groups=1, c_groups=1, reset=False)
     kept = {}
-    def keep(m):
-        kept[m.untyped_storage().data_ptr()] = m.untyped_storage().nbytes()
-        return m
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda m: m):
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    inputs["u"].requires_grad_()
+    inputs["dt"].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y, _ = selective_scan(**inputs, impl=impl)
     return sum(kept.values())
 
 
 def test_memory_for_backward_does_not_hold_the_cells_of_every_step():
     """It grows with t * d; t * d * n, which the loop keeps, is what makes plain Mamba code run out of memory."""
-    t, n, d = 512, 64, 64
-    cells = t * d * n * 8
+    t = 512
+    n = 64
+    cells = t * 64 * n * 8
+    chunk = saved_bytes("chunk", t, n)
     assert saved_bytes("loop", t, n) > cells                                 # the control: the ruler measures
-    assert saved_bytes("chunk", t, n) < cells / 4
-    assert saved_bytes("chunk", 2 * t, n) < 2.1 * saved_bytes("chunk", t, n)
-    assert saved_bytes("chunk", t, 2 * n) < 1.5 * saved_bytes("chunk", t, n)  # the rest: B, C and the chunk borders
+    assert chunk < cells / 4
+    assert saved_bytes("chunk", 2 * t, n) < 2.1 * chunk
+    assert saved_bytes("chunk", t, 2 * n) < 1.5 * chunk                      # the rest: B, C and the chunk borders
 
 
 @pytest.mark.parametrize("impl", ["loop", "chunk"])
 def test_scan_stays_float32_under_autocast(impl):
     inputs = scan_inputs(t=70, dtype=torch.float32)
-    y, state = selective_scan(**inputs, impl=impl)
+    plain = selective_scan(**inputs, impl=impl)
     with torch.autocast("cpu", torch.bfloat16):
-        y16, state16 = selective_scan(**inputs, impl=impl)
-    assert torch.equal(y, y16) and torch.equal(state, state16)
+        mixed = selective_scan(**inputs, impl=impl)
+    assert torch.equal(mixed[0], plain[0])
+    assert torch.equal(mixed[1], plain[1])
 
 
 @pytest.mark.parametrize("name, shape", [("dt", (2, 9, 5)), ("A", (5, 3)), ("B", (2, 9, 2, 4)), ("C", (2, 8, 3, 3)),
-                                         ("D", (5,)), ("z", (2, 9, 1)), ("state", (2, 3, 6)), ("reset", (9, 2))])
+                                         ("D", (5,)), ("z", (2, 9, 1)), ("h", (2, 3, 6)), ("reset", (9, 2))])
 def test_shapes_that_do_not_fit_are_refused_by_name(name, shape):
-    inputs = scan_inputs() | {name: torch.zeros(shape, dtype=torch.bool if name == "reset" else torch.float64)}
+    inputs = scan_inputs()
     with pytest.raises(UserError, match=f": {name} has shape"):
-        selective_scan(**inputs)
+        selective_scan(**inputs | {name: inputs[name].new_zeros(shape)})
 
 
 def test_unknown_impl_is_refused():
@@ -520,11 +550,9 @@ def test_each_part_alone_would_leak_visibly(leak, monkeypatch):
     tight, _ = model(tokens, reset=reset)
     conv, scan, place = nano.causal_conv, nano.selective_scan, nano.make_place
     if leak == "conv":
-        monkeypatch.setattr(nano, "causal_conv", lambda *args: conv(*args[:4], None))          # pos: None
+        monkeypatch.setattr(nano, "causal_conv", lambda *args: conv(*args[:4], None))          # position: None
     if leak == "scan":
-        monkeypatch.setattr(nano, "selective_scan", lambda *a, **k: scan(*[
-            None if isinstance(m, torch.Tensor) and m.dtype == torch.bool else m for m in a], **k | {"reset": None}
-            if "reset" in k else k))
+        monkeypatch.setattr(nano.Mamba, "scan", staticmethod(lambda *args: scan(*args[:9], None)))    # reset: None
     if leak == "attention":
         def leaky(*args):
             right, origin = place(*args)
@@ -586,7 +614,7 @@ def test_clone_and_take_are_independent(layout):
     fresh = lambda: model.prefill(prompts, 20)[1]
     wanted_x, wanted_y = in_pieces(model, x, [2, 3], fresh())[0], in_pieces(model, y, [2, 3], fresh())[0]
     state = fresh()
-    copy, rows = state.clone(), state.take([2, 0, 2])
+    copy, rows = state.clone(), state.rows([2, 0, 2])
     first, state = model(x[:, :2], state)                                    # the two texts take turns
     second, copy = model(y[:, :2], copy)
     third, rows = model(y[[2, 0, 2]][:, :2], rows)
@@ -679,72 +707,126 @@ def naive_softmax(x):
     return e / e.sum()
 
 
+def naive_silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def naive_frequencies(raw):
+    """config.json -> the angle per token of each pair of lanes."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    theta = rope.get("rope_theta", raw.get("rope_theta"))
+    kind = rope.get("rope_type") or rope.get("type")
+    out = []
+    for i in range(raw["head_dim"] // 2):
+        frequency = theta ** (-2 * i / raw["head_dim"])
+        if kind == "llama3":
+            # Waves that fit often into the original length stay, long ones are stretched, a blend between them.
+            fits = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+            low = rope["low_freq_factor"]
+            blend = min(1.0, max(0.0, (fits - low) / (rope["high_freq_factor"] - low)))
+            frequency = frequency * (blend + (1 - blend) / rope["factor"])
+        out.append(frequency)
+    return out
+
+
+def naive_heads(x, w, raw, name, heads):
+    """x (t, hidden) -> (t, heads, head_dim): projected, with the bias and the norm that the layer has, not rotated."""
+    projected = x @ w[f"self_attn.{name}_proj.weight"].T + w.get(f"self_attn.{name}_proj.bias", 0.0)
+    projected = projected.reshape(len(x), heads, raw["head_dim"])
+    if f"self_attn.{name}_norm.weight" in w:
+        projected = naive_norm(projected, w[f"self_attn.{name}_norm.weight"], raw["rms_norm_eps"])
+    return projected
+
+
+def naive_rotary(x, raw):
+    """x (t, heads, head_dim), turned: each pair (i, i + half) by its angle."""
+    half = raw["head_dim"] // 2
+    out = x.copy()
+    for i, frequency in enumerate(naive_frequencies(raw)):
+        for p in range(len(x)):
+            c = math.cos(p * frequency)
+            s = math.sin(p * frequency)
+            out[p, :, i] = x[p, :, i] * c - x[p, :, i + half] * s
+            out[p, :, i + half] = x[p, :, i + half] * c + x[p, :, i] * s
+    return out
+
+
 def naive_attention(x, w, raw):
     """x (t, hidden), w the layer's tensors, raw config.json -> (t, hidden). One head and one query at a time."""
-    heads, kv_heads, width = raw["num_attention_heads"], raw["num_key_value_heads"], raw["head_dim"]
-    theta = raw["rope_theta"] if "rope_theta" in raw else raw["rope_parameters"]["rope_theta"]
-    t, half, window = len(x), width // 2, raw["sliding_window"] or len(x)
-    def turned(projected, heads):                                            # rotate each pair (i, i + half)
-        out = projected.reshape(t, heads, width).copy()
-        for p in range(t):
-            for i in range(half):
-                c, s = math.cos(p * theta ** (-2 * i / width)), math.sin(p * theta ** (-2 * i / width))
-                a, b = out[p, :, i].copy(), out[p, :, i + half].copy()
-                out[p, :, i], out[p, :, i + half] = a * c - b * s, b * c + a * s
-        return out
-    q = turned(x @ w["self_attn.q_proj.weight"].T, heads)
-    k = turned(x @ w["self_attn.k_proj.weight"].T, kv_heads)
-    v = (x @ w["self_attn.v_proj.weight"].T).reshape(t, kv_heads, width)
-    y = np.zeros((t, heads, width))
+    heads = raw["num_attention_heads"]
+    kv_heads = raw["num_key_value_heads"]
+    q = naive_rotary(naive_heads(x, w, raw, "q", heads), raw)
+    k = naive_rotary(naive_heads(x, w, raw, "k", kv_heads), raw)
+    v = naive_heads(x, w, raw, "v", kv_heads)
+    # Llama has no window, whatever the key says, and Qwen a switch for it.
+    windowed = raw["model_type"] != "llama" and raw.get("use_sliding_window", True)
+    window = raw["sliding_window"] if windowed and raw["sliding_window"] else len(x)
+    y = np.zeros_like(q)
     for a in range(heads):
         kv = a // (heads // kv_heads)
-        for p in range(t):
+        for p in range(len(x)):
             first = max(0, p - window + 1)
-            y[p, a] = naive_softmax(k[first:p + 1, kv] @ q[p, a] / math.sqrt(width)) @ v[first:p + 1, kv]
-    return y.reshape(t, -1) @ w["self_attn.o_proj.weight"].T
+            scores = k[first:p + 1, kv] @ q[p, a] / math.sqrt(raw["head_dim"])
+            y[p, a] = naive_softmax(scores) @ v[first:p + 1, kv]
+    return y.reshape(len(x), -1) @ w["self_attn.o_proj.weight"].T
 
 
 def naive_mamba(x, w, raw):
     """x (t, hidden), w the layer's tensors -> (t, hidden). One channel after the other, told which rows to read."""
     ssm = raw["ssm_cfg"]
-    n, d_inner, d_xb, taps = ssm["d_state"], ssm["d_inner"], ssm["d_xb"], ssm["d_conv"]
-    bias = lambda name: w.get(f"mixer.{name}.bias", 0.0)
-    linear = lambda x, name: x @ w[f"mixer.{name}.weight"].T + bias(name)
-    silu, softplus = lambda x: x / (1 + np.exp(-x)), lambda x: np.log1p(np.exp(x))
-    zxbc, t, repeats = linear(x, "in_proj"), len(x), d_inner // d_xb
-    dt = softplus(linear(linear(x, "dt_in_proj"), "dt_proj") + bias("dt_proj"))             # the same bias, twice
-    y = np.zeros((t, d_inner))
+    n = ssm["d_state"]
+    d_inner = ssm["d_inner"]
+    d_xb = ssm["d_xb"]
+    taps = ssm["d_conv"]
+    repeats = d_inner // d_xb
+
+    def linear(x, name):
+        return x @ w[f"mixer.{name}.weight"].T + w.get(f"mixer.{name}.bias", 0.0)
+
+    zxbc = linear(x, "in_proj")
+    # The same bias, twice.
+    dt = linear(linear(x, "dt_in_proj"), "dt_proj") + w.get("mixer.dt_proj.bias", 0.0)
+    dt = np.log1p(np.exp(dt))
+    y = np.zeros((len(x), d_inner))
     for c in range(d_inner):
-        j, lane = c // n, c % n
-        row = (j // repeats) * n + lane                                      # of x, and the chunk it lies in, of B
-        z, u = zxbc[:, c], zxbc[:, d_inner + row]
-        B = zxbc[:, d_inner + d_xb + (j // repeats) * n:][:, :n]
-        C = zxbc[:, d_inner + 2 * d_xb + j * n:][:, :n]
+        # The chunk of n channels, and the chunk and the row of x and B that it shares with its neighbours.
+        chunk = c // n
+        shared = chunk // repeats
+        row = shared * n + c % n
+        z = zxbc[:, c]
+        u = zxbc[:, d_inner + row]
+        B = zxbc[:, d_inner + d_xb + shared * n:][:, :n]
+        C = zxbc[:, d_inner + 2 * d_xb + chunk * n:][:, :n]
         filter_row = c if ssm["repeat_kv_before_conv"] else row
-        taps_c, before = w["mixer.conv1d.weight"][filter_row, 0], np.concatenate([np.zeros(taps - 1), u])
-        u = np.array([before[p:p + taps] @ taps_c for p in range(t)])
-        u = silu(u + (w["mixer.conv1d.bias"][filter_row] if "mixer.conv1d.bias" in w else 0.0))
-        cells, A = np.zeros(n), -np.exp(w["mixer.A_log"][c])
-        for p in range(t):
+        before = np.concatenate([np.zeros(taps - 1), u])
+        u = np.array([before[p:p + taps] @ w["mixer.conv1d.weight"][filter_row, 0] for p in range(len(x))])
+        if "mixer.conv1d.bias" in w:
+            u = u + w["mixer.conv1d.bias"][filter_row]
+        u = naive_silu(u)
+        A = -np.exp(w["mixer.A_log"][c])
+        cells = np.zeros(n)
+        for p in range(len(x)):
             cells = np.exp(dt[p, c] * A) * cells + dt[p, c] * B[p] * u[p]
-            y[p, c] = (C[p] @ cells + w["mixer.D"][c] * u[p]) * silu(z[p])
+            y[p, c] = (C[p] @ cells + w["mixer.D"][c] * u[p]) * naive_silu(z[p])
     return linear(y, "out_proj")
 
 
 def naive_logits(raw, tensors, tokens):
     """config.json, {name in the file: tensor}, a list of ids -> logits (t, vocab)."""
     w = {name: m.double().numpy() for name, m in tensors.items()}
-    x, eps = w["model.embed_tokens.weight"][tokens], raw["rms_norm_eps"]
-    for i, kind in enumerate(raw.get("hybrid_block_layout") or ["t"] * raw["num_hidden_layers"]):
-        layer = {name.removeprefix(f"model.layers.{i}."): m for name, m in w.items() if f".layers.{i}." in name}
-        if kind in ("t", "m2"):
-            h = naive_norm(x, layer["input_layernorm.weight"], eps)
-            x = x + (naive_attention if kind == "t" else naive_mamba)(h, layer, raw)
+    eps = raw["rms_norm_eps"]
+    mixers = {"t": naive_attention, "m2": naive_mamba}
+    x = w["model.embed_tokens.weight"][tokens]
+    for i, kind in enumerate(layout_of(raw)):
+        start = f"model.layers.{i}."
+        layer = {name.removeprefix(start): m for name, m in w.items() if name.startswith(start)}
+        if kind in mixers:
+            x = x + mixers[kind](naive_norm(x, layer["input_layernorm.weight"], eps), layer, raw)
         if kind != "i":
             h = naive_norm(x, layer["post_attention_layernorm.weight"], eps)
             gate = h @ layer["mlp.gate_proj.weight"].T
             up = h @ layer["mlp.up_proj.weight"].T
-            x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp.down_proj.weight"].T
+            x = x + (naive_silu(gate) * up) @ layer["mlp.down_proj.weight"].T
     head = w["model.embed_tokens.weight" if raw["tie_word_embeddings"] else "lm_head.weight"]
     return torch.from_numpy(naive_norm(x, w["model.norm.weight"], eps) @ head.T)
 
@@ -753,68 +835,100 @@ def naive_logits(raw, tensors, tokens):
 # Checkpoints written by hand, config.json and tensors as the format describes them: what load_pretrained makes of them
 # is compared with the independent model.
 
-def raw_config(layout="m2 t m2", **change):
-    """The dict of a config.json. Keys in ssm_cfg={...} are merged into the defaults; a value of ... removes a key."""
-    raw = {"architectures": ["AprielHybridSSMForCausalLM"], "model_type": "apriel_hybrid_ssm", "vocab_size": 61,
-           "hidden_size": 24, "num_hidden_layers": len(layout.split()), "num_attention_heads": 4,
-           "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 20, "hidden_act": "silu",
-           "rope_theta": 500.0, "rms_norm_eps": 1e-3, "sliding_window": None, "tie_word_embeddings": False,
-           "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128, "torch_dtype": "float32",
-           "hybrid_block_layout": layout.split()}
-    ssm = {"d_state": 4, "d_inner": 32, "d_xb": 16, "dt_rank": 3, "d_conv": 4, "repeat_kv_before_conv": True,
+HYBRID = "apriel_hybrid_ssm"
+INDEX = "model.safetensors.index.json"
+SSM_CFG = {"d_state": 4, "d_inner": 32, "d_xb": 16, "dt_rank": 3, "d_conv": 4, "repeat_kv_before_conv": True,
            "conv_bias": True, "dt_proj_bias": True, "bias": False, "activation": "identity", "expand": 1}
-    raw["ssm_cfg"] = ssm | change.pop("ssm_cfg", {})
-    if change.get("model_type", "") in ("mistral", "llama"):
-        del raw["ssm_cfg"], raw["hybrid_block_layout"]
+
+
+def raw_config(layout="m2 t m2", model_type=HYBRID, ssm_cfg=None, **change):
+    """The dict of a config.json. The keys of ssm_cfg are merged into SSM_CFG; a value of ... removes a key."""
+    layout = layout.split()
+    raw = {
+        "model_type": model_type, "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": len(layout),
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 20,
+        "hidden_act": "silu", "rope_theta": 500.0, "rms_norm_eps": 1e-3, "sliding_window": None,
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128,
+        "torch_dtype": "float32"}
+    if model_type not in ("mistral", "llama", "qwen2", "qwen3"):
+        raw |= {"hybrid_block_layout": layout, "ssm_cfg": SSM_CFG | (ssm_cfg or {})}
     return {key: value for key, value in (raw | change).items() if value is not ...}
+
+
+def layout_of(raw):
+    return raw.get("hybrid_block_layout") or ["t"] * raw["num_hidden_layers"]
+
+
+def layer_shapes(raw, kind):
+    """{name within the layer: shape} for a layer of this kind."""
+    hidden = raw["hidden_size"]
+    mlp = raw["intermediate_size"]
+    shapes = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
+              "mlp.gate_proj.weight": (mlp, hidden), "mlp.up_proj.weight": (mlp, hidden),
+              "mlp.down_proj.weight": (hidden, mlp)}
+    if kind == "t":
+        widths = {"q": raw["num_attention_heads"] * raw["head_dim"]}
+        widths["k"] = widths["v"] = raw["num_key_value_heads"] * raw["head_dim"]
+        for name, width in widths.items():
+            shapes[f"self_attn.{name}_proj.weight"] = (width, hidden)
+            if raw.get("qkv_bias", raw["model_type"] == "qwen2"):
+                shapes[f"self_attn.{name}_proj.bias"] = (width,)
+        for name in "qk" if raw.get("qk_norm", raw["model_type"] == "qwen3") else "":
+            shapes[f"self_attn.{name}_norm.weight"] = (raw["head_dim"],)
+        shapes["self_attn.o_proj.weight"] = (hidden, widths["q"])
+    if kind == "m2":
+        s = raw["ssm_cfg"]
+        d = s["d_inner"]
+        rank = s["dt_rank"]
+        channels = d if s["repeat_kv_before_conv"] else s["d_xb"]
+        rows = 2 * d + 2 * s["d_xb"]
+        shapes |= {"mixer.in_proj.weight": (rows, hidden), "mixer.dt_in_proj.weight": (rank, hidden),
+                   "mixer.dt_proj.weight": (d, rank), "mixer.conv1d.weight": (channels, 1, s["d_conv"]),
+                   "mixer.A_log": (d, s["d_state"]), "mixer.D": (d,), "mixer.out_proj.weight": (hidden, d)}
+        biases = {"dt_proj": (s["dt_proj_bias"], d), "conv1d": (s["conv_bias"], channels),
+                  "in_proj": (s["bias"], rows), "dt_in_proj": (s["bias"], rank), "out_proj": (s["bias"], hidden)}
+        shapes |= {f"mixer.{name}.bias": (width,) for name, (there, width) in biases.items() if there}
+    return {} if kind == "i" else shapes
 
 
 def random_tensors(raw, seed=0):
     """{name in the file: float32 tensor} for this config.json."""
-    rng, hidden, mlp = torch.Generator().manual_seed(seed), raw["hidden_size"], raw["intermediate_size"]
-    q, kv = raw["num_attention_heads"] * raw["head_dim"], raw["num_key_value_heads"] * raw["head_dim"]
-    shapes = {"model.embed_tokens.weight": (raw["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    rng = torch.Generator().manual_seed(seed)
+    shapes = {"model.embed_tokens.weight": (raw["vocab_size"], raw["hidden_size"]),
+              "model.norm.weight": (raw["hidden_size"],)}
     if not raw["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (raw["vocab_size"], hidden)
-    for i, kind in enumerate(raw.get("hybrid_block_layout") or ["t"] * raw["num_hidden_layers"]):
-        block = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
-                 "mlp.gate_proj.weight": (mlp, hidden), "mlp.up_proj.weight": (mlp, hidden),
-                 "mlp.down_proj.weight": (hidden, mlp)}
-        if kind == "t":
-            block |= {f"self_attn.{name}_proj.weight": shape for name, shape in
-                      (("q", (q, hidden)), ("k", (kv, hidden)), ("v", (kv, hidden)), ("o", (hidden, q)))}
-        if kind == "m2":
-            s = raw["ssm_cfg"]
-            d, xb, rank = s["d_inner"], s["d_xb"], s["dt_rank"]
-            channels = d if s["repeat_kv_before_conv"] else xb
-            block |= {"mixer.in_proj.weight": (2 * d + 2 * xb, hidden), "mixer.dt_in_proj.weight": (rank, hidden),
-                      "mixer.dt_proj.weight": (d, rank), "mixer.conv1d.weight": (channels, 1, s["d_conv"]),
-                      "mixer.A_log": (d, s["d_state"]), "mixer.D": (d,), "mixer.out_proj.weight": (hidden, d)}
-            biases = {"dt_proj": (s["dt_proj_bias"], d), "conv1d": (s["conv_bias"], channels),
-                      "in_proj": (s["bias"], 2 * d + 2 * xb), "dt_in_proj": (s["bias"], rank),
-                      "out_proj": (s["bias"], hidden)}
-            block |= {f"mixer.{name}.bias": (width,) for name, (there, width) in biases.items() if there}
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items() if kind != "i"}
-    return {name: torch.randn(shape, generator=rng) * (1.0 if len(shape) == 1 or "embed" in name else shape[-1] ** -0.5)
-            for name, shape in shapes.items()}
+        shapes["lm_head.weight"] = (raw["vocab_size"], raw["hidden_size"])
+    for i, kind in enumerate(layout_of(raw)):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer_shapes(raw, kind).items()}
+    tensors = {}
+    for name, shape in shapes.items():
+        scale = 1.0 if len(shape) == 1 or "embed" in name else shape[-1] ** -0.5
+        tensors[name] = torch.randn(shape, generator=rng) * scale
+    return tensors
 
 
-def write_checkpoint(path, raw, tensors, shards=1):
-    """Tensors are dealt out in turn, so that with shards > 1 every layer is spread over all of them; the names of the
-    files are neither transformers' nor anyone's, only the index knows them."""
+def write_checkpoint(path, raw, tensors=None, shards=1):
+    """Tensors (None: random ones) are dealt out in turn, so that with shards > 1 every layer is spread over all of
+    them; the names of the files are neither transformers' nor anyone's, only the index knows them."""
+    tensors = random_tensors(raw) if tensors is None else tensors
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(raw))
     if shards == 1:
         save_file(tensors, path / "model.safetensors")
-    else:
-        where = {name: f"part_{i % shards}.safetensors" for i, name in enumerate(tensors)}
-        for file in set(where.values()):
-            save_file({name: m for name, m in tensors.items() if where[name] == file}, path / file)
-        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        return path
+    where = {name: f"part_{i % shards}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(where.values()):
+        save_file({name: m for name, m in tensors.items() if where[name] == file}, path / file)
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return path
 
 
-HYBRIDS = {
+# Over a context of 128 two of the four pairs of lanes turn often and stay, one turns rarely, one is between.
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 128}
+LLAMA3_OLD = {"type" if key == "rope_type" else key: value for key, value in LLAMA3.items()}
+NANO = {"model_type": "nanoh1_hybrid", "qkv_bias": False, "qk_norm": False, "rope_scaling": None}
+CHECKPOINTS = {
     "single file": {},
     "three shards": {"shards": 3},
     "Mamba first and last, identity": {"layout": "m2 i t m2"},
@@ -836,46 +950,97 @@ HYBRIDS = {
     "one key/value head": {"num_key_value_heads": 1},
     "as many key/value heads": {"num_key_value_heads": 4},
     "wide heads": {"head_dim": 20},
+    "Mistral": {"model_type": "mistral", "layout": "t t", "shards": 2},
+    "Mistral, rope of transformers 5": {"model_type": "mistral", "layout": "t t", "rope_theta": ...,
+                                        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "Mistral, sliding window": {"model_type": "mistral", "layout": "t t", "sliding_window": 6},
+    "Mistral, tied": {"model_type": "mistral", "layout": "t t", "tie_word_embeddings": True},
+    "Llama": {"model_type": "llama", "layout": "t t"},
+    "Llama, a window of another model": {"model_type": "llama", "layout": "t t", "sliding_window": 5},
+    "Llama 3": {"model_type": "llama", "layout": "t t", "rope_scaling": LLAMA3, "tie_word_embeddings": True},
+    "Llama 3, older spelling": {"model_type": "llama", "layout": "t t", "rope_scaling": LLAMA3_OLD},
+    "Llama 3, transformers 5": {"model_type": "llama", "layout": "t t", "rope_theta": ...,
+                                "rope_parameters": LLAMA3 | {"rope_theta": 700.0}},
+    "Qwen2": {"model_type": "qwen2", "layout": "t t", "use_sliding_window": False, "sliding_window": 5},
+    "Qwen2, with a window": {"model_type": "qwen2", "layout": "t t", "use_sliding_window": True, "sliding_window": 5,
+                             "layer_types": ["sliding_attention", "sliding_attention"]},
+    "Qwen3": {"model_type": "qwen3", "layout": "t t", "shards": 2, "layer_types": ["full_attention"] * 2},
+    "hybrid of Llama 3": NANO | {"base_model_type": "llama", "rope_scaling": LLAMA3},
+    "hybrid of Qwen2": NANO | {"base_model_type": "qwen2", "qkv_bias": True},
+    "hybrid of Qwen3": NANO | {"base_model_type": "qwen3", "qk_norm": True, "shards": 2},
 }
 
 
-@pytest.mark.parametrize("case", HYBRIDS)
+@pytest.mark.parametrize("case", CHECKPOINTS)
 def test_logits_of_a_checkpoint_are_those_of_the_independent_model(case, tmp_path):
-    change = dict(HYBRIDS[case])
-    shards, layout = change.pop("shards", 1), change.pop("layout", "m2 t m2")
-    raw = raw_config(layout, **change)
+    """In float32 and float64; at once, in pieces, token by token, in a ragged batch."""
+    change = dict(CHECKPOINTS[case])
+    shards = change.pop("shards", 1)
+    raw = raw_config(**change)
     tensors = random_tensors(raw)
-    tokens = some_tokens(1, 19)
+    tokens = some_tokens(1, 25)
     wanted = naive_logits(raw, tensors, tokens[0].tolist())
     path = write_checkpoint(tmp_path / "model", raw, tensors, shards)
-    assert off(load_pretrained(path)(tokens)[0][0], wanted.float()) < 1e-4
-    assert off(load_pretrained(path, dtype=torch.float64)(tokens)[0][0], wanted) < 1e-6      # the angles are float32
-
-
-@pytest.mark.parametrize("change", [
-    {}, {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {"sliding_window": 6},
-    {"tie_word_embeddings": True}, {"model_type": "llama"}])
-def test_logits_of_a_mistral_checkpoint_are_those_of_the_independent_model(change, tmp_path):
-    raw = raw_config("t t", **{"model_type": "mistral"} | change)
-    tensors = random_tensors(raw)
-    path = write_checkpoint(tmp_path / "model", raw, tensors, shards=2)
-    model, tokens = load_pretrained(path), some_tokens(1, 25)
-    wanted = naive_logits(raw, tensors, tokens[0].tolist()).float()
+    # The angles of rotary are float32 in any case.
+    assert off(load_pretrained(path, dtype=torch.float64)(tokens)[0][0], wanted) < 1e-6
+    model = load_pretrained(path)
+    wanted = wanted.float()
     assert off(model(tokens)[0][0], wanted) < 1e-4
-    for sizes in ([1] * 25, [3, 20, 2]):                                     # a window ends inside and between pieces
+    # A window ends inside and between the pieces.
+    for sizes in [1] * 25, [3, 20, 2]:
         assert off(in_pieces(model, tokens, sizes)[0][0], wanted) < 1e-4
+    prompts = [tokens[0].tolist(), tokens[0, :9].tolist()]
+    assert off(model.prefill(prompts, 1)[0], wanted[[24, 8]]) < 1e-4
+
+
+# What transformers 5.24 gives for four of these checkpoints: the last token's first logits.
+STORED = {
+    "Mistral, sliding window": [-0.0835, -0.1323, 1.3886, 1.5063, 1.042],
+    "Llama 3": [-10.3669, -4.4519, 7.3847, -15.7689, 7.0823],
+    "Qwen2": [-1.4219, -0.652, 0.9148, 0.5873, 0.8804],
+    "Qwen3": [-0.68, 0.351, 1.0047, 0.8229, 0.8957],
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_logits_of_each_family_are_the_stored_ones_of_transformers(case, tmp_path):
+    raw = raw_config(**CHECKPOINTS[case])
+    model = load_pretrained(write_checkpoint(tmp_path / "model", raw))
+    logits = model(some_tokens(1, 25))[0][0, -1, :5]
+    assert torch.allclose(logits, torch.tensor(STORED[case]), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [name for name, change in CHECKPOINTS.items() if change.get("layout") == "t t"
+                                  and "model_type" in change])
+def test_logits_of_each_family_are_those_of_transformers(case, tmp_path):
+    """Of the file as it came, and of the file that is saved again: it is of the same family, and of the same config."""
+    transformers = pytest.importorskip("transformers")
+    change = {key: value for key, value in CHECKPOINTS[case].items() if key != "shards"}
+    raw = raw_config(**change, max_position_embeddings=512)
+    path = write_checkpoint(tmp_path / "model", raw)
+    model = load_pretrained(path)
+    tokens = some_tokens(1, 25)
+    logits = model(tokens)[0]
+    save_pretrained(model, tmp_path / "copy")
+    for where in path, tmp_path / "copy":
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+        assert theirs.config.model_type == raw["model_type"]
+        assert (theirs(tokens).logits - logits).abs().max() < 1e-4
+    assert load_pretrained(tmp_path / "copy").config == model.config
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_copies_in_a_file_are_accepted_if_they_are_copies(shards, tmp_path):
     """Real files hold rotary frequencies as buffers, and tied models their head a second time."""
     raw = raw_config(tie_word_embeddings=True)
-    tensors, tokens = random_tensors(raw), some_tokens(1, 9)
+    tensors = random_tensors(raw)
+    tokens = some_tokens(1, 9)
     plain = load_pretrained(write_checkpoint(tmp_path / "plain", raw, tensors))
     more = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
-                      "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+                      "model.layers.1.mixer.rotary_emb.inv_freq": torch.ones(4)}
     model = load_pretrained(write_checkpoint(tmp_path / "more", raw, more, shards))
-    assert torch.equal(model(tokens)[0], plain(tokens)[0]) and model.lm_head.weight is model.embed_tokens.weight
+    assert torch.equal(model(tokens)[0], plain(tokens)[0])
+    assert model.lm_head.weight is model.embed_tokens.weight
     more["lm_head.weight"][3, 3] += 1
     with pytest.raises(UserError, match="lm_head.weight is not the embedding"):
         load_pretrained(write_checkpoint(tmp_path / "more", raw, more, shards))
@@ -884,19 +1049,20 @@ def test_copies_in_a_file_are_accepted_if_they_are_copies(shards, tmp_path):
 def test_every_setting_of_the_reference_test_matters():
     """If the naive model's logits did not depend on theta, window or bias, the tests above would prove little."""
     raw = raw_config("t m2 t")
-    tensors, tokens = random_tensors(raw), some_tokens(1, 19)[0].tolist()
+    tensors = random_tensors(raw)
+    tokens = some_tokens(1, 19)[0].tolist()
     base = naive_logits(raw, tensors, tokens)
-    for change in ({"rope_theta": 501.0}, {"sliding_window": 18}, {"rms_norm_eps": 1e-5}):
+    for change in {"rope_theta": 501.0}, {"sliding_window": 18}, {"rms_norm_eps": 1e-5}:
         assert off(naive_logits(raw | change, tensors, tokens), base) > 1e-5, change
-    for name in ("mixer.dt_proj.bias", "mixer.conv1d.bias", "mixer.D", "mixer.A_log", "mixer.conv1d.weight"):
-        changed = {k: m * 1.1 if k.endswith(name) else m for k, m in tensors.items()}
-        assert off(naive_logits(raw, changed, tokens), base) > 1e-4, name
+    for end in "mixer.dt_proj.bias", "mixer.conv1d.bias", "mixer.D", "mixer.A_log", "mixer.conv1d.weight":
+        changed = {name: m * 1.1 if name.endswith(end) else m for name, m in tensors.items()}
+        assert off(naive_logits(raw, changed, tokens), base) > 1e-4, end
 
 
 def test_dt_rows_at_the_end_of_in_proj_are_split_off(tmp_path):
     """The older layout [z, x, B, C, dt], here with in_proj and the rest in different shards: the same model."""
     raw = raw_config(ssm_cfg={"dt_rank": "auto"})
-    tensors = random_tensors(raw | {"ssm_cfg": raw["ssm_cfg"] | {"dt_rank": 3}})
+    tensors = random_tensors(raw_config())
     old = {}
     for name, m in tensors.items():
         if name.endswith("mixer.in_proj.weight"):
@@ -905,59 +1071,101 @@ def test_dt_rows_at_the_end_of_in_proj_are_split_off(tmp_path):
             old[name] = m
     a = load_pretrained(write_checkpoint(tmp_path / "new", raw, tensors))
     b = load_pretrained(write_checkpoint(tmp_path / "old", raw, old, shards=2))
-    assert a.config == b.config and a.config.dt_rank == 3                    # the weights know the rank
+    # The weights know the rank.
+    assert a.config == b.config and a.config.dt_rank == 3
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def is_float32(name):
+    return name.endswith(("A_log", ".D"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_log_and_d_are_float32_whatever_the_file_and_the_model_are(dtype, tmp_path):
     """A checkpoint cast as a whole has them in bfloat16; a bfloat16 model computes with them in float32."""
     raw = raw_config()
-    tensors = random_tensors(raw)
-    for name in tensors:
-        if name.endswith(("A_log", ".D")):
-            tensors[name] = tensors[name].to(dtype)
-    path, tokens = write_checkpoint(tmp_path / "model", raw, tensors), some_tokens(1, 19)
+    tensors = {name: m.to(dtype) if is_float32(name) else m for name, m in random_tensors(raw).items()}
+    tokens = some_tokens(1, 19)
+    path = write_checkpoint(tmp_path / "model", raw, tensors)
     assert off(load_pretrained(path)(tokens)[0][0], naive_logits(raw, tensors, tokens[0].tolist()).float()) < 1e-4
     model = load_pretrained(path, dtype=torch.bfloat16)
-    kept = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert kept == {"A_log", "D"}
     for name, p in model.named_parameters():
-        if name.endswith(("A_log", ".D")):
-            assert torch.equal(p, tensors["model." + name].float())
-    cells = []
-    for factor in (1.0, 1.0001):                                             # a change that bfloat16 would round away
-        A_log = model.layers[0].mixer.A_log.data
-        A_log.copy_(A_log.bfloat16().float() * factor)
-        cells.append(model(tokens, model.new_state(1, 19))[1].layers[0].h)
-    assert not torch.equal(*cells)
+        assert (p.dtype == torch.float32) == is_float32(name)
+        assert not is_float32(name) or torch.equal(p, tensors["model." + name].float())
+    # A change that bfloat16 would round away moves the cells.
+    A_log = model.layers[0].mixer.A_log.data
+    A_log.copy_(A_log.bfloat16().float())
+    cells = model(tokens, model.new_state(1, 19))[1].layers[0].h
+    A_log.mul_(1.0001)
+    assert not torch.equal(model(tokens, model.new_state(1, 19))[1].layers[0].h, cells)
 
 
-def test_absent_keys_mean_what_transformers_takes_for_them(tmp_path):
+# model type, what config.json says (...: nothing), the fields it must give
+DEFAULTS = {
+    "Mistral": ("mistral", {"num_attention_heads": 8, "hidden_size": 32, "eos_token_id": [2, 7]},
+                {"n_kv_head": 8, "head_dim": 4, "sliding_window": 4096, "rope_theta": 10000.0, "norm_eps": 1e-6,
+                 "tie_embeddings": False, "bos_id": 1, "eos_ids": (2, 7)}),
+    "Mistral, nulls": ("mistral", {"num_key_value_heads": None, "head_dim": None, "sliding_window": None,
+                                   "eos_token_id": None, "bos_token_id": None},
+                       {"n_kv_head": 4, "head_dim": 6, "sliding_window": None, "bos_id": None, "eos_ids": ()}),
+    "Llama": ("llama", {}, {"n_kv_head": 4, "head_dim": 6, "sliding_window": None, "bos_id": 1, "eos_ids": (2,)}),
+    "Qwen2": ("qwen2", {"num_attention_heads": 32, "hidden_size": 128},
+              {"n_kv_head": 32, "head_dim": 4, "sliding_window": None, "bos_id": None, "eos_ids": (), "qkv_bias": True}),
+    "Qwen3": ("qwen3", {"num_attention_heads": 32}, {"n_kv_head": 32, "head_dim": 128, "eos_ids": (), "qk_norm": True}),
+    "Qwen3, windows": ("qwen3", {"num_attention_heads": 32, "use_sliding_window": True, "max_window_layers": 0},
+                       {"sliding_window": 4096}),
+    "Qwen3, windows from a layer that is not there": (
+        "qwen3", {"num_attention_heads": 32, "use_sliding_window": True}, {"sliding_window": None}),
+    "Mamba": (HYBRID, {"hybrid_block_layout": ["m2"], "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 8},
+              {"d_state": 64, "d_inner": 4096, "d_xb": 64, "d_conv": 4, "dt_rank": 4, "expand_before_conv": True,
+               "conv_bias": True, "dt_bias": True, "proj_bias": False}),
+    "Mamba, nulls": (HYBRID, {"hybrid_block_layout": ["m2"], "num_hidden_layers": 1, "num_key_value_heads": 2,
+                              "ssm_cfg": {"d_inner": None, "d_xb": None, "dt_rank": "auto", "d_state": 8, "expand": 2}},
+                     {"d_inner": 48, "d_xb": 24, "dt_rank": 2}),
+}
+
+
+@pytest.mark.parametrize("case", DEFAULTS)
+def test_absent_keys_mean_what_transformers_takes_for_them(case):
     """Only an absent sliding_window means 4096; an absent or null head_dim is hidden / heads; and so on."""
-    raw = raw_config("t", model_type="mistral", num_attention_heads=8, num_key_value_heads=..., head_dim=...,
-                     rope_theta=..., sliding_window=..., rms_norm_eps=..., tie_word_embeddings=..., eos_token_id=[2, 7])
-    filled = raw_config("t", model_type="mistral", num_attention_heads=8, num_key_value_heads=8, head_dim=3)
-    with pytest.raises(UserError, match="head_dim % 2"):                     # 24 / 8 = 3: the default was taken
-        load_pretrained(write_checkpoint(tmp_path / "odd", raw, random_tensors(filled)))
-    raw, filled = raw | {"hidden_size": 32, "head_dim": None}, filled | {"hidden_size": 32, "head_dim": 4}
-    config = load_pretrained(write_checkpoint(tmp_path / "even", raw, random_tensors(filled))).config
-    assert (config.n_kv_head, config.head_dim, config.sliding_window, config.rope_theta) == (8, 4, 4096, 10000.0)
-    assert (config.norm_eps, config.tie_embeddings, config.eos_ids) == (1e-6, False, (2, 7))
+    model_type, given, wanted = DEFAULTS[case]
+    raw = {"model_type": model_type, "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2,
+           "num_attention_heads": 4, "intermediate_size": 20}
+    config = nano.config_from_json(raw | given)
+    assert {field: getattr(config, field) for field in wanted} == wanted
 
 
-def test_absent_ssm_keys_mean_the_reference_defaults(tmp_path):
-    raw = raw_config("m2", num_attention_heads=2, num_key_value_heads=1, hidden_size=64)
-    full = raw | {"ssm_cfg": raw["ssm_cfg"] | {"d_state": 64, "d_inner": 4096, "d_xb": 64, "dt_rank": 4}}
-    del raw["ssm_cfg"]
-    config = load_pretrained(write_checkpoint(tmp_path / "model", raw, random_tensors(full))).config
-    assert (config.d_state, config.d_inner, config.d_xb, config.d_conv, config.dt_rank) == (64, 4096, 64, 4, 4)
-    assert config.expand_before_conv and config.conv_bias and config.dt_bias and not config.proj_bias
+@pytest.mark.parametrize("config, generation, wanted", [
+    (2, {"eos_token_id": [2, 5, 7]}, (2, 5, 7)),
+    ([3, 2], {"eos_token_id": 5}, (3, 2, 5)),
+    (None, {"eos_token_id": [5]}, (5,)),
+    ([4, 5], {"eos_token_id": None}, (4, 5)),
+    (4, {}, (4,)),
+    (None, {"eos_token_id": None}, ()),
+    (..., {"eos_token_id": [5]}, (5,)),
+    (..., {}, (2,))])
+def test_a_text_ends_at_the_end_tokens_of_both_files(config, generation, wanted, tmp_path):
+    """Read so, and saved so that a reader of either file finds them all."""
+    path = write_checkpoint(tmp_path / "model", raw_config(eos_token_id=config))
+    (path / "generation_config.json").write_text(json.dumps(generation | {"top_p": 0.9}))
+    model = load_pretrained(path)
+    assert model.config.eos_ids == wanted
+    save_pretrained(model, tmp_path / "copy", tokenizer_from=path)
+    written = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
+    said = json.loads((tmp_path / "copy" / "config.json").read_text())["eos_token_id"]
+    assert written == {"eos_token_id": said, "top_p": 0.9}
+    assert load_pretrained(tmp_path / "copy").config.eos_ids == wanted
+    (tmp_path / "copy" / "generation_config.json").unlink()
+    assert load_pretrained(tmp_path / "copy").config.eos_ids == wanted
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving: what is written is read back bit by bit, holds the agreed names and keys, and leaves no old file in the way.
+
+def small_files(tmp_path):
+    return {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -966,79 +1174,147 @@ def test_absent_ssm_keys_mean_the_reference_defaults(tmp_path):
     {"expand_before_conv": False, "conv_bias": False, "proj_bias": True, "eos_ids": ()}])
 def test_load_save_load_is_bit_equal(layout, dtype, change, tmp_path):
     """Tensors and config, through one file and through shards so small that every layer is split."""
-    model = tiny(layout, dtype, rope_theta=1e6, sliding_window=7, norm_eps=2e-5, max_length=99, bos_id=None, **change)
-    for name, p in model.named_parameters():
-        p.data = p.data.float() if name.endswith(("A_log", ".D")) and dtype == torch.bfloat16 else p.data
+    model = tiny(layout, rope_theta=1e6, sliding_window=7, norm_eps=2e-5, max_length=99, bos_id=None, **change)
+    model = nano.cast(model, "cpu", dtype)
     for step, shard_bytes in ("a", 5 << 30), ("b", 3000), ("c", 5 << 30):
         save_pretrained(model, tmp_path / step, shard_bytes=shard_bytes)
         other = load_pretrained(tmp_path / step, dtype=dtype)
-        if "m2" in layout:                                                   # attention files do not speak of Mamba
+        # Attention files do not speak of Mamba.
+        if "m2" in layout:
             assert other.config == model.config
         assert other.config.eos_ids == model.config.eos_ids and other.config.sliding_window == 7
         for (name, p), (same, q) in zip(model.named_parameters(), other.named_parameters(), strict=True):
             assert name == same and p.dtype == q.dtype and torch.equal(p, q), name
         model = other
     assert len(list((tmp_path / "b").glob("model-*-of-*.safetensors"))) > 2
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "c" / "model.safetensors").read_bytes()
+    assert small_files(tmp_path / "a") == small_files(tmp_path / "c")
 
 
-def test_written_config_holds_exactly_the_agreed_keys(tmp_path):
+SHARED_KEYS = {
+    "architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rope_theta", "rms_norm_eps",
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "max_position_embeddings", "torch_dtype"}
+HYBRID_KEYS = {"sliding_window": None, "hybrid_block_layout": ["m2", "t"]}
+SCALING = nano.RopeScaling(8.0, 0.5, 4.0, 128)
+
+# fields of Config -> architecture, model_type, and the keys beyond SHARED_KEYS and ssm_cfg
+WRITTEN = {
+    "Mistral": ("t t", {}, "MistralForCausalLM", "mistral", {"sliding_window": None}),
+    "Mistral with a pad token": ("t t", {"pad_id": 7}, "MistralForCausalLM", "mistral",
+                                 {"sliding_window": None, "pad_token_id": 7}),
+    "Llama": ("t t", {"family": "llama"}, "LlamaForCausalLM", "llama", {"attention_bias": False, "mlp_bias": False}),
+    "Llama 3": ("t t", {"family": "llama", "rope_scaling": SCALING}, "LlamaForCausalLM", "llama",
+                {"attention_bias": False, "mlp_bias": False, "rope_scaling": LLAMA3}),
+    "Qwen2": ("t t", {"family": "qwen2", "qkv_bias": True}, "Qwen2ForCausalLM", "qwen2",
+              {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2}),
+    "Qwen2 with windows": ("t t", {"family": "qwen2", "qkv_bias": True, "sliding_window": 9}, "Qwen2ForCausalLM", "qwen2",
+                           {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}),
+    "Qwen3": ("t t", {"family": "qwen3", "qk_norm": True}, "Qwen3ForCausalLM", "qwen3",
+              {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 2, "attention_bias": False}),
+    "hybrid": ("m2 t", {}, "AprielHybridSSMForCausalLM", HYBRID, HYBRID_KEYS),
+    "hybrid of Llama": ("m2 t", {"family": "llama"}, "AprielHybridSSMForCausalLM", HYBRID,
+                        HYBRID_KEYS | {"base_model_type": "llama"}),
+    "hybrid of Llama 3": ("m2 t", {"family": "llama", "rope_scaling": SCALING}, "NanoH1HybridForCausalLM",
+                          "nanoh1_hybrid", HYBRID_KEYS | {"base_model_type": "llama", "rope_scaling": LLAMA3,
+                                                          "qkv_bias": False, "qk_norm": False}),
+    "hybrid of Qwen2": ("m2 t", {"family": "qwen2", "qkv_bias": True}, "NanoH1HybridForCausalLM", "nanoh1_hybrid",
+                        HYBRID_KEYS | {"base_model_type": "qwen2", "rope_scaling": None, "qkv_bias": True,
+                                       "qk_norm": False}),
+    "hybrid of Qwen3": ("m2 t", {"family": "qwen3", "qk_norm": True}, "NanoH1HybridForCausalLM", "nanoh1_hybrid",
+                        HYBRID_KEYS | {"base_model_type": "qwen3", "rope_scaling": None, "qkv_bias": False,
+                                       "qk_norm": True}),
+    "all attention, of no family": ("t t", {"qkv_bias": True, "qk_norm": True}, "NanoH1HybridForCausalLM",
+                                    "nanoh1_hybrid", HYBRID_KEYS | {"hybrid_block_layout": ["t", "t"],
+                                                                    "base_model_type": "mistral", "rope_scaling": None,
+                                                                    "qkv_bias": True, "qk_norm": True}),
+    "all attention, a Llama with a window": ("t t", {"family": "llama", "sliding_window": 9}, "NanoH1HybridForCausalLM",
+                                             "nanoh1_hybrid", HYBRID_KEYS | {
+                                                 "hybrid_block_layout": ["t", "t"], "base_model_type": "llama",
+                                                 "sliding_window": 9, "rope_scaling": None, "qkv_bias": False,
+                                                 "qk_norm": False}),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_written_config_holds_exactly_the_agreed_keys(case, tmp_path):
     """Explicit where a default would be wrong (head_dim, the null window), numbers where "auto" is ambiguous, flat
-    theta, and no layer_types, which transformers refuses to read."""
-    save_pretrained(tiny("m2 t"), tmp_path / "hybrid")
-    save_pretrained(tiny("t t"), tmp_path / "mistral")
-    hybrid = json.loads((tmp_path / "hybrid" / "config.json").read_text())
-    mistral = json.loads((tmp_path / "mistral" / "config.json").read_text())
-    shared = {"architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-              "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rope_theta", "rms_norm_eps",
-              "sliding_window", "tie_word_embeddings", "bos_token_id", "eos_token_id", "max_position_embeddings",
-              "torch_dtype"}
-    assert set(mistral) == shared and set(hybrid) == shared | {"hybrid_block_layout", "ssm_cfg"}
-    assert (mistral["model_type"], mistral["architectures"]) == ("mistral", ["MistralForCausalLM"])
-    assert (hybrid["model_type"], hybrid["architectures"]) == ("apriel_hybrid_ssm", ["AprielHybridSSMForCausalLM"])
-    assert hybrid["hybrid_block_layout"] == ["m2", "t"] and hybrid["torch_dtype"] == "float64"
-    for raw in (hybrid, mistral):
-        assert (raw["head_dim"], raw["sliding_window"], raw["rope_theta"], raw["eos_token_id"]) == (8, None, 10000.0, 2)
-    assert hybrid["ssm_cfg"] == {
-        "d_state": 4, "d_inner": 32, "d_xb": 16, "dt_rank": 3, "d_conv": 4, "repeat_kv_before_conv": True,
-        "conv_bias": True, "dt_proj_bias": True, "bias": False, "dt_min": 0.001, "dt_max": 0.1, "dt_scale": 1.0,
-        "dt_init_floor": 1e-4, "expand": 1, "dt_init": "random", "activation": "identity"}
+    theta, and no layer_types, which transformers refuses to read. It is read back as the same Config, and a family
+    that a reader of Apriel's format would compute wrongly does not get its name."""
+    layout, change, architecture, model_type, more = WRITTEN[case]
+    model = tiny(layout, **change)
+    save_pretrained(model, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    ssm = raw.pop("ssm_cfg", None)
+    assert {key: raw[key] for key in raw if key not in SHARED_KEYS} == more
+    assert SHARED_KEYS <= set(raw)
+    assert (raw["model_type"], raw["architectures"]) == (model_type, [architecture])
+    assert (raw["head_dim"], raw["rope_theta"], raw["eos_token_id"], raw["torch_dtype"]) == (8, 10000.0, 2, "float64")
+    assert (ssm is not None) == ("hybrid_block_layout" in raw)
+    assert ssm is None or ssm == SSM_CFG | {
+        "dt_min": 0.001, "dt_max": 0.1, "dt_scale": 1.0, "dt_init_floor": 1e-4, "dt_init": "random"}
+    config = load_pretrained(tmp_path).config
+    # Attention files do not speak of Mamba.
+    mamba = {name: getattr(config, name) for name in ("d_state", "dt_rank")}
+    assert config == dataclasses.replace(model.config, **mamba)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_written_tensors_have_the_names_and_shapes_of_the_format(tied, tmp_path):
-    model = tiny("m2 t", torch.bfloat16, tie_embeddings=tied)
-    save_pretrained(model, tmp_path)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_written_tensors_have_the_names_shapes_and_dtypes_of_the_format(tied, dtype, tmp_path):
+    """Saved in another dtype, too: A_log and D stay exact, and the model is left alone."""
+    model = nano.cast(tiny("m2 t", tie_embeddings=tied), "cpu", torch.float32)
+    save_pretrained(model, tmp_path, dtype=dtype)
     written = load_file(tmp_path / "model.safetensors")
     wanted = random_tensors(raw_config("m2 t", tie_word_embeddings=tied))
     assert {name: m.shape for name, m in written.items()} == {name: m.shape for name, m in wanted.items()}
-    assert {name for name, m in written.items() if m.dtype == torch.float32} == {
-        "model.layers.0.mixer.A_log", "model.layers.0.mixer.D"}
-    assert torch.equal(written["model.layers.0.mixer.in_proj.weight"], model.layers[0].mixer.in_proj.weight)
+    for name, p in model.named_parameters():
+        kept = p if is_float32(name) or dtype is None else p.to(dtype)
+        assert p.dtype == torch.float32 and torch.equal(written[nano.file_name(name, model.config.layout)], kept), name
+    said = json.loads((tmp_path / "config.json").read_text())["torch_dtype"]
+    assert said == str(dtype or torch.float32).removeprefix("torch.")
 
 
 def test_index_lists_every_tensor_and_the_total_size(tmp_path):
     save_pretrained(tiny("m2 t"), tmp_path, shard_bytes=20000)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / INDEX).read_text())
     files = {file: load_file(tmp_path / file) for file in set(index["weight_map"].values())}
-    assert {name: file for file, m in files.items() for name in m} == index["weight_map"]
-    sizes = [sum(m.nbytes for m in tensors.values()) for tensors in files.values()]
+    sizes = []
+    for file, tensors in files.items():
+        assert all(index["weight_map"][name] == file for name in tensors)
+        sizes.append(sum(m.nbytes for m in tensors.values()))
+    assert sum(map(len, files.values())) == len(index["weight_map"])
     assert sum(sizes) == index["metadata"]["total_size"] and max(sizes) <= 20000
 
 
-def test_a_save_leaves_nothing_that_a_reader_could_prefer(tmp_path):
-    """transformers takes model.safetensors before the index, and this reader the index before model.safetensors."""
-    old, new, tokens = tiny("t m2", seed=1), tiny("t m2", seed=2), some_tokens(1, 5)
-    for first, second in ((3000, 5 << 30), (5 << 30, 3000)):
-        save_pretrained(old, tmp_path, shard_bytes=first)
-        save_pretrained(new, tmp_path, shard_bytes=second)
-        assert (tmp_path / "model.safetensors").exists() != (tmp_path / "model.safetensors.index.json").exists()
-        assert torch.equal(load_pretrained(tmp_path, dtype=torch.float64)(tokens)[0], new(tokens)[0])
-    assert not list(tmp_path.glob("*.tmp"))
+@pytest.mark.parametrize("first, second", [(3000, 5 << 30), (5 << 30, 3000), (3000, 20000), (20000, 3000)])
+def test_a_save_leaves_nothing_of_the_one_before(first, second, tmp_path):
+    """No file that a reader could prefer, no shard that nobody reads; other files stay."""
+    old = tiny("t m2", seed=1)
+    new = tiny("t m2", seed=2)
+    tokens = some_tokens(1, 5)
+    write_checkpoint(tmp_path / "a", raw_config(), shards=2)
+    for path in tmp_path / "a", tmp_path / "b":
+        path.mkdir(exist_ok=True)
+        (path / "notes.safetensors").write_text("mine")
+        save_pretrained(old, path, shard_bytes=first)
+        save_pretrained(new, path, shard_bytes=second)
+        assert torch.equal(load_pretrained(path, dtype=torch.float64)(tokens)[0], new(tokens)[0])
+    save_pretrained(new, tmp_path / "clean", shard_bytes=second)
+    assert small_files(tmp_path / "a") == small_files(tmp_path / "clean") | {"notes.safetensors": b"mine"}
+    assert small_files(tmp_path / "b") == small_files(tmp_path / "a")
+
+
+def test_a_single_file_comes_before_an_index_with_a_warning(tmp_path, capsys):
+    """As in transformers."""
+    write_checkpoint(tmp_path, raw_config(), shards=3)
+    save_file(random_tensors(raw_config(), seed=1), tmp_path / "model.safetensors")
+    model = load_pretrained(tmp_path)
+    assert torch.equal(model.norm.weight, random_tensors(raw_config(), seed=1)["model.norm.weight"])
+    assert f"warning: {tmp_path} holds both model.safetensors and {INDEX}" in capsys.readouterr().err
 
 
 def test_saving_over_the_directory_a_model_was_loaded_from_works(tmp_path):
-    write_checkpoint(tmp_path, raw_config(), random_tensors(raw_config()))
+    write_checkpoint(tmp_path, raw_config())
     model = load_pretrained(tmp_path)
     before = [p.clone() for p in model.parameters()]
     save_pretrained(model, tmp_path, tokenizer_from=tmp_path)
@@ -1053,7 +1329,8 @@ def test_written_files_have_the_ordinary_permissions(umask, mode, tmp_path):
     old = os.umask(umask)
     try:
         save_pretrained(tiny("t m2"), tmp_path / "out", tokenizer_from=tmp_path, shard_bytes=20000)
-        assert os.umask(umask) == umask                                      # and the umask itself is left alone
+        # The umask itself is left alone.
+        assert os.umask(umask) == umask
     finally:
         os.umask(old)
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {mode}
@@ -1062,12 +1339,12 @@ def test_written_files_have_the_ordinary_permissions(umask, mode, tmp_path):
 def test_tokenizer_files_are_copied_when_asked_for(tmp_path):
     source = tmp_path / "from"
     source.mkdir()
-    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "notes.txt"):
+    copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    for file in [*copied, "notes.txt"]:
         (source / file).write_text(file)
     save_pretrained(tiny("t"), tmp_path / "with", tokenizer_from=source)
     save_pretrained(tiny("t"), tmp_path / "without")
-    assert {f.name for f in (tmp_path / "with").iterdir()} - {f.name for f in (tmp_path / "without").iterdir()} == {
-        "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert set(small_files(tmp_path / "with")) - set(small_files(tmp_path / "without")) == copied
     assert (tmp_path / "with" / "tokenizer.json").read_text() == "tokenizer.json"
 
 
@@ -1077,188 +1354,392 @@ def test_saving_where_a_file_stands_is_refused(tmp_path):
         save_pretrained(tiny("t"), tmp_path / "file")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the limit is POSIX")
+@pytest.mark.parametrize("room", [100, 15000, 40000])
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_survives(room, tmp_path):
+    """The disk fills up in the first file, in a later one, or never (which only shows that the test can tell)."""
+    resource = pytest.importorskip("resource")
+    save_pretrained(tiny("t m2", seed=1), tmp_path, shard_bytes=12000)
+    before = small_files(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A limit on the size of a file fails as a full disk does, in the middle of a write.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        save_pretrained(tiny("t m2", seed=2), tmp_path, shard_bytes=12000)
+        failed = ""
+    except UserError as e:
+        failed = str(e)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert failed.startswith("cannot write") == (room < 40000)
+    assert (small_files(tmp_path) == before) == (room < 40000)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Refusals: what cannot be read, or would be read wrongly, is a UserError that names the thing.
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 REFUSED_CONFIGS = {                          # change of config.json, and what the message must name
     "discrete Mamba-2 layers": ({"hybrid_block_layout": ["m2d", "t", "m2"]}, "m2d"),
     "sliding-window layers": ({"hybrid_block_layout": ["m2", "swa", "m2"]}, "swa"),
     "gated delta layers": ({"hybrid_block_layout": ["m2", "t", "gdn"]}, "gdn"),
     "a layout of another length": ({"hybrid_block_layout": ["m2", "t"]}, "2 layers, the model has 3"),
     "a layout that is no list": ({"hybrid_block_layout": 3}, "hybrid_block_layout must be a list, got 3"),
-    "another model type": ({"model_type": "qwen2"}, "qwen2"),
-    "no model type": ({"model_type": ...}, "None"),
-    "no layout": ({"hybrid_block_layout": ...}, "hybrid_block_layout"),
-    "no hidden size": ({"hidden_size": ...}, "hidden_size"),
-    "no layer count": ({"num_hidden_layers": ...}, "num_hidden_layers"),
-    "no heads": ({"num_attention_heads": ...}, "num_attention_heads"),
-    "no MLP width": ({"intermediate_size": ...}, "intermediate_size"),
-    "no vocabulary size": ({"vocab_size": ...}, "vocab_size"),
+    "another model type": ({"model_type": "gemma"}, 'model_type "gemma" is not supported; known: mistral, llama'),
+    "no model type": ({"model_type": ...}, "model_type null"),
+    "no layout": ({"hybrid_block_layout": ...}, "'hybrid_block_layout' is missing"),
+    "no hidden size": ({"hidden_size": ...}, "'hidden_size' is missing"),
+    "no layer count": ({"num_hidden_layers": ...}, "'num_hidden_layers' is missing"),
+    "no heads": ({"num_attention_heads": ...}, "'num_attention_heads' is missing"),
+    "no MLP width": ({"intermediate_size": ...}, "'intermediate_size' is missing"),
+    "no vocabulary size": ({"vocab_size": None}, "'vocab_size' is missing"),
     "linear rope scaling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
-    "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters.*yarn"),
-    "yarn beside default rope": ({"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": {"rope_theta": 1e4}},
-                                 "rope_scaling.*yarn"),
+    "yarn": ({"rope_parameters": YARN}, "rope_parameters.*yarn"),
+    "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.*dynamic"),
+    "longrope": ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling.*longrope"),
+    "yarn beside default rope": ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, "rope_scaling.*yarn"),
+    "scaling without its numbers": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),
+    "scaling the wrong way round": ({"rope_scaling": LLAMA3 | {"high_freq_factor": 0.25}}, "high_freq_factor must be"),
+    "two scalings": ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1e4}}, "contradict each other"),
+    "an original length outside": ({"original_max_position_embeddings": 64}, "original_max_position_embeddings = 64"),
+    "mixed windows": ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+                      "either every layer has the window or none"),
+    "mixed layer types": ({"model_type": "qwen2", "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+                          "layer_types = .*either every layer has the window or none"),
+    "windows for some layer types": ({"model_type": "mistral", "layer_types": ["full_attention"] * 3, "sliding_window": 5},
+                                     "layer_types = .*sliding_window = 5"),
+    "windows that Llama has not": ({"model_type": "llama", "layer_types": ["sliding_attention"] * 3, "sliding_window": 5},
+                                   "layer_types = .*sliding_window = None"),
+    "own type without a family": (NANO | {"base_model_type": ...}, "'base_model_type' is missing"),
+    "own type of no known family": (NANO | {"base_model_type": "gemma"}, "base_model_type must be one of mistral, llama"),
+    "own type without its scaling": (NANO | {"base_model_type": "llama", "rope_scaling": ...}, "'rope_scaling' is missing"),
     "rope per layer type": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
-    "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "partial rope, newer spelling": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
     "gelu": ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
-    "attention bias": ({"attention_bias": True}, "attention_bias"),
-    "MLP bias": ({"mlp_bias": True}, "mlp_bias"),
+    "attention bias": ({"attention_bias": True}, "attention_bias = true"),
+    "MLP bias": ({"mlp_bias": True}, "mlp_bias = true"),
     "quantisation": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
     "an unknown key of ssm_cfg": ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate"),
     "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "16 % 5"),
-    "d_state null": ({"ssm_cfg": {"d_state": None}}, "ssm_cfg.d_state must be a whole number.*None"),
+    "d_state null": ({"ssm_cfg": {"d_state": None}}, "ssm_cfg.d_state must be a whole number .*null"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "4 % 3"),
     "a width in words": ({"hidden_size": "twenty-four"}, "hidden_size.*twenty-four"),
     "a width of zero": ({"intermediate_size": 0}, "intermediate_size.*0"),
+    "a width that is true": ({"intermediate_size": True}, "intermediate_size.*true"),
+    "a width that no machine holds": ({"intermediate_size": 1 << 40}, "intermediate_size.*1 to 16777216"),
+    "more layers than tensors": ({"num_hidden_layers": 5000, "hybrid_block_layout": ["t"] * 5000}, "4997 layers of"),
     "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads.*0"),
-    "theta in words": ({"rope_theta": "big"}, "rope_theta must be a number above 0, got 'big'"),
+    "theta in words": ({"rope_theta": "big"}, 'rope_theta must be a number above 0, got "big"'),
+    "theta without an end": ({"rope_theta": math.inf}, "rope_theta must be a number above 0, got Infinity"),
     "rope as a list": ({"rope_scaling": [1, 2]}, "rope_scaling must be a JSON object or null"),
+    "an end token in words": ({"eos_token_id": ["</s>"]}, 'eos_token_id must be a token id, or null, got "</s>"'),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED_CONFIGS)
 def test_config_is_refused_by_name(case, tmp_path):
     change, named = REFUSED_CONFIGS[case]
-    path = write_checkpoint(tmp_path / "model", raw_config(), random_tensors(raw_config()))
+    path = write_checkpoint(tmp_path / "model", raw_config())
     (path / "config.json").write_text(json.dumps(raw_config(**change)))
-    with pytest.raises(UserError, match=f"(?s)config.json.*({named})"):
+    with pytest.raises(UserError, match=f"(?s)({named})") as error:
         load_pretrained(path)
+    assert str(error.value).startswith(str(path))
 
 
 def test_settings_that_change_nothing_are_accepted(tmp_path):
     harmless = {"layer_types": ["mamba2", "full_attention", "mamba2"], "linear_attn_config": {}, "auto_map": {},
                 "use_cache": False, "attention_dropout": 0.1, "initializer_range": 0.5, "attention_bias": False,
-                "quantization_config": None, "rope_scaling": None,
+                "quantization_config": None, "rope_scaling": {"type": "default", "factor": 1.0},
+                "partial_rotary_factor": 1.0, "hidden_act": "swish",
                 "ssm_cfg": {"activation": "silu", "n_v_heads": 32, "n_qk_heads": 32, "chunk_size": 128}}
-    tensors, tokens = random_tensors(raw_config()), some_tokens(1, 9)
-    plain = load_pretrained(write_checkpoint(tmp_path / "a", raw_config(), tensors))
-    other = load_pretrained(write_checkpoint(tmp_path / "b", raw_config(**harmless), tensors))
+    tokens = some_tokens(1, 9)
+    plain = load_pretrained(write_checkpoint(tmp_path / "a", raw_config()))
+    other = load_pretrained(write_checkpoint(tmp_path / "b", raw_config(**harmless), random_tensors(raw_config())))
     assert torch.equal(plain(tokens)[0], other(tokens)[0])
 
 
-def break_config(text):
-    return lambda path: (path / "config.json").write_text(text)
+def text_in(file, text):
+    """-> a damage: this file holds this text."""
+    return lambda path: (path / file).write_bytes(text.encode("latin-1"))
 
 
-def edit_tensors(edit, file="model.safetensors"):
-    def apply(path):
-        tensors = load_file(path / file)
-        edit(tensors)
-        (path / file).unlink()
-        save_file(tensors, path / file)
-    return apply
+def without(file):
+    return lambda path: (path / file).unlink()
 
 
-def edit_index(edit):
-    def apply(path):
-        index = json.loads((path / "model.safetensors.index.json").read_text())
-        edit(index)
-        (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    return apply
+def with_tensor(name, *shape):
+    """-> a damage: the tensor of this name has another shape, or is there at all."""
+    def damage(path):
+        tensors = load_file(path / "model.safetensors") | {name: torch.zeros(shape)}
+        (path / "model.safetensors").unlink()
+        save_file(tensors, path / "model.safetensors")
+    return damage
+
+
+def without_tensor(name):
+    def damage(path):
+        tensors = load_file(path / "model.safetensors")
+        del tensors[name]
+        (path / "model.safetensors").unlink()
+        save_file(tensors, path / "model.safetensors")
+    return damage
+
+
+def index_with(name, file):
+    """-> a damage: the index names this file for the tensor (None: it leaves the tensor out)."""
+    def damage(path):
+        index = json.loads((path / INDEX).read_text())
+        index["weight_map"][name] = file
+        if file is None:
+            del index["weight_map"][name]
+        (path / INDEX).write_text(json.dumps(index))
+    return damage
 
 
 def truncate(path, keep):
     whole = (path / "model.safetensors").read_bytes()
-    (path / "model.safetensors").write_bytes(whole[:keep if keep >= 0 else len(whole) + keep])
+    (path / "model.safetensors").write_bytes(whole[:keep])
 
 
-def reshape(name, shape):
-    return edit_tensors(lambda tensors: tensors.update({name: torch.zeros(shape)}))
+def cut_to(keep):
+    return lambda path: truncate(path, keep)
 
 
-IN_PROJ, DT_IN = "model.layers.0.mixer.in_proj.weight", "model.layers.0.mixer.dt_in_proj.weight"
+def integers(path):
+    tensors = {name: m.to(torch.int64) for name, m in random_tensors(raw_config()).items()}
+    (path / "model.safetensors").unlink()
+    save_file(tensors, path / "model.safetensors")
+
+
+def pickled(path):
+    torch.save({}, path / "model.safetensors")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+IN_PROJ = "model.layers.0.mixer.in_proj.weight"
+DT_IN = "model.layers.0.mixer.dt_in_proj.weight"
+WEIGHTS = "model.safetensors"
 BROKEN = {                                   # shards, damage, what the message must name
-    "no config": (1, lambda path: (path / "config.json").unlink(), "config.json"),
-    "broken JSON": (1, break_config('{"model_type": "mistral", '), "config.json is not valid JSON"),
-    "config is a list": (1, break_config("[]"), "config.json holds a list"),
-    "config is not text": (1, lambda path: (path / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
-    "no weights": (1, lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
-    "empty weights": (1, lambda path: truncate(path, 0), "model.safetensors is not a readable"),
-    "weights cut in the header": (1, lambda path: truncate(path, 100), "model.safetensors is not a readable"),
-    "weights cut in the data": (1, lambda path: truncate(path, -10), "model.safetensors is not a readable"),
-    "pickle in disguise": (1, lambda path: torch.save({}, path / "model.safetensors"), "not a readable safetensors"),
-    "missing shard": (3, lambda path: (path / "part_1.safetensors").unlink(), "part_1.safetensors is missing"),
-    "index without a map": (3, edit_index(lambda index: index.pop("weight_map")), "no weight_map"),
-    "index with odd values": (3, edit_index(lambda index: index["weight_map"].update({IN_PROJ: None})), "weight_map"),
-    "index is broken": (3, lambda path: (path / "model.safetensors.index.json").write_text("{"), "index.json is not"),
-    "index is a list": (3, lambda path: (path / "model.safetensors.index.json").write_text("[]"), "index.json holds a"),
-    "index names an absent tensor": (3, edit_index(lambda index: index["weight_map"].update(
-        ghost="part_0.safetensors")), "ghost"),
-    "index names the wrong file": (3, edit_index(lambda index: index["weight_map"].update(
-        {"model.norm.weight": "part_2.safetensors"})), "model.norm.weight"),
-    "index leaves a tensor out": (3, edit_index(lambda index: index["weight_map"].pop(IN_PROJ)), f"missing {IN_PROJ}"),
-    "missing tensor": (1, edit_tensors(lambda tensors: tensors.pop(IN_PROJ)), f"missing {IN_PROJ}"),
-    "missing dt rows": (1, edit_tensors(lambda tensors: tensors.pop(DT_IN)), f"missing {DT_IN}"),
-    "missing head": (1, edit_tensors(lambda tensors: tensors.pop("lm_head.weight")), "missing lm_head.weight"),
-    "unexpected tensor": (1, edit_tensors(lambda tensors: tensors.update(stray=torch.zeros(2))), "unexpected stray"),
-    "a bias that is not announced": (1, reshape("model.layers.1.self_attn.q_proj.bias", (32,)), "unexpected .*q_proj"),
-    "a layer too many": (1, reshape("model.layers.3.mixer.D", (32,)), "unexpected model.layers.3.mixer.D"),
-    "mis-shaped tensor": (1, reshape("model.norm.weight", (23,)), r"norm.weight has shape \(23,\), expected \(24,\)"),
-    "too few rows in in_proj": (1, reshape(IN_PROJ, (95, 24)), r"in_proj.weight has shape \(95, 24\)"),
-    "rows too many beside dt rows": (1, reshape(IN_PROJ, (99, 24)), r"in_proj.weight has shape \(99, 24\)"),
-    "flat in_proj": (1, reshape(IN_PROJ, (96 * 24,)), r"in_proj.weight has shape \(2304,\)"),
-    "scalar in_proj": (1, reshape(IN_PROJ, ()), r"in_proj.weight has shape \(\)"),
-    "scalar dt rows": (1, reshape("model.layers.2.mixer.dt_in_proj.weight", ()), r"dt_in_proj.weight has shape \(\)"),
-    "ranks that differ": (1, reshape("model.layers.2.mixer.dt_in_proj.weight", (5, 24)), "dt_in_proj.weight has shape"),
+    "no config": (1, without("config.json"), "has no config.json$"),
+    "broken JSON": (1, text_in("config.json", '{"model_type": "mistral", '), "config.json is not valid JSON"),
+    "deep JSON": (1, text_in("config.json", "[" * 100_000), "config.json is not valid JSON: it is nested too deeply"),
+    "config is a list": (1, text_in("config.json", "[]"), "config.json holds a list"),
+    "config is not text": (1, text_in("config.json", "\xff\xfe\0"), "config.json is not valid JSON"),
+    "config is a pointer": (1, text_in("config.json", POINTER), "config.json is a git LFS pointer.*git lfs pull"),
+    "no weights": (1, without(WEIGHTS), "model.safetensors is missing$"),
+    "empty weights": (1, cut_to(0), "model.safetensors is not a readable"),
+    "weights cut in the header": (1, cut_to(100), "model.safetensors is not a readable"),
+    "weights cut in the data": (1, cut_to(-10), "model.safetensors is not a readable"),
+    "pickle in disguise": (1, pickled, "not a readable safetensors"),
+    "weights are a pointer": (1, text_in(WEIGHTS, POINTER), "model.safetensors is a git LFS pointer.*git lfs pull"),
+    "weights are integers": (1, integers, "is stored as I64; known: F64, F32, F16, BF16"),
+    "missing shard": (3, without("part_1.safetensors"), "part_1.safetensors is missing"),
+    "shard is a pointer": (3, text_in("part_1.safetensors", POINTER), "part_1.safetensors is a git LFS pointer"),
+    "index without a map": (3, text_in(INDEX, "{}"), "no weight_map"),
+    "index with odd values": (3, index_with(IN_PROJ, 3), "weight_map"),
+    "index is broken": (3, text_in(INDEX, "{"), "index.json is not"),
+    "index is a list": (3, text_in(INDEX, "[]"), "index.json holds a"),
+    "index names an absent tensor": (3, index_with("ghost", "part_0.safetensors"), "ghost"),
+    "index names the wrong file": (3, index_with("model.norm.weight", "part_2.safetensors"), "model.norm.weight"),
+    "index leaves a tensor out": (3, index_with(IN_PROJ, None), f"missing {IN_PROJ}"),
+    "missing tensor": (1, without_tensor(IN_PROJ), f"missing {IN_PROJ}"),
+    "missing dt rows": (1, without_tensor(DT_IN), f"missing {DT_IN}"),
+    "missing head": (1, without_tensor("lm_head.weight"), "missing lm_head.weight"),
+    "unexpected tensor": (1, with_tensor("stray", 2), "unexpected stray"),
+    "a bias that is not announced": (1, with_tensor("model.layers.1.self_attn.q_proj.bias", 32), "unexpected .*q_proj"),
+    "a layer too many": (1, with_tensor("model.layers.3.mixer.D", 32), "unexpected model.layers.3.mixer.D"),
+    "mis-shaped tensor": (1, with_tensor("model.norm.weight", 23), r"norm.weight has shape \(23,\), expected \(24,\)"),
+    "too few rows in in_proj": (1, with_tensor(IN_PROJ, 95, 24), r"in_proj.weight has shape \(95, 24\)"),
+    "rows too many beside dt rows": (1, with_tensor(IN_PROJ, 99, 24), r"in_proj.weight has shape \(99, 24\)"),
+    "flat in_proj": (1, with_tensor(IN_PROJ, 96 * 24), r"in_proj.weight has shape \(2304,\)"),
+    "scalar in_proj": (1, with_tensor(IN_PROJ), r"in_proj.weight has shape \(\)"),
+    "scalar dt rows": (1, with_tensor("model.layers.2.mixer.dt_in_proj.weight"), r"dt_in_proj.weight has shape \(\)"),
+    "ranks that differ": (1, with_tensor("model.layers.2.mixer.dt_in_proj.weight", 5, 24), "dt_in_proj.weight has shape"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_damaged_checkpoint_is_refused_by_name(case, tmp_path):
     shards, damage, named = BROKEN[case]
-    path = write_checkpoint(tmp_path / "model", raw_config(), random_tensors(raw_config()), shards)
+    path = write_checkpoint(tmp_path / "model", raw_config(), shards=shards)
     load_pretrained(path)
     damage(path)
     with pytest.raises(UserError, match=named) as error:
         load_pretrained(path)
-    assert "\n" not in str(error.value)                                      # the scripts print it as one line
+    # The scripts print it as one line.
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("path", ["nowhere", "file"])
-def test_a_path_that_is_no_directory_is_refused(path, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=f"no such directory.*{path}"):
+NEARLY = {                                   # files, the path to load, what the message must name
+    "nowhere": ([], "nowhere", "no such directory: .*nowhere$"),
+    "a file": (["model.safetensors"], "model.safetensors", "is a file.*give the directory that holds config.json"),
+    "a GGUF file": (["m.gguf"], "m.gguf", "m.gguf is a file.*GGUF is not read"),
+    "a directory with a GGUF": (["m.gguf"], "", "no config.json; m.gguf is a GGUF, which is not read"),
+    "an adapter": (["adapter_config.json", "adapter_model.safetensors"], "", "holds an adapter.*merge_and_unload"),
+    "pickles": (["config.json", "pytorch_model.bin"], "", "is missing; pytorch_model.bin is a pickle and not read"),
+    "an older pickle": (["params.json", "consolidated.00.pth"], "", "no config.json; consolidated.00.pth is a pickle"),
+}
+
+
+@pytest.mark.parametrize("case", NEARLY)
+def test_what_is_nearly_a_checkpoint_is_refused_with_a_hint(case, tmp_path):
+    files, path, named = NEARLY[case]
+    for file in files:
+        (tmp_path / file).write_text(json.dumps(raw_config()) if file == "config.json" else "")
+    with pytest.raises(UserError, match=named):
         load_pretrained(tmp_path / path)
 
 
+def test_the_name_of_a_hub_model_and_a_tilde_are_understood(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no such directory: .*: hf download meta-llama/Llama-3.2-1B --local-dir DIR"):
+        load_pretrained("meta-llama/Llama-3.2-1B")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_pretrained(tiny("t"), "~/model")
+    load_pretrained("~/model")
+    assert (tmp_path / "model" / "config.json").exists()
+
+
 def test_float16_is_refused(tmp_path):
-    path = write_checkpoint(tmp_path, raw_config(), random_tensors(raw_config()))
     with pytest.raises(UserError, match="float16"):
-        load_pretrained(path, dtype=torch.float16)
+        load_pretrained(write_checkpoint(tmp_path, raw_config()), dtype=torch.float16)
+
+
+# files in --out, flags, what the message must say (None: accepted)
+CLAIMS = {
+    "nothing there": ([], {}, None),
+    "tokenizer files": (["tokenizer.json"], {}, None),
+    "a stranger's model": (["config.json", "model.safetensors"], {}, "a model that this script did not make"),
+    "another script's result": (["config.json", "training.json"], {}, "a model that this script did not make"),
+    "a stranger's model, --resume": (["config.json"], {"resume": True}, "a model that this script did not make"),
+    "a stranger's model, --overwrite": (["config.json"], {"overwrite": True}, None),
+    "a result": (["config.json", "report.json"], {}, "holds a result: choose another --out, or pass --overwrite"),
+    "a result, --resume": (["config.json", "report.json"], {"resume": True}, None),
+    "a result, --overwrite": (["config.json", "report.json"], {"overwrite": True}, None),
+    "an unfinished run": (["progress.safetensors"], {}, "an unfinished run: pass --resume"),
+    "an unfinished run, --resume": (["progress.safetensors"], {"resume": True}, None),
+    "an unfinished run, --overwrite": (["progress.safetensors"], {"overwrite": True}, None),
+    "a run that ended while saving": (["progress.safetensors", "config.json"], {"resume": True}, None),
+}
+
+
+@pytest.mark.parametrize("case", CLAIMS)
+def test_out_is_claimed_without_losing_what_is_there(case, tmp_path):
+    files, flags, refused = CLAIMS[case]
+    for file in files:
+        (tmp_path / file).write_text("")
+    flags = {"overwrite": False, "resume": False} | flags
+    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
+        assert nano.claim_out(str(tmp_path), [None, "teacher"], **flags) == str(tmp_path)
+    assert set(small_files(tmp_path)) == set(files)
+
+
+@pytest.mark.parametrize("spelling", ["{}/in", "{}/in/", "{}/out/../in", "{}/link", "in", "./in", "~/in"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_out_is_never_an_input_however_it_is_spelled(spelling, overwrite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in "in", "out":
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    out = spelling.format(tmp_path)
+    for path, other in (out, str(tmp_path / "in")), (str(tmp_path / "in"), out):
+        with pytest.raises(UserError, match="--out .* is .*, which this run reads"):
+            nano.claim_out(path, [None, "elsewhere", other], overwrite, True)
+    assert nano.claim_out("~/out", [out], overwrite, False) == str(tmp_path / "out")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Conversion: every copied row lies where the table in model.py says, fresh parts start in their ranges, nothing else
+# Conversion: every copied row lies where the table in distill.py says, fresh parts start in their ranges, nothing else
 # changes, and a converted layer with its fresh parts neutral is linear attention.
 
-def rows_of(linear, first=0, columns=False):
-    """Make every row (or column) of a Linear's weight recognisable: row i holds the value first + i."""
-    weight = linear.weight.data
-    weight.copy_((first + torch.arange(weight.shape[columns])).view((1, -1) if columns else (-1, 1)))
+def converted(init, layers=(0,), layout="t", seed=5, batch=None, dtype=torch.float64, **shape):
+    """-> a teacher, and a student (other weights, same shape) whose layers were converted under this seed."""
+    teacher = tiny(layout, dtype, **shape)
+    student = tiny(layout, dtype, seed=1, **shape)
+    torch.manual_seed(seed)
+    return teacher, convert(student, teacher, layers, init, batch)
 
 
-@pytest.mark.parametrize("init", ["aligned", "plain"])
+def number_rows(linear, first=0):
+    """Make every row of a Linear's weight recognisable: row i holds the value first + i."""
+    rows, _ = linear.weight.shape
+    linear.weight.data.copy_((first + torch.arange(rows))[:, None])
+
+
+def all_real(*shape):
+    """A calibration batch without padding."""
+    return some_tokens(*shape), torch.ones(*shape, dtype=torch.bool)
+
+
+# 4 query heads, 2 key/value heads of width 8, d_state 4: 2 chunks per head, 2 query heads share a key/value head.
+# plain keeps the order of heads (kv head, member, chunk), aligned lays out (kv head, chunk, member).
+CHUNK_ORDER = {"plain": [0, 1, 2, 3, 4, 5, 6, 7], "aligned": [0, 2, 1, 3, 4, 6, 5, 7]}
+
+
+def lanes(chunks, width=4):
+    """The lanes of these chunks, in order."""
+    return [width * chunk + lane for chunk in chunks for lane in range(width)]
+
+
+@pytest.mark.parametrize("init", CHUNK_ORDER)
 def test_conversion_puts_every_row_where_the_table_says(init):
-    """4 query heads, 2 key/value heads of width 8, d_state 4: 2 chunks per head, 2 query heads share a key/value head.
-    aligned lays out (kv head, chunk, member) where plain keeps the order of heads (kv head, member, chunk)."""
     teacher = tiny("t t")
-    attention = teacher.layers[1].self_attn
-    rows_of(attention.q_proj)
-    rows_of(attention.k_proj, 100)
-    rows_of(attention.v_proj, 200)
-    rows_of(attention.o_proj, columns=True)
+    attention = teacher.layers[1].mixer
+    number_rows(attention.q_proj)
+    number_rows(attention.k_proj, 100)
+    number_rows(attention.v_proj, 200)
+    attention.o_proj.weight.data.copy_(torch.arange(32).expand(24, 32))      # columns, numbered
     mixer = convert(tiny("t t", seed=1), teacher, [1], init).layers[1].mixer
-    weight = mixer.in_proj.weight
-    assert weight.shape == (32 + 16 + 16 + 32, 24)
-    assert weight[:32].abs().max() <= 24 ** -0.5                             # z is fresh, U(+-1/sqrt(hidden))
-    assert weight[32:48, 0].tolist() == list(range(200, 216))                # x from v
-    assert weight[48:64, 0].tolist() == list(range(100, 116))                # B from k
-    chunks = {"plain": [0, 1, 2, 3, 4, 5, 6, 7], "aligned": [0, 2, 1, 3, 4, 6, 5, 7]}[init]
-    order = [4 * chunk + lane for chunk in chunks for lane in range(4)]
-    assert weight[64:, 0].tolist() == order                                  # C from q
-    assert mixer.out_proj.weight[0].tolist() == order                        # out from o, by columns
-    assert (weight[32:] == weight[32:, :1]).all() and (mixer.out_proj.weight == mixer.out_proj.weight[:1]).all()
+    z, x, B, C = mixer.in_proj.weight.split([32, 16, 16, 32])
+    order = lanes(CHUNK_ORDER[init])
+    assert z.abs().max() <= 24 ** -0.5                                       # fresh, U(+-1/sqrt(hidden))
+    assert x.unique(dim=1)[:, 0].tolist() == list(range(200, 216))           # from v; all columns alike
+    assert B.unique(dim=1)[:, 0].tolist() == list(range(100, 116))           # from k
+    assert C.unique(dim=1)[:, 0].tolist() == order                           # from q
+    assert mixer.out_proj.weight.unique(dim=0)[0].tolist() == order          # from o, by columns
+    assert len(mixer.out_proj.weight.unique(dim=0)) == 1 == x.unique(dim=1).shape[1]
+
+
+BEYOND = {"biases": {"qkv_bias": True}, "norms": {"qk_norm": True}, "both": {"qkv_bias": True, "qk_norm": True}}
+
+
+@pytest.mark.parametrize("init", CHUNK_ORDER)
+@pytest.mark.parametrize("shape", BEYOND.values(), ids=BEYOND)
+def test_biases_and_norm_weights_of_attention_lie_where_its_rows_lie(shape, init):
+    teacher, student = converted(init, **shape)
+    attention = teacher.layers[0].mixer
+    mixer = student.layers[0].mixer
+    order = lanes(CHUNK_ORDER[init])
+    q_scale = attention.q_norm.weight.repeat(4) if "qk_norm" in shape else torch.ones(32)
+    k_scale = attention.k_norm.weight.repeat(2) if "qk_norm" in shape else torch.ones(16)
+    z, x, B, C = mixer.in_proj.weight.split([32, 16, 16, 32])
+    assert torch.equal(x, attention.v_proj.weight)
+    assert off(B, attention.k_proj.weight * k_scale[:, None]) < 1e-6
+    assert off(C, (attention.q_proj.weight * q_scale[:, None])[order]) < 1e-6
+    assert student.config.proj_bias == ("qkv_bias" in shape)
+    if "qkv_bias" in shape:
+        z, x, B, C = mixer.in_proj.bias.split([32, 16, 16, 32])
+        assert torch.equal(x, attention.v_proj.bias)
+        assert off(B, attention.k_proj.bias * k_scale) < 1e-6
+        assert off(C, (attention.q_proj.bias * q_scale)[order]) < 1e-6
+        for rest in (z, mixer.dt_in_proj.bias, mixer.out_proj.bias):
+            assert not rest.any()
+
+
+def test_the_smallest_d_state_that_fits_is_chosen_and_another_must_divide_a_head():
+    wanted = {128: 16, 64: 16, 100: 10, 120: 15, 80: 16, 96: 16, 8: 8, 26: 13}
+    for head_dim, d_state in wanted.items():
+        config = tiny("t", head_dim=head_dim).config
+        assert distill.choose_d_state(config, None) == d_state
+    config = tiny("t", head_dim=100).config
+    assert distill.choose_d_state(config, 20) == 20
+    with pytest.raises(UserError, match="--d-state 16 does not divide head_dim 100"):
+        distill.choose_d_state(config, 16)
+    hybrid = tiny("m2 t").config                                             # d_state 4
+    assert distill.choose_d_state(hybrid, None) == 4
+    with pytest.raises(UserError, match="have 4"):
+        distill.choose_d_state(hybrid, 8)
 
 
 @pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [
@@ -1266,35 +1747,40 @@ def test_conversion_puts_every_row_where_the_table_says(init):
 def test_aligned_conversion_pairs_each_query_chunk_with_its_own_key_chunk(n_head, n_kv_head, head_dim, d_state):
     """Read off the recurrence: channel chunk j uses chunk j of C and chunk j // r of B. For plain this fails."""
     shape = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
-    teacher, r, per_head = tiny("t", **shape), n_head // n_kv_head, head_dim // d_state
-    rows_of(teacher.layers[0].self_attn.q_proj)
+    r = n_head // n_kv_head
+    per_head = head_dim // d_state
     matched = {}
-    for init in ("aligned", "plain"):
-        C = convert(tiny("t", **shape), teacher, [0], init).layers[0].mixer.in_proj.weight[-n_head * head_dim:, 0]
-        pairs = [(int(C[j * d_state]) // d_state, j // r) for j in range(n_head * per_head)]
-        matched[init] = [(q // per_head // r, q % per_head) == (k // per_head, k % per_head) for q, k in pairs]
-        assert all(q // per_head // r == k // per_head for q, k in pairs)    # the kv head is right in either order
-    assert all(matched["aligned"]) and sum(matched["plain"]) == n_head       # plain: one chunk per head
+    for init in CHUNK_ORDER:
+        teacher = tiny("t", **shape)
+        number_rows(teacher.layers[0].mixer.q_proj)
+        mixer = convert(tiny("t", **shape), teacher, [0], init).layers[0].mixer
+        C = mixer.in_proj.weight[-n_head * head_dim:, 0]
+        matched[init] = 0
+        for j in range(n_head * per_head):
+            head, chunk = divmod(int(C[j * d_state]) // d_state, per_head)
+            kv_head, kv_chunk = divmod(j // r, per_head)
+            assert head // r == kv_head                                      # the kv head is right in either order
+            matched[init] += chunk == kv_chunk
+    assert matched == {"aligned": n_head * per_head, "plain": n_head}        # plain: one chunk per head
 
 
-def test_aligned_and_plain_differ_in_nothing_but_that_order():
-    models = {}
-    for init in ("aligned", "plain"):
-        student, teacher = tiny("t t", seed=1), tiny("t t")
-        torch.manual_seed(5)
-        models[init] = dict(convert(student, teacher, [0], init).named_parameters())
-    order = torch.tensor([4 * chunk + lane for chunk in (0, 2, 1, 3, 4, 6, 5, 7) for lane in range(4)])
-    for name, p in models["plain"].items():
+@pytest.mark.parametrize("d_state, order", [(4, lanes(CHUNK_ORDER["aligned"])), (8, list(range(32)))])
+def test_aligned_and_plain_differ_in_nothing_but_that_order(d_state, order):
+    """And in nothing at all where a chunk is a whole head."""
+    _, aligned = converted("aligned", layout="t t", d_state=d_state)
+    _, plain = converted("plain", layout="t t", d_state=d_state)
+    for (name, p), other in zip(plain.named_parameters(), aligned.parameters(), strict=True):
         wanted = p.clone()
         if name.endswith("mixer.in_proj.weight"):
             wanted[-32:] = p[-32:][order]
         if name.endswith("mixer.out_proj.weight"):
             wanted = p[:, order]
-        assert torch.equal(models["aligned"][name], wanted), name
+        assert torch.equal(other, wanted), name
 
 
 def test_a_ridge_fit_finds_a_linear_map():
-    a, w = torch.randn(200, 6), torch.randn(3, 6)
+    a = torch.randn(200, 6)
+    w = torch.randn(3, 6)
     assert (distill.ridge_fit(a, a @ w.T, strength=1e-9) - w).abs().max() < 1e-6
     assert distill.ridge_fit(a, a @ w.T, strength=10.0).norm() < w.norm() / 2   # the penalty pulls towards zero
 
@@ -1302,117 +1788,117 @@ def test_a_ridge_fit_finds_a_linear_map():
 def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does():
     """For the same input: aligned starts as far from the attention's output as writing nothing. Padding does not count:
     other ids there change nothing."""
-    teacher, tokens = tiny("t t t", torch.float32), torch.randint(0, 61, (8, 40))
+    teacher = tiny("t t t", torch.float32)
+    tokens = some_tokens(8, 40)
     real = torch.arange(40) < torch.randint(20, 41, (8, 1))
-    error = {}
-    for init in ("calibrated", "aligned"):
-        for pad in (0, 7):
-            torch.manual_seed(5)
-            student = convert(copy.deepcopy(teacher), teacher, [1], init, (tokens.where(real, torch.tensor(pad)), real))
-            x = teacher.embed_tokens(tokens)
-            place, _ = nano.make_place(teacher.config, tokens, 0, None, None, torch.float32)
-            x = teacher.layers[1].input_layernorm(teacher.layers[0](x, None, place)[0])
-            wanted = teacher.layers[1].self_attn(x, None, place)[0][real]
-            written = student.layers[1].mixer(x, None, place)[0][real]
-            error[init, pad] = ((written - wanted).norm() / wanted.norm()).item()
-    assert error["calibrated", 0] == error["calibrated", 7] < 0.9 < error["aligned", 0], error
+    place = teacher_place(teacher, tokens)
+    before, _ = teacher.layers[0](teacher.embed_tokens(tokens), None, place)
+    x = teacher.layers[1].input_layernorm(before)
+    wanted = teacher.layers[1].mixer(x, None, place)[0][real]
+
+    def error(init, pad):
+        torch.manual_seed(5)
+        batch = tokens.where(real, torch.tensor(pad)), real
+        student = convert(copy.deepcopy(teacher), teacher, [1], init, batch)
+        written = student.layers[1].mixer(x, None, place)[0][real]
+        return ((written - wanted).norm() / wanted.norm()).item()
+
+    assert error("calibrated", 0) == error("calibrated", 7) < 0.9 < error("aligned", 0)
 
 
 def test_calibrating_changes_gate_and_output_of_the_new_layers_alone():
-    teacher, batch = tiny("t t t"), (torch.randint(0, 61, (4, 30)), torch.ones(4, 30, dtype=torch.bool))
-    models = []
-    for init in ("aligned", "calibrated"):
-        torch.manual_seed(5)
-        models.append(dict(convert(copy.deepcopy(teacher), teacher, [1], init, batch).named_parameters()))
-    changed = {name for name, p in models[0].items() if not torch.equal(p, models[1][name])}
-    assert changed == {"layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"}
-    inner = teacher.config.n_head * teacher.config.head_dim                  # rows of z come first; only they differ
-    assert torch.equal(*(m["layers.1.mixer.in_proj.weight"][inner:] for m in models))
+    batch = all_real(4, 30)
+    _, aligned = converted("aligned", [1], "t t t")
+    _, calibrated = converted("calibrated", [1], "t t t", batch=batch)
+    changed = [name for (name, p), q in zip(aligned.named_parameters(), calibrated.parameters())
+               if not torch.equal(p, q)]
+    assert changed == ["layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"]
+    rest = [lm.layers[1].mixer.in_proj.weight[32:] for lm in (aligned, calibrated)]      # z comes first
+    assert torch.equal(*rest)
     with pytest.raises(UserError, match="batch"):
-        convert(copy.deepcopy(teacher), teacher, [1], "calibrated")
-
-
-def test_plain_is_aligned_where_a_chunk_is_a_whole_head():
-    models = []
-    for init in ("aligned", "plain"):
-        student, teacher = tiny("t", seed=1, d_state=8), tiny("t", d_state=8)
-        torch.manual_seed(5)
-        models.append(convert(student, teacher, [0], init))
-    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+        converted("calibrated", [1], "t t t")
 
 
 @pytest.mark.parametrize("init", ["aligned", "plain", "random"])
 def test_fresh_parts_start_in_their_ranges(init):
     """The step size counts its bias twice, so softplus(2 * bias) must span [0.001, 0.1], log-uniformly."""
     wide = dict(n_head=32, n_kv_head=8, head_dim=16, d_model=64, d_state=8, dt_rank=9, dt_scale=0.5)
-    mixer = convert(tiny("t", torch.float32, **wide), tiny("t", torch.float32, **wide), [0], init).layers[0].mixer
+    _, student = converted(init, dtype=torch.float32, **wide)
+    mixer = student.layers[0].mixer
     step = torch.nn.functional.softplus(2 * mixer.dt_proj.bias)
     assert 0.00099 < step.min() < 0.0015 and 0.07 < step.max() < 0.101
     assert abs(step.log().mean() - math.log(0.01)) < 0.3                     # the middle of the range, on a log scale
     assert torch.equal(mixer.A_log, torch.arange(1, 9).float().log().expand(512, 8))
     assert torch.equal(mixer.D, torch.ones(512))
-    for part, bound in ((mixer.conv1d.weight, 0.5), (mixer.conv1d.bias, 0.5), (mixer.dt_in_proj.weight, 1 / 8),
-                        (mixer.dt_proj.weight, 0.5 / 3), (mixer.in_proj.weight[:512], 1 / 8)):
+    uniform = [(mixer.conv1d.weight, 1 / 2), (mixer.conv1d.bias, 1 / 2), (mixer.dt_in_proj.weight, 1 / 8),
+               (mixer.dt_proj.weight, 0.5 / 3), (mixer.in_proj.weight[:512], 1 / 8)]
+    for part, bound in uniform:
         assert 0.9 * bound < part.abs().max() <= bound
-        assert abs(part.mean()) < 0.1 * bound and part.abs().mean() > 0.4 * bound            # uniform, both signs
+        assert abs(part.mean()) < 0.1 * bound                                # both signs ...
+        assert part.abs().mean() > 0.4 * bound                               # ... and all sizes
 
 
 def test_fresh_parts_follow_the_seed_and_differ_between_layers():
-    def mixers(seed):
-        student, teacher = tiny("t t t", seed=1), tiny("t t t")
-        torch.manual_seed(seed)
-        return [block.mixer for block in convert(student, teacher, [0, 1], "aligned").layers[:2]]
-    (a, b), (same, _), (other, _) = mixers(0), mixers(0), mixers(1)
+    _, one = converted("aligned", [0, 1], "t t t", seed=0)
+    _, same = converted("aligned", [0, 1], "t t t", seed=0)
+    _, other = converted("aligned", [0, 1], "t t t", seed=1)
     for name in ("dt_proj.bias", "conv1d.weight", "dt_in_proj.weight"):
-        one, two, three, four = (mixer.get_parameter(name) for mixer in (a, same, b, other))
-        assert torch.equal(one, two) and not torch.equal(one, three) and not torch.equal(one, four)
+        part = one.layers[0].mixer.get_parameter(name)
+        assert torch.equal(part, same.layers[0].mixer.get_parameter(name))
+        assert not torch.equal(part, one.layers[1].mixer.get_parameter(name))
+        assert not torch.equal(part, other.layers[0].mixer.get_parameter(name))
 
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_conversion_changes_nothing_else(init, dtype):
-    """The other parameters of the student are the very same objects' values, the teacher is untouched, the layout and
-    the parameter names are those of the new layers, and the result runs, saves and goes on converting."""
-    teacher, student = tiny("t t t", dtype), tiny("t t t", dtype, seed=1)
-    before, kept = ({k: v.clone() for k, v in m.state_dict().items()} for m in (teacher, student))
-    batch = some_tokens(2, 20), torch.ones(2, 20, dtype=torch.bool)
+    """The other parameters of the student keep their values, the teacher is untouched, the layout and the parameter
+    names are those of the new layers, and the result runs and goes on converting."""
+    teacher = tiny("t t t", dtype)
+    student = tiny("t t t", dtype, seed=1)
+    untouched = copy.deepcopy(teacher.state_dict())
+    before = copy.deepcopy(student.state_dict())
+    batch = all_real(2, 20)
     assert convert(student, teacher, [2, 0], init, batch) is student
     new = "n" if init == "identity" else "m2"
     assert student.config.layout == (new, "t", new) == tuple(block.kind for block in student.layers)
     assert teacher.config.layout == ("t", "t", "t")
-    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert all(torch.equal(p, untouched[name]) for name, p in teacher.state_dict().items())
+
     after = student.state_dict()
-    for name, value in kept.items():
-        gone = name.startswith(("layers.0.", "layers.2.")) and (
-            "self_attn" in name or (init == "identity" and "input_layernorm" in name))
-        assert (name not in after) if gone else torch.equal(after[name], value), name
-    rest = {name for name in after if name not in kept}
-    assert all(".mixer." in name for name in rest) and (len(rest) == 0) == (init == "identity")
-    for name in rest:
-        assert after[name].dtype == (torch.float32 if name.endswith(("A_log", ".D")) and dtype == torch.bfloat16
-                                     else dtype if dtype == torch.bfloat16 else torch.float64), name
-    twin = HybridLM(student.config)
-    assert set(twin.state_dict()) == set(after)
+    lost = {name for name in before if name not in after}
+    made = {name for name in after if name not in before}
+    assert all(torch.equal(after[name], before[name]) for name in before if name not in lost)
+    assert {name.split(".")[1] for name in lost | made} == {"0", "2"}
+    assert all(".mixer." in name or (init == "identity" and "input_layernorm" in name) for name in lost)
+    assert all(".mixer." in name for name in made) and bool(made) == (init != "identity")
+    for name in made:
+        kept = name.endswith(("A_log", ".D")) and dtype == torch.bfloat16
+        assert after[name].dtype == (torch.float32 if kept else dtype), name
+    assert set(HybridLM(student.config).state_dict()) == set(after)          # as a file of this config must hold them
     logits, _ = student(some_tokens(2, 5))
-    assert torch.isfinite(logits).all() and convert(student, teacher, [1], init, batch).config.layout == (new,) * 3
+    assert torch.isfinite(logits).all()
+    assert convert(student, teacher, [1], init, batch).config.layout == (new,) * 3
 
 
 def test_identity_removes_the_mixer():
-    student = convert(tiny("t t"), tiny("t t"), [0], "identity")
-    block, x = student.layers[0], torch.randn(2, 3, 24, dtype=torch.float64)
-    assert torch.equal(block(x, None, None)[0], x + block.mlp(block.post_attention_layernorm(x)))
-    assert not hasattr(block, "self_attn") and not hasattr(block, "input_layernorm")
+    _, student = converted("identity", layout="t t")
+    block = student.layers[0]
+    x = torch.randn(2, 3, 24, dtype=torch.float64)
+    y, _ = block(x, None, None)
+    assert torch.equal(y, x + block.mlp(block.post_attention_layernorm(x)))
+    assert block.mixer is None and not hasattr(block, "input_layernorm")
 
 
 def test_random_copies_nothing():
     teacher = tiny("t")
-    for linear in (teacher.layers[0].self_attn.q_proj, teacher.layers[0].self_attn.v_proj):
-        linear.weight.data.fill_(7.0)
+    for p in teacher.layers[0].mixer.parameters():
+        p.data.fill_(7.0)
     mixer = convert(tiny("t"), teacher, [0], "random").layers[0].mixer
     assert mixer.in_proj.weight.abs().max() < 1 and mixer.out_proj.weight.abs().max() < 1
 
 
-IMPOSSIBLE = {
+IMPOSSIBLE = {                               # layers, init, student, teacher (changes of shape), what the error names
     "no such layer": ([5], "aligned", {}, {}, "layer 5"),
     "negative layer": ([-1], "aligned", {}, {}, "layer -1"),
     "layer named twice": ([1, 1], "aligned", {}, {}, "layer 1"),
@@ -1421,62 +1907,66 @@ IMPOSSIBLE = {
     "teacher with fewer layers": ([0], "aligned", {}, {"layout": "t t"}, "n_layer"),
     "teacher with other heads": ([0], "random", {}, {"n_kv_head": 4}, "n_kv_head"),
     "unknown init": ([0], "magic", {}, {}, "magic"),
-    "d_state that does not divide a head": ([0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "d_state 16"),
-    "d_state that divides nothing": ([0], "random", {"d_state": 5}, {}, "16 % 5"),
+    "d_state that does not divide a head": ([0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "head_dim 8 .* d_state 16"),
+    "d_state that divides nothing": ([0], "random", {"d_state": 5}, {}, "head_dim 8 .* d_state 5"),
     "widths unlike the heads": ([0], "plain", {"d_inner": 64}, {}, "d_inner 64"),
-    "projection biases": ([0], "aligned", {"proj_bias": True}, {}, "bias True"),
+    "Mamba layers without a place for biases": (
+        [0], "aligned", {"layout": "t t m2", "qkv_bias": True}, {"qkv_bias": True}, "biases"),
 }
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_impossible_conversion_is_refused_and_changes_nothing(case):
-    layers, init, student, teacher, named = IMPOSSIBLE[case]
-    student, teacher = tiny(**{"layout": "t t t"} | student), tiny(**{"layout": "t t t"} | teacher)
-    config, names = student.config, list(student.state_dict())
+    layers, init, of_student, of_teacher, named = IMPOSSIBLE[case]
+    student = tiny(**{"layout": "t t t"} | of_student)
+    teacher = tiny(**{"layout": "t t t"} | of_teacher)
+    config = student.config
+    names = list(student.state_dict())
     with pytest.raises(UserError, match=named):
         convert(student, teacher, layers, init)
     assert student.config == config and list(student.state_dict()) == names
+    assert config.layout == tuple(block.kind for block in student.layers)
 
 
-def linear_attention_mixer(attention, config, init):
-    """Convert, then set the fresh parts so that nothing but the copied weights acts: decay 1, step 1, no D, a conv that
-    lets only the newest input through. The two SiLUs cannot be switched off, but are straight lines far from 0 (30 + x
-    to 1e-12), so the conv's bias is 30, and z reads 30 from a feature that is always 1. Both show up in the result."""
-    student = convert(tiny("t", **config), attention, [0], init)
-    mixer = student.layers[0].mixer
-    with torch.no_grad():
-        mixer.dt_in_proj.weight.zero_()
-        mixer.dt_proj.bias.fill_(math.log(math.e - 1) / 2)                   # softplus(2 * bias) = 1
-        mixer.A_log.fill_(-math.inf)                                         # A = -exp(-inf) = 0, exp(dt A) = 1
-        mixer.D.zero_()
-        mixer.conv1d.weight.zero_()
-        mixer.conv1d.weight[:, 0, -1] = 1
-        mixer.conv1d.bias.fill_(30)
-        mixer.in_proj.weight[:config["n_head"] * config["head_dim"]] = 0
-        mixer.in_proj.weight[:config["n_head"] * config["head_dim"], 0] = 30
-    return student
+@torch.no_grad()
+def make_neutral(mixer):
+    """Set the fresh parts so that nothing but the copied weights acts: decay 1, step 1, no D, a conv that lets only the
+    newest input through. The two SiLUs cannot be switched off, but are straight lines far from 0 (30 + x to 1e-12), so
+    the conv's bias is 30, and z reads 30 from a feature that is always 1. Both show up in the result."""
+    z = mixer.in_proj.weight[:mixer.config.d_inner]
+    for weight in (mixer.dt_in_proj.weight, mixer.D, mixer.conv1d.weight, z):
+        weight.zero_()
+    mixer.dt_proj.bias.fill_(math.log(math.e - 1) / 2)                       # softplus(2 * bias) = 1
+    mixer.A_log.fill_(-math.inf)                                             # A = -exp(-inf) = 0, exp(dt A) = 1
+    mixer.conv1d.weight[:, 0, -1] = 1
+    mixer.conv1d.bias.fill_(30)
+    z[:, 0] = 30
 
 
 @pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [
     (4, 2, 8, 8), (4, 2, 8, 4), (6, 2, 12, 2), (2, 2, 8, 4)])
-@pytest.mark.parametrize("init", ["aligned", "plain"])
+@pytest.mark.parametrize("init", CHUNK_ORDER)
 def test_converted_layer_is_linear_attention_chunk_by_chunk(init, n_head, n_kv_head, head_dim, d_state):
     """With d_state = head_dim the mixer is causal linear attention, grouped, through o_proj. With smaller d_state,
     aligned weighs each chunk of a value by its own chunk of q . k; plain only if there is one chunk, or no grouping."""
-    config = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
-    teacher = tiny("t", **config)
-    mixer, attention = linear_attention_mixer(teacher, config, init).layers[0].mixer, teacher.layers[0].self_attn
+    shape = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
+    teacher, student = converted(init, **shape)
+    mixer = student.layers[0].mixer
+    make_neutral(mixer)
     x = torch.randn(1, 6, 24, dtype=torch.float64) * 0.3
     x[..., 0] = 1
-    q, k, v = ((linear(x)[0].detach().view(6, heads, head_dim // d_state, d_state)) for linear, heads in (
-        (attention.q_proj, n_head), (attention.k_proj, n_kv_head), (attention.v_proj, n_kv_head)))
-    y = torch.zeros_like(q)
-    for head, now, then in ((h, i, j) for h in range(n_head) for i in range(6) for j in range(i + 1)):
-        kv = head // (n_head // n_kv_head)
-        for chunk in range(head_dim // d_state):
-            y[now, head, chunk] += 30 * (q[now, head, chunk] @ k[then, kv, chunk]) * (v[then, kv, chunk] + 30)
-    wanted = attention.o_proj(y.view(1, 6, -1))
-    got = mixer(x, None, teacher_place(teacher, x))[0]
+    attention = teacher.layers[0].mixer
+    chunks = (-1, head_dim // d_state, d_state)
+    q = attention.q_proj(x)[0].unflatten(-1, chunks)                         # (t, heads, chunks, lanes)
+    k = attention.k_proj(x)[0].unflatten(-1, chunks)
+    v = attention.v_proj(x)[0].unflatten(-1, chunks)
+    group = n_head // n_kv_head
+    k = k.repeat_interleave(group, dim=1)
+    v = v.repeat_interleave(group, dim=1)
+    weight = torch.einsum("thcl,shcl->hcts", q, k).tril()                    # s <= t
+    y = 30 * torch.einsum("hcts,shcl->thcl", weight, v + 30)                 # gate 30, conv bias 30
+    wanted = attention.o_proj(y.reshape(1, 6, -1))
+    got, _ = mixer(x, None, teacher_place(teacher, x))
     if init == "aligned" or d_state == head_dim or n_head == n_kv_head:
         assert off(got, wanted) < 1e-8
     else:
@@ -1484,8 +1974,10 @@ def test_converted_layer_is_linear_attention_chunk_by_chunk(init, n_head, n_kv_h
 
 
 def teacher_place(model, x):
-    """The Place of a plain sequence, for calling a mixer by itself."""
-    return nano.make_place(model.config, torch.zeros(x.shape[:2], dtype=torch.long), 0, None, None, x.dtype)[0]
+    """The Place of plain sequences, tokens or inputs (b, t, ...), for calling a layer by itself."""
+    tokens = torch.zeros(x.shape[:2], dtype=torch.long)
+    place, _ = nano.make_place(model.config, tokens, 0, None, None, model.norm.weight.dtype)
+    return place
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1577,7 +2069,8 @@ def naive_encode(raw, text):
             piece = unicodedata.normalize(form, piece)
         for word in naive_words(raw, piece):
             whole = model.get("ignore_merges") and word in model["vocab"]
-            ids += [model["vocab"][part] for part in ([word] if whole else join(list(word), rank))]
+            parts = [word] if whole else join(list(word), rank)
+            ids += [model["vocab"][part] for part in parts]
     return ids
 
 
@@ -1603,9 +2096,17 @@ def added_token(token, text, **change):
             "special": True} | change
 
 
-def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merges=False, all_splits=False,
-                   as_strings=True, extra=(), merges=None, special=SPECIAL, normalizer=None, missing="", byte_regex=False,
-                   named=True):
+def bpe_model(vocab, merges, named=True, **change):
+    """The model of a tokenizer.json. named: it has a type."""
+    model = {"type": "BPE"} if named else {}
+    return model | {"dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                    "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                    "ignore_merges": False, "vocab": vocab, "merges": merges} | change
+
+
+def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merges=False,
+                   all_splits=False, as_strings=True, extra=(), merges=None, special=SPECIAL,
+                   normalizer=None, missing="", byte_regex=False, named=True):
     """The dict of a tokenizer.json. steps: names in PATTERNS, or "digits"; byte_regex: ByteLevel splits, too.
     all_splits: list every way to make a token, as files converted from tiktoken do. extra: tokens without any merge,
     found only when a whole piece is looked up. missing: bytes without a token. named: the model names its type."""
@@ -1624,16 +2125,15 @@ def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merg
         if name == "digits":
             pre.append({"type": "Digits", "individual_digits": True})
         else:
-            pre.append({"type": "Split", "pattern": {"Regex": PATTERNS[name]}, "behavior": "Isolated", "invert": False})
+            pattern = {"Regex": PATTERNS[name]}
+            pre.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": byte_regex}
+    merges = [" ".join(merge) if as_strings else list(merge) for merge in merges]
     return {"version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [added_token(vocab[text], text) for text in special],
-            "normalizer": normalizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*pre, level]},
-            "post_processor": None, "decoder": dict(level),
-            "model": ({"type": "BPE"} if named else {}) | {
-                "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                "fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges, "vocab": vocab,
-                "merges": [" ".join(m) if as_strings else list(m) for m in merges]}}
+            "normalizer": normalizer, "post_processor": None, "decoder": dict(level),
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*pre, level]},
+            "model": bpe_model(vocab, merges, named, ignore_merges=ignore_merges)}
 
 
 def load_from(raw, path):
@@ -1658,7 +2158,6 @@ TOKENIZERS = {
     "SmolLM kind": dict(steps=("digits",), missing="\x00\x04\x7f\xc0\xc1\xf1", byte_regex=True),
     "half of the bytes missing": dict(missing="".join(map(chr, range(1, 256, 2))), count=0),
     "Qwen kind": dict(steps=("llama3",), normalizer={"type": "NFC"}),
-    "NFKD": dict(steps=("llama3",), normalizer={"type": "NFKD"}),
     "DeepSeek kind": dict(steps=("up to three digits", "CJK", "DeepSeek"),
                           normalizer={"type": "Sequence", "normalizers": []}),
     "special tokens that begin alike": dict(special=("<s>", "<s>>", "<s", "</s>", "[INST]", "[[INST]")),
@@ -1677,7 +2176,8 @@ def random_texts(count, seed=0):
         for _ in range(rng.choice([0, 0, 3])):
             plane = rng.choice([0x80, 0x2000, 0xD800, 0x110000])
             letter = chr(rng.randrange(plane))
-            parts.append(letter if letter.isprintable() else "")
+            # The libraries know different versions of Unicode: only letters that none has to reorder.
+            parts.append(letter if letter.isprintable() and not unicodedata.combining(letter) else "")
         texts.append("".join(parts))
     return texts
 
@@ -1778,7 +2278,7 @@ def test_accepted_added_tokens_give_the_ids_of_the_library(tmp_path):
     accepted = 0
     refused = 0
     for _ in range(150):
-        raw = make_tokenizer(special=(), count=20, normalizer=rng.choice([None, {"type": "NFC"}, {"type": "NFKD"}]))
+        raw = make_tokenizer(special=(), count=20, normalizer=rng.choice([None, {"type": "NFC"}]))
         vocab = raw["model"]["vocab"]
         following = len(vocab)
         for _ in range(rng.randrange(1, 5)):
@@ -1802,6 +2302,10 @@ def no_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
 
 
+def edit_file(**change):
+    return lambda raw: raw.update(change)
+
+
 def edit(**change):
     return lambda raw: raw["model"].update(change)
 
@@ -1822,6 +2326,13 @@ def add_merge(merge):
     return lambda raw: raw["model"]["merges"].append(merge)
 
 
+def drop_byte(letter, **change):
+    def drop(raw):
+        del raw["model"]["vocab"][letter]
+        raw["model"].update(change)
+    return drop
+
+
 def swap_merges(raw):
     merges = raw["model"]["merges"]
     merges[3], merges[90] = merges[90], merges[3]
@@ -1829,25 +2340,23 @@ def swap_merges(raw):
 
 # What ByteTokenizer cannot hold: where the package tokenizers is missing, the reason and what to install.
 NEEDS_LIBRARY = {
-    "a normalizer": (lambda raw: raw.update(normalizer={"type": "Lowercase"}), r"a normalizer \(Lowercase\)"),
+    "a normalizer": (edit_file(normalizer={"type": "NFKC"}), r"a normalizer \(NFKC\)"),
     "a special token that strips": (edit_added(lstrip=True), r"'\[INST\]' strips"),
     "a special token between word borders": (edit_added(single_word=True), r"'\[INST\]' .* word borders"),
     "removed separators": (edit_step(0, behavior="Removed"), "Split, behavior Removed"),
     "separators merged with what precedes": (edit_step(0, behavior="MergedWithPrevious"), "MergedWithPrevious"),
     "an inverted split": (edit_step(0, invert=True), "invert True"),
     "a pattern that is no regex": (edit_step(0, pattern={"Regex": "(a"}), "pattern: missing"),
-    "another step": (lambda raw: raw["pre_tokenizer"]["pretokenizers"].insert(1, {"type": "BertPreTokenizer"}), "step BertP"),
-    "another splitter": (lambda raw: raw.update(pre_tokenizer={"type": "Metaspace"}), "ByteLevel"),
-    "no splitter": (lambda raw: raw.update(pre_tokenizer=None), "ByteLevel"),
+    "another step": (edit_step(0, type="BertPreTokenizer"), "a step BertPreTokenizer"),
+    "another splitter": (edit_file(pre_tokenizer={"type": "Metaspace"}), "ByteLevel"),
+    "no splitter": (edit_file(pre_tokenizer=None), "ByteLevel"),
     "a prefix space": (edit_step(1, add_prefix_space=True), "prefix space"),
     "Unigram": (edit(type="Unigram"), "model type Unigram"),
-    "no model": (lambda raw: raw.update(model=None), "not byte-level BPE"),
-    "a continuation prefix": (edit(continuing_subword_prefix="##"), "continuing_subword_prefix = '##'"),
+    "no model": (edit_file(model=None), "not byte-level BPE"),
     "a word suffix": (edit(end_of_word_suffix="</w>"), "end_of_word_suffix = '</w>'"),
     "byte fallback": (edit_vocab(**{"▁the": 380, "<0x0A>": 381}), "'▁' is not a character of byte-level BPE"),
-    "a byte that a merge needs": (lambda raw: raw["model"]["vocab"].pop("t"), "not in the vocabulary"),
-    "bytes that become unknown": (lambda raw: raw["model"].update(unk_token="Z") or raw["model"]["vocab"].pop("\u0100"),
-                                  "bytes without a token"),
+    "a byte that a merge needs": (drop_byte("t"), "not in the vocabulary"),
+    "bytes that become unknown": (drop_byte("\u0100", unk_token="Z"), "bytes without a token"),
     "merges out of order": (swap_merges, "not in the order of ids"),
     "a merge of unknown tokens": (add_merge("Z Z"), "not in the vocabulary"),
     "a token that no merge gives": (edit_vocab(ZZZ=9000), "b'ZZZ' is not what its merges give"),
@@ -1856,6 +2365,7 @@ NEEDS_LIBRARY = {
 # What no package would put right.
 CONTRADICTIONS = {
     "dropout": (edit(dropout=0.1), "model.dropout = 0.1: the ids of a text are random"),
+    "a continuation prefix": (edit(continuing_subword_prefix="##"), "continuing_subword_prefix = '##'"),
     "a merge of three": (add_merge("Z Z Z"), "a merge does not name two tokens"),
     "an id that is another's": (edit_vocab(Z=70), "two tokens have the same id"),
     "an id that is none": (edit_vocab(Z=-1), "-1 is no token id"),
@@ -1864,7 +2374,7 @@ CONTRADICTIONS = {
     "a special token without text": (edit_added(content=""), "'' stands there twice, or is empty"),
     "a hole before a special token": (edit_added(content="<x>", id=900), "the id 900; by the vocabulary it is 3[0-9]+"),
     "a special token that is in the vocabulary": (edit_added(content="the"), "'the' has the id 2; by the .* it is"),
-    "a list of nothing": (lambda raw: raw.update(added_tokens=[None]), r"not understood \(TypeError"),
+    "a list of nothing": (edit_file(added_tokens=[None]), r"not understood \(TypeError"),
 }
 
 
@@ -1915,9 +2425,9 @@ def sentencepiece(metaspace=False):
         raw["normalizer"] = None
         space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
         raw["pre_tokenizer"] = space
-    raw["model"] = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                    "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-                    "vocab": {token: i for i, token in enumerate(tokens)}, "merges": [" ".join(m) for m in merges]}
+    vocab = {token: i for i, token in enumerate(tokens)}
+    raw["model"] = bpe_model(vocab, [" ".join(merge) for merge in merges], unk_token="<unk>",
+                             fuse_unk=True, byte_fallback=True)
     return raw
 
 
@@ -2008,7 +2518,8 @@ LLAMA3 = """{{- bos_token }}
 {%- set date = strftime_now("%Y") if strftime_now is defined else "none" %}
 {{- "<|start_header_id|>system<|end_header_id|>\\n\\nThe year: " + date + "\\n" + system + "<|eot_id|>" }}
 {%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -2081,7 +2592,7 @@ def test_prompts_are_those_of_transformers(case, form, tmp_path):
         try:
             expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:
-            with pytest.raises(UserError, match=f"its chat template: .*{error}"):
+            with pytest.raises(UserError, match=f"its chat template: failed .*{error}"):
                 chat.prompt(messages)
             continue
         assert chat.prompt(messages) == expected
@@ -2113,10 +2624,10 @@ def test_a_template_without_an_end_token_takes_the_checkpoints(tmp_path):
     (dict(chat_template="{% if %}"), "its chat template: .*Expected an expression"),
     (dict(chat_template=5), "chat_template: expected a text, found int"),
     (dict(chat_template=[5]), "chat_template: not understood"),
-    (dict(chat_template=[{"name": "rag", "template": "x"}]), "chat_template: of the templates rag none is named default")])
+    (dict(chat_template=[{"name": "rag", "template": "x"}]), "of the templates rag none is named default")])
 def test_a_template_that_cannot_be_read_is_a_refusal_not_a_failure(config, words, tmp_path):
     chat = chat_from(tmp_path, **config)
-    assert re.search(f"{tmp_path}: {words}", chat.refusal)
+    assert re.search(f"{tmp_path}: .*{words}", chat.refusal)
     with pytest.raises(UserError, match=words):
         chat.prompt(talk(("user", "a")))
 
@@ -2154,23 +2665,23 @@ def kernel_inputs(b, t, d, n, g, gc, dtype=torch.float32, device=DEVICE, seed=0)
     """Arguments of the scan by name; the values of those in dtype are exact in it."""
     rng = torch.Generator(device).manual_seed(seed)
     r = lambda *s, to=torch.float32: torch.randn(*s, generator=rng, device=device).to(to)
-    return dict(x=r(b, t, d, to=dtype), dt=r(b, t, d, to=dtype), A=-2 * r(d, n).abs() - 0.01, B=r(b, t, g, n, to=dtype),
-                C=r(b, t, gc, n, to=dtype), D=r(d), z=r(b, t, d, to=dtype), dt_bias=r(d), state=r(b, d, n))
+    return dict(u=r(b, t, d, to=dtype), dt=r(b, t, d, to=dtype), A=-2 * r(d, n).abs() - 0.01, B=r(b, t, g, n, to=dtype),
+                C=r(b, t, gc, n, to=dtype), D=r(d), z=r(b, t, d, to=dtype), dt_bias=r(d), h=r(b, d, n))
 
 
 def check_scan(inputs, reset=None, tolerance=None, reference=scan_loop, dtype=torch.float64):
     """All values and gradients of the Triton scan against a reference. Returns the Triton results."""
-    low = inputs["x"].dtype == torch.bfloat16
-    cotangents = torch.randn_like(inputs["x"]), torch.randn_like(inputs["state"] if "state" in inputs else
-                                                               inputs["A"].expand(len(inputs["x"]), -1, -1))
+    low = inputs["u"].dtype == torch.bfloat16
+    cotangents = torch.randn_like(inputs["u"]), torch.randn_like(inputs["h"] if "h" in inputs else
+                                                               inputs["A"].expand(len(inputs["u"]), -1, -1))
     want = run_scan(reference, inputs, reset, cotangents, dtype)
     got = run_scan(selective_scan, inputs, reset, cotangents, impl="triton")
     for name, w in want.items():
         assert got[name].isfinite().all(), name
         error = (got[name].double() - w.double()).norm() / w.double().norm().clamp(min=1e-6)
-        rounded = low and name in ("y", "dx", "ddt", "dB", "dC", "dz")
+        rounded = low and name in ("y", "du", "ddt", "dB", "dC", "dz")
         assert error < (tolerance or (5e-3 if rounded else 2e-6)), f"{name}: relative error {error:.1e}"
-        assert name == "state" or got[name].dtype == (inputs[name[1:]] if name != "y" else inputs["x"]).dtype
+        assert name == "h" or got[name].dtype == (inputs[name[1:]] if name != "y" else inputs["u"]).dtype
     return got
 
 
@@ -2213,9 +2724,9 @@ def test_triton_scan_with_extreme_steps(small_blocks, shift):
 def test_triton_softplus_is_exact_for_small_steps():
     inputs = kernel_inputs(1, 2, 32, 4, 1, 1)
     dt = torch.linspace(-25, 25, 64, device=DEVICE).view(1, 2, 32)
-    y, h = selective_scan(**inputs | {"dt": dt, "state": None, "D": None, "dt_bias": None, "z": None}, impl="triton")
+    y, h = selective_scan(**inputs | {"dt": dt, "h": None, "D": None, "dt_bias": None, "z": None}, impl="triton")
     read = (inputs["B"] * inputs["C"])[:, 0].sum(-1)
-    want = torch.nn.functional.softplus(dt.double())[:, 0] * inputs["x"][:, 0] * read
+    want = torch.nn.functional.softplus(dt.double())[:, 0] * inputs["u"][:, 0] * read
     assert ((y[:, 0] / want - 1).abs() < 1e-5).all()
 
 
@@ -2223,35 +2734,35 @@ def test_triton_softplus_is_exact_for_small_steps():
 def test_triton_scan_in_bfloat16_from_slices(small_blocks):
     """Inputs as the mixer makes them: slices of one wider tensor, half precision."""
     inputs = kernel_inputs(2, 5, 32, 8, 2, 4, torch.bfloat16)
-    wide = torch.cat([inputs["z"], inputs["B"].flatten(2), inputs["C"].flatten(2), inputs["x"]], dim=2)
+    wide = torch.cat([inputs["z"], inputs["B"].flatten(2), inputs["C"].flatten(2), inputs["u"]], dim=2)
     z, B, C, x = wide.split([32, 16, 32, 32], dim=2)
-    sliced = inputs | {"x": x, "z": z, "B": B.view(2, 5, 2, 8), "C": C.view(2, 5, 4, 8)}
+    sliced = inputs | {"u": x, "z": z, "B": B.view(2, 5, 2, 8), "C": C.view(2, 5, 4, 8)}
     got, want = (selective_scan(**m, impl="triton") for m in (sliced, inputs))
     assert all(torch.equal(a, b) for a, b in zip(got, want))
     turned = {k: v.transpose(-1, -2).contiguous().transpose(-1, -2) if v.dim() > 1 else v for k, v in inputs.items()}
-    assert not turned["x"].is_contiguous()
+    assert not turned["u"].is_contiguous()
     check_scan(turned, resets(2, 5, (1, 2)))
 
 
 @needs_triton
 def test_triton_scan_without_the_optional_parts():
     inputs = kernel_inputs(1, 5, 16, 4, 2, 4)
-    check_scan({k: inputs[k] for k in ("x", "dt", "A", "B", "C")})
+    check_scan({k: inputs[k] for k in ("u", "dt", "A", "B", "C")})
 
 
 @needs_triton
 def test_triton_scan_repeats_bit_for_bit_and_continues(small_blocks):
     inputs, reset = kernel_inputs(1, 12, 16, 4, 2, 4), resets(1, 12, (0, 7))
-    cotangents = torch.randn_like(inputs["x"]), torch.randn_like(inputs["state"])
+    cotangents = torch.randn_like(inputs["u"]), torch.randn_like(inputs["h"])
     first, again = (run_scan(selective_scan, inputs, reset, cotangents, impl="triton") for _ in range(2))
     assert all(torch.equal(first[k], again[k]) for k in first)
-    pieces, h = [], inputs["state"]
+    pieces, h = [], inputs["h"]
     for piece in (slice(0, 5), slice(5, 6), slice(6, 12)):
-        part = {k: v[:, piece] if k in ("x", "dt", "B", "C", "z") else v for k, v in inputs.items()} | {"state": h}
+        part = {k: v[:, piece] if k in ("u", "dt", "B", "C", "z") else v for k, v in inputs.items()} | {"h": h}
         y, h = selective_scan(**part, reset=reset[:, piece], impl="triton")
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, 1), first["y"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(h, first["state"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(h, first["h"], rtol=1e-5, atol=1e-5)
 
 
 # The one-token kernel, alone and in a model.
@@ -2268,11 +2779,11 @@ def test_one_token_kernel_is_the_mixer(monkeypatch, change, pos):
     x = torch.randn(3, 1, config.d_model, device=DEVICE)
     state = SSM(torch.randn(3, config.d_conv - 1, config.d_xb, device=DEVICE),
                 torch.randn(3, config.d_inner, config.d_state, device=DEVICE))
-    place = nano.Place(9, None if pos is None else torch.tensor(pos, device=DEVICE)[:, None], None, None, None)
+    place = nano.Place(9, None if pos is None else torch.tensor(pos, device=DEVICE)[:, None], None, None, None, True)
     backend = nano.scan_backend
     with torch.no_grad():
         monkeypatch.setattr(nano, "scan_backend", lambda *a: "loop")
-        want, after = mixer(x, state, place)
+        want, after = mixer(x, state.clone(), place)
         monkeypatch.setattr(nano, "scan_backend", lambda *a: "triton")
         got, same = mixer(x, state, place)
     monkeypatch.setattr(nano, "scan_backend", backend)
@@ -2400,7 +2911,7 @@ def test_gpu_scan_of_32k_tokens_in_bfloat16_is_chunk():
 @needs_gpu
 def test_gpu_backward_repeats_bit_for_bit():
     inputs = kernel_inputs(2, 2048, 4096, 16, 64, 256, torch.bfloat16)
-    cotangents = torch.randn_like(inputs["x"]), torch.randn_like(inputs["state"])
+    cotangents = torch.randn_like(inputs["u"]), torch.randn_like(inputs["h"])
     first, again = (run_scan(selective_scan, inputs, None, cotangents, impl="triton") for _ in range(2))
     assert all(torch.equal(first[k], again[k]) for k in first)
 
@@ -2413,12 +2924,12 @@ def test_gpu_scan_of_equal_rows_beyond_31_bit_offsets_is_equal():
         pytest.skip("needs 110 GB")
     many = {k: v if k in ("A", "D", "dt_bias") else v.repeat(b, *[1] * (v.dim() - 1)) for k, v in one.items()}
     many["z"].requires_grad_()
-    for k in ("x", "dt", "B", "C"):
+    for k in ("u", "dt", "B", "C"):
         many[k].requires_grad_()
     y, h = selective_scan(**many, impl="triton")
     y.backward(y.detach())
     alone = selective_scan(**one, impl="triton")
-    for m in (y, h, *(many[k].grad for k in ("x", "dt", "B", "C", "z"))):
+    for m in (y, h, *(many[k].grad for k in ("u", "dt", "B", "C", "z"))):
         assert torch.equal(m[0], m[-1])
     torch.testing.assert_close(y[-1:].detach(), alone[0], rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(h[-1:].detach(), alone[1], rtol=1e-4, atol=1e-4)
@@ -2542,7 +3053,7 @@ def test_a_cloned_state_is_untouched_by_what_the_original_does():
     logits, state = model.prefill([[3, 4, 5, 6, 7]], 20)
     copy = state.clone()
     bigger = state.resize(40)
-    many = state.take([0, 0, 0])
+    many = state.rows([0, 0, 0])
 
     def ten(logits, state):
         steps = itertools.islice(model.decode(logits, state), 10)
@@ -2565,8 +3076,8 @@ def test_joined_projections_change_nothing(tmp_path):
     join_projections(model)
     torch.testing.assert_close(model(tokens)[0], before, rtol=1e-5, atol=1e-5)
     # Views, not copies.
-    attention = model.layers[0].self_attn
-    storages = [w.untyped_storage().data_ptr() for w in (attention.k_proj.weight, attention.joined)]
+    attention = model.layers[0].mixer
+    storages = [w.untyped_storage().data_ptr() for w in (attention.k_proj.weight, attention.joined.weight)]
     assert storages[0] == storages[1]
     save_pretrained(model, tmp_path)
     torch.testing.assert_close(load_pretrained(tmp_path)(tokens)[0], before, rtol=1e-5, atol=1e-5)
@@ -2944,33 +3455,39 @@ def test_flags_that_make_no_sense_are_refused(checkpoint, flags, words):
 
 @pytest.mark.parametrize("shape", ["tiny", "1b"])
 @pytest.mark.parametrize("k", [0, 25, 50])
-def test_byte_accounting_equals_the_real_tensors(shape, k):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_byte_accounting_is_what_the_shapes_say(shape, k, dtype):
     config = bench.hybrid(bench.SHAPES[shape], k)
-    assert config.layout.count("m2") == round(k * config.n_layer / 50)
-    for dtype in (torch.float32, torch.bfloat16):
-        size = bench.sizes(config, dtype, 24)
-        with torch.device("meta"):                                                         # real sizes, no memory
-            model = HybridLM(config)
-            model = model.to(dtype) if dtype == torch.float32 else nano.cast(model, "meta", dtype)
-            state = model.new_state(3, 24)
-        assert tuple(n * 3 for n in (size["kv_bytes"], size["state_bytes"])) == state.nbytes()
-        assert size["weight_bytes"] == sum(p.nbytes for p in model.parameters())
-        assert size["params"] == sum(p.numel() for p in model.parameters())
+    mamba = config.layout.count("m2")
+    assert mamba == round(k * config.n_layer / 50)
+    size = bench.sizes(config, dtype, 24)
+    item = dtype.itemsize
+    of_attention = 2 * 24 * config.n_kv_head * config.head_dim * item
+    of_mamba = (config.d_conv - 1) * config.d_xb * item + config.d_inner * config.d_state * 4
+    assert size["kv_bytes"] == (config.n_layer - mamba) * of_attention
+    assert size["state_bytes"] == mamba * of_mamba
+    # A_log and D stay in float32.
+    in_float32 = mamba * config.d_inner * (config.d_state + 1)
+    assert size["weight_bytes"] == item * size["params"] + (4 - item) * in_float32
+    table = config.vocab_size * config.d_model * item
+    assert size["read_bytes"] == size["weight_bytes"] - (0 if config.tie_embeddings else table)
 
 
 def test_the_random_model_and_its_filled_state_have_the_planned_sizes():
     config = bench.hybrid(bench.replace(bench.SHAPES["tiny"], n_layer=4, layout=()), 25)
     for dtype in (torch.float32, torch.bfloat16):
-        size, model = bench.sizes(config, dtype, 40), bench.random_model(config, torch.device("cpu"), dtype)
+        size = bench.sizes(config, dtype, 40)
+        model = bench.random_model(config, torch.device("cpu"), dtype)
+        assert size["params"] == sum(p.numel() for p in model.parameters())
         assert size["weight_bytes"] == sum(p.nbytes for p in model.parameters())
         with torch.no_grad():
             state = bench.filled_state(model, 2, 40)
-            assert state.nbytes() == (2 * size["kv_bytes"], 2 * size["state_bytes"])
-            assert all((m != 0).float().mean() > 0.99 for layer in state.layers for m in layer)
             part = bench.narrow(state, 1, 3)
-            assert part.position == 37 and all(m.shape[0] == 1 for layer in part.layers for m in layer)
-            assert bench.decode_steps(model, torch.tensor([[5]]), part, 3).shape == (1, 1)
-        assert isinstance(state.layers[0], KV) or isinstance(state.layers[-1], KV)
+            tokens = bench.decode_steps(model, torch.tensor([[5]]), part, 3)
+        assert state.nbytes() == (2 * size["kv_bytes"], 2 * size["state_bytes"])
+        assert all((m != 0).float().mean() > 0.99 for layer in state.layers for m in layer)
+        assert part.position == 37 and tokens.shape == (1, 1)
+        assert all(m.shape[0] == 1 for layer in part.layers for m in layer)
 
 
 def test_the_published_layers_are_the_ones_replaced():
@@ -2978,18 +3495,24 @@ def test_the_published_layers_are_the_ones_replaced():
     assert sorted(bench.ORDER) == list(range(50))
     kept = [i for i, kind in enumerate(bench.hybrid(config, 30).layout) if kind == "t"]
     assert kept == [0, 1, 2, 4, *range(9, 20), 26, 28, 29, 34, 48]
-    size = bench.sizes(bench.hybrid(config, 0), torch.bfloat16, 32768)                 # figures of gpu-design section 4
+    # Apriel's 15B: 15 G parameters, 205 kB of cache per token.
+    size = bench.sizes(bench.hybrid(config, 0), torch.bfloat16, 32768)
     assert abs(size["params"] / 14.97e9 - 1) < 1e-3 and abs(size["kv_bytes"] / 6.71e9 - 1) < 1e-3
-    assert abs(bench.limit(size, 16, 4.3e12) / 506 - 1) < 0.01
+    assert abs(bench.decode_limit(size, 16, 4.3e12) / 506 - 1) < 0.01
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+BENCH = "--device", "cpu", "--seconds", 0, "--memory", 0.03
 
 
 def test_bench_measures_and_logs_every_row_it_plans(tmp_path):
     log = tmp_path / "rows.jsonl"
-    code, out, err = script("bench.py", "--device", "cpu", "--ctx", 64, "--replace", "0,40", "--batch", "1,max",
-                            "--seconds", 0, "--memory", 0.03, "--prefill-tokens", 32, "--what", "prefill,decode,scan",
-                            "--json", log)
-    assert code == 0, err
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    out, _ = run(bench, *BENCH, "--ctx", 64, "--replace", "0,40", "--batch", "1,max",
+                 "--prefill-tokens", 32, "--what", "prefill,decode,scan", "--json", log)
+    rows = json_lines(log)
     assert [row["row"] for row in rows] == ["H-0", "H-40", "scan loop", "scan chunk", "scan blelloch"]
     assert out.index("limit (batch)") < out.index("measured, tokens/s") and "instead of prefilling" in out
     for row in rows[:2]:
@@ -2997,39 +3520,55 @@ def test_bench_measures_and_logs_every_row_it_plans(tmp_path):
         for cell in row["decode"]:
             share = 100 * cell["tokens_per_s"] / cell["limit_tokens_per_s"]
             assert abs(cell["percent_of_limit"] - share) < 1e-6
-    assert rows[1]["ratio_to_h0"] > 0 and {"torch", "commit", "device", "dtype", "triton"} <= set(rows[0])
+    ratio = rows[1]["decode"][-1]["tokens_per_s"] / rows[0]["decode"][-1]["tokens_per_s"]
+    assert rows[1]["ratio_to_h0"] == ratio
+    assert {"torch", "commit", "device", "dtype", "triton"} <= set(rows[0])
 
 
-def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint, monkeypatch, capsys):
-    out, _ = run(bench, "--device", "cpu", "--model", checkpoint, "--replace", "0,50",
-                      "--ctx", 4096, "--memory", 0.001, "--seconds", 0, "--batch", "1", "--what", "decode")
-    lines = {line.split()[0]: line for line in out.splitlines() if line.split()[:1]}
+def test_the_scans_that_are_compared_give_the_same():
+    """blelloch, too: values and gradients, at lengths that are no powers of two."""
+    config = bench.replace(bench.SHAPES["tiny"], d_inner=32, d_xb=16)
+    for t in (1, 7, 40):
+        inputs = [m.detach().double().requires_grad_() for m in
+                  bench.scan_inputs(config, 2, t, torch.device("cpu"), torch.float32)]
+        contestants = bench.scan_contestants(config, 64, torch.device("cpu"))
+        results = {}
+        for name, (scan, _) in contestants.items():
+            y = scan(*inputs)
+            results[name] = [y, *torch.autograd.grad(y.square().sum(), inputs)]
+        for name in contestants:
+            for ours, definition in zip(results[name], results["loop"]):
+                assert off(ours, definition) < 1e-10, (name, t)
+
+
+def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint):
+    out, _ = run(bench, "--device", "cpu", "--model", checkpoint, "--replace", "0,50", "--ctx", 4096,
+                 "--memory", 0.001, "--seconds", 0, "--batch", "1", "--what", "decode")
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert "does not fit" in lines["H-0"] and "(1)" in lines["H-50"] and "does not fit" in lines["model"]
 
 
-@pytest.mark.parametrize("error, end", [(RuntimeError("DefaultCPUAllocator: can't allocate memory"), None),
-                                        (KeyboardInterrupt(), KeyboardInterrupt),
-                                         (RuntimeError("a bug"), RuntimeError)])
-def test_a_row_that_fails_keeps_its_measured_cells(error, end, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("error, word", [(RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+                                         (KeyboardInterrupt(), "interrupted"),
+                                         (RuntimeError("a bug"), None)])
+def test_a_row_that_fails_keeps_its_measured_cells(error, word, monkeypatch, capsys, tmp_path):
     """No memory left: the next row goes on. Ctrl-C: what there is, then the end. A bug is no lack of memory."""
-    time_decode, log = bench.time_decode, tmp_path / "rows.jsonl"
+    log = tmp_path / "rows.jsonl"
+    time_decode = bench.time_decode
+
     def fails(model, state, batch, *rest):
         if batch == 2 and model.config.layout.count("m2") == 0:
             raise error
         return time_decode(model, state, batch, *rest)
     monkeypatch.setattr(bench, "time_decode", fails)
-    go = lambda: run(bench, "--device", "cpu", "--ctx", 16, "--replace", "0,40", "--batch",
-                           "1,2", "--seconds", 0, "--memory", 0.03, "--what", "decode", "--json", log)
-    if end:
-        with pytest.raises(end):
-            go()
-        out, rows = capsys.readouterr().out, []
-    else:
-        out, rows = go().out, [json.loads(line)["row"] for line in log.read_text().splitlines()]
-    last = [line for line in out.splitlines() if line.split()[:1] == ["H-0"]][-1]
-    assert rows == ([] if end else ["H-0", "H-40"])
-    if end is not RuntimeError:
-        assert "(1)" in last and ("interrupted" if end else "out of memory") in last
+    ends = word != "out of memory"
+    with pytest.raises(type(error)) if ends else contextlib.nullcontext():
+        print(run(bench, *BENCH, "--ctx", 16, "--replace", "0,40", "--batch", "1,2", "--what", "decode",
+                  "--json", log).out)
+    assert [row["row"] for row in json_lines(log)] == ([] if ends else ["H-0", "H-40"])
+    if word:
+        *_, last = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["H-0"]]
+        assert "(1)" in last and word in last
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3038,72 +3577,288 @@ def test_a_row_that_fails_keeps_its_measured_cells(error, end, monkeypatch, caps
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
-    """A directory with an untrained 4-layer teacher and the tokenizer of the traces. -> its path, the tokenizer."""
+    """A directory with an untrained 4-layer teacher and the tokenizer of the traces. -> its path, its Codec."""
     path = tmp_path_factory.mktemp("teacher")
-    train_sft.make_tokenizer(path, n_vocab=300, n_problems=20)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(HERE, "teacher", name), path)
     torch.manual_seed(0)
     lm = HybridLM(dataclasses.replace(train_sft.TEACHER, n_layer=4, layout=()))
     train_sft.init_weights(lm)
     save_pretrained(lm, path)
-    return str(path), load_tokenizer(path)
+    return str(path), train_sft.load_codec(path)
+
+
+CPU = torch.device("cpu")
+
+
+def encoded(traces, split, per_family):
+    """Problems of a split as training examples."""
+    return [train_sft.encode_problem(traces[1], p) for p in train_sft.problem_set(split, per_family)]
+
+
+def distill_setup(traces, teacher):
+    """-> a distill.Run for calling parts of distill.py by themselves: few texts, on the CPU."""
+    codec = traces[1]
+    block = train_sft.trace_block(codec, 0)
+    calibration = distill.calibration_batch(block, CPU, count=8)
+    content = {"content of --teacher": train_sft.weights_hash(teacher)}
+    return distill.Run(teacher, codec, CPU, torch.float32, block, [encoded(traces, "probe", 1)], block(1, 4),
+                       calibration, content, solved={})
+
+
+def last_report(printed):
+    """The last line that a script printed, which is for machines."""
+    return json.loads(printed.out.splitlines()[-1])
+
+
+def count_calls(monkeypatch, module, name):
+    """-> a list that grows by one with each call of module.name, which goes on working."""
+    calls = []
+    real = getattr(module, name)
+
+    def counted(*args, **named):
+        calls.append(name)
+        return real(*args, **named)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+def test_a_tokenizer_is_trained_and_gives_its_texts_back(tmp_path):
+    train_sft.make_tokenizer(tmp_path, n_vocab=300, n_problems=20)
+    enc = load_tokenizer(tmp_path)
+    text = "<s>[INST] Dan has 37 caps. [/INST]"
+    ids = enc.encode(text, allowed_special="all")
+    assert enc.decode(ids) == text and enc.max_token_value == 299
+    assert ids[:2] == [1, 3]                                                 # <s> and [INST] are one token each
 
 
 def test_splits_share_no_problem_and_repeat():
-    sets = {split: {p[1] for p in train_sft.problem_set(split, 40)} for split in ("test", "probe", "dev")}
-    sets["train"] = {p[1] for _, p in zip(range(300), train_sft.problems("train", 1))}
-    names = list(sets)
-    assert all(not sets[a] & sets[b] for i, a in enumerate(names) for b in names[:i])
+    sets = [{problem.question for problem in train_sft.problem_set(split, 40)} for split in ("test", "probe", "dev")]
+    sets.append({problem.question for problem in itertools.islice(train_sft.problems("train", 1), 300)})
+    assert sum(map(len, sets)) == len(set.union(*sets))
     assert train_sft.problem_set("test", 5) == train_sft.problem_set("test", 5)
 
 
+def solve_swaps(question):
+    has = dict(regex.findall(r"(\w+) has the (\w+)\.", question))
+    for a, b in regex.findall(r"\d+: (\w+) and (\w+) swap\.", question):
+        has[a], has[b] = has[b], has[a]
+    return has[regex.search(r"What does (\w+) have\?", question)[1]]
+
+
+def solve_retrieval(question):
+    code = dict(regex.findall(r"The (\w+) has code ([\d ]+)\.", question))
+    owns = dict(regex.findall(r"(\w+) owns the (\w+)\.", question))
+    thing = regex.search(r"of the (\w+)\?$", question)
+    return code[thing[1] if thing else owns[regex.search(r"of (\w+)\?$", question)[1]]]
+
+
+def solve_story(question):
+    facts = dict(regex.findall(r"(\w+) has ([^.?]+)\.", question))
+
+    def value(name):
+        words = facts[name].split()
+        if words[0] == "twice":
+            return 2 * value(words[-1])
+        sign = {"more": 1, "fewer": -1}.get(words[1])
+        return value(words[-1]) + sign * int(words[0]) if sign else int(words[0])
+    return str(value(regex.search(r"does (\w+) have\?", question)[1]))
+
+
 def test_every_answer_can_be_worked_out_from_the_question():
-    for family, question, steps, answer in train_sft.problem_set("test", 60):
-        if family == "swaps":
-            has = dict(regex.findall(r"(\w+) has the (\w+)\.", question))
-            for a, b in regex.findall(r"\d+: (\w+) and (\w+) swap\.", question):
-                has[a], has[b] = has[b], has[a]
-            assert has[regex.search(r"What does (\w+) have\?", question)[1]] == answer
-        elif family == "retrieval":
-            code = dict(regex.findall(r"The (\w+) has code ([\d ]+)\.", question))
-            owns = dict(regex.findall(r"(\w+) owns the (\w+)\.", question))
-            thing = regex.search(r"of the (\w+)\?$", question)
-            assert code[thing[1] if thing else owns[regex.search(r"of (\w+)\?$", question)[1]]] == answer
-        else:
-            facts = {name: fact for name, fact in regex.findall(r"(\w+) has ([^.?]+)\.", question)}
-            def value(name):
-                words = facts[name].split()
-                if words[0] == "twice":
-                    return 2 * value(words[-1])
-                signs = {"more": 1, "fewer": -1}
-                return value(words[-1]) + signs[words[1]] * int(words[0]) if words[1] in signs else int(words[0])
-            assert str(value(regex.search(r"does (\w+) have\?", question)[1])) == answer
-        assert answer in steps
+    solvers = {"swaps": solve_swaps, "retrieval": solve_retrieval, "story": solve_story}
+    for problem in train_sft.problem_set("test", 60):
+        assert solvers[problem.family](problem.question) == problem.answer
+        assert problem.answer in problem.steps
 
 
 def test_only_the_response_is_trained_and_labels_are_shifted_once(traces):
-    _, enc = traces
+    codec = traces[1]
     problem = train_sft.problem_set("test", 1)[0]
-    ids, trained = train_sft.encode_problem(enc, problem)
-    assert enc.decode([i for i, flag in zip(ids, trained) if flag]) == train_sft.format_response(*problem[2:])
-    parts = train_sft.parts_of({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
-    assert parts == [("<s>", False), ("[INST] a [/INST]", False), ("b</s>", True)]
+    ids, trained = train_sft.encode_problem(codec, problem)
+    text = f"<s>[INST] {problem.question} [/INST]", f"<think> {problem.steps}</think> {problem.answer}</s>"
+    assert codec.enc.decode(ids) == "".join(text)
+    assert train_sft.show_example(codec, (ids, trained)) == "{}>>>{}<<<".format(*text)
     examples = [([5, 6, 0, 8, 9], [False, False, True, True, True]), ([1, 2], [False, True])]
     tokens, targets = train_sft.collate(examples, "cpu")
-    assert targets.tolist() == [[-1, 0, 8, 9, -1], [2, -1, -1, -1, -1]]      # an id equal to the padding still counts
-    assert ">>>" in train_sft.show_example(enc, (ids, trained))
+    # An id equal to the padding still counts.
+    assert targets.tolist() == [[-1, 0, 8, 9, -1], [2, -1, -1, -1, -1]]
+    assert tokens.tolist() == [[5, 6, 0, 8, 9], [1, 2, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("line,why", [("{oops", "line 3"), ('{"prompt": "a"}', "line 3"),
-                                      ('{"prompt": "a", "response": ""}', "line 3")])
-def test_a_broken_line_is_named(traces, tmp_path, line, why):
-    good = json.dumps({"prompt": "a", "response": "b</s>"})
-    (tmp_path / "x.jsonl").write_text("\n".join([good, good, line]))
-    with pytest.raises(UserError, match=why):
+# Texts of your own. What a record means is written as the text of its examples, the trained parts in >>> <<<.
+
+class Marks:
+    """A template of nothing but marks around each text."""
+    end = "[E]"
+    opening = "[A]"
+    refusal = None
+
+    def prompt(self, messages):
+        marks = {"system": "[S]{}[E]", "user": "[U]{}[E]", "assistant": "[A]{}[E]"}
+        return "".join(marks[m["role"]].format(m["content"]) for m in messages) + self.opening
+
+
+class Forgetful(Marks):
+    """... which drops the thoughts of earlier answers."""
+    def prompt(self, messages):
+        return super().prompt([m | {"content": m["content"].rpartition("</think>")[2]} for m in messages])
+
+
+class Opening(Marks):
+    """... which opens the thoughts of the next answer."""
+    opening = "[A]<think>\n"
+
+
+def shown(record, codec, chat=Marks()):
+    """The texts of a record's examples, the trained parts in >>> <<<."""
+    texts = []
+    for parts in train_sft.parts_of(record, codec._replace(chat=chat)):
+        assert len(train_sft.encode_parts(codec, parts)[0]) > 1
+        texts.append("".join(f">>>{text}<<<" if trained else text for text, trained in parts))
+    return texts
+
+
+def said(*texts, roles=("user", "assistant"), keys=("role", "content")):
+    """Messages with these texts, the roles in turn."""
+    return [{keys[0]: role, keys[1]: text} for role, text in zip(itertools.cycle(roles), texts)]
+
+
+ASKED = said("q")
+THOUGHT = "[U]q[E][A]>>><think>\nt\n</think>\n\na[E]<<<"
+RECORDS = [
+    ({"prompt": "q ", "response": " a"}, "q >>> a[E]<<<"),
+    ({"prompt": "q", "completion": "a[E]", "response": None, "id": 7, "tools": []}, "q>>>a[E]<<<"),
+    ({"messages": said("q", "a\n")}, "[U]q[E][A]>>>a\n[E]<<<"),
+    ({"messages": said("s", roles=("system",)) + said("q", "a")}, "[S]s[E][U]q[E][A]>>>a[E]<<<"),
+    ({"messages": said("q", "a", "r", "b")}, "[U]q[E][A]>>>a[E]<<<[U]r[E][A]>>>b[E]<<<"),
+    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0}] + said("r", "b")},
+     "[U]q[E][A]a[E][U]r[E][A]>>>b[E]<<<"),
+    ({"messages": said([{"type": "text", "text": "q"}, {"type": "text", "text": "r"}], "a")}, "[U]qr[E][A]>>>a[E]<<<"),
+    ({"messages": ASKED + [{"role": "assistant", "content": "a", "reasoning_content": "t", "tool_calls": None}]}, THOUGHT),
+    ({"messages": ASKED + [{"role": "assistant", "content": "a", "thinking": "t", "weight": 1}]}, THOUGHT),
+    ({"messages": said("q", "<think>\nt\n</think>\n\na")}, THOUGHT),
+    ({"messages": ASKED + [{"role": "assistant", "content": "<think>\nt\n</think>\n\na", "reasoning": "t"}]}, THOUGHT),
+    ({"prompt": ASKED, "completion": said("a", roles=("assistant",))}, "[U]q[E][A]>>>a[E]<<<"),
+    ({"prompt": said("q", "a", "r"), "completion": said("b", roles=("assistant",))},
+     "[U]q[E][A]a[E][U]r[E][A]>>>b[E]<<<"),
+    ({"conversations": said("q", "a", roles=("human", "gpt"), keys=("from", "value")), "system": "s"},
+     "[S]s[E][U]q[E][A]>>>a[E]<<<"),
+]
+
+
+@pytest.mark.parametrize("record, text", RECORDS)
+def test_a_record_trains_what_the_assistant_wrote_and_its_end(traces, record, text):
+    assert shown(record, traces[1]) == [text]
+
+
+def test_a_turn_is_an_example_of_its_own_where_the_template_rewrites_what_was_said(traces):
+    record = {"messages": said("q", "<think>t</think>a", "r", "<think>u</think>b")}
+    assert shown(record, traces[1], Forgetful()) == ["[U]q[E][A]>>><think>t</think>a[E]<<<",
+                                                     "[U]q[E][A]a[E][U]r[E][A]>>><think>u</think>b[E]<<<"]
+    record["messages"][1]["weight"] = 0
+    assert shown(record, traces[1], Forgetful()) == ["[U]q[E][A]a[E][U]r[E][A]>>><think>u</think>b[E]<<<"]
+
+
+@pytest.mark.parametrize("answer, text", [("<think>\nt</think>a", "t</think>a"), ("t</think>a", "t</think>a"),
+                                          ("a", "\n</think>\n\na")])
+def test_thoughts_that_the_template_opens_are_opened_once(traces, answer, text):
+    assert shown({"messages": said("q", answer)}, traces[1], Opening()) == [f"[U]q[E][A]<think>\n>>>{text}[E]<<<"]
+
+
+def test_a_pair_begins_as_the_tokenizer_begins_a_text_and_the_built_in_form_is_the_teachers(traces):
+    codec = traces[1]._replace(begin=[1])
+    for prompt in ("q", "<s>q"):
+        parts = train_sft.parts_of({"prompt": prompt, "response": "a"}, codec)
+        assert train_sft.show_example(codec, train_sft.encode_parts(codec, parts[0])) == "<s>q>>>a</s><<<"
+    parts = train_sft.parts_of({"messages": said("q", "a")}, traces[1])
+    assert parts == [[("<s>[INST] q [/INST]", False), ("a</s>", True)]]
+
+
+GOOD = json.dumps({"prompt": "q", "response": "a</s>"})
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+REFUSED = [
+    ("{oops", "not JSON"), ("[" * 100_000, "JSON array"), (json.dumps([{"prompt": "q", "response": "a"}]), "JSON array"),
+    ("3", "3 is no record"), ({}, "neither prompt"), ({"text": "a"}, '"text"'),
+    ({"instruction": "q", "input": "", "output": "a"}, "Alpaca"), ({"prompt": "q"}, "without a response"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference pair"),
+    ({"prompt": "q", "response": ""}, "empty response"),
+    ({"prompt": "q", "completion": said("a", roles=("assistant",))}, "same kind"),
+    ({"prompt": "q", "response": "a", "thinking": "t"}, "thoughts"),
+    ({"messages": "q"}, "not a list"), ({"messages": []}, "last message"), ({"messages": ["q"]}, 'message that is "q"'),
+    ({"messages": said("q", None)}, "content null"), ({"messages": said("q", 3)}, "content 3"),
+    ({"messages": said("q", " ")}, "empty response"), ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
+    ({"messages": said(["q"], "a")}, 'type "q"'),
+    ({"messages": ASKED + [CALLS]}, "tool calls"), ({"messages": said("q", "a"), "tools": [{}]}, "tool calls"),
+    ({"messages": said("q", "a", roles=("tool", "assistant"))}, 'role "tool"'),
+    ({"messages": said("q", "a", roles=([], "assistant"))}, "role"),
+    ({"messages": said("q", "q", "a", roles=("user", "user", "assistant"))}, "out of order"),
+    ({"messages": said("a", roles=("assistant",))}, "out of order"), ({"messages": said("q", "a", "r")}, "last message"),
+    ({"messages": said("s", "s", "q", "a", roles=("system", "system", "user", "assistant"))}, "second system"),
+    ({"messages": said("q", "a") + said("s", roles=("system",))}, "second system message, or one that is not the first"),
+    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0}]}, "no response to train on"),
+    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5"),
+    ({"messages": ASKED + [{"role": "assistant", "content": "a", "thinking": 3}]}, "no text"),
+    ({"messages": ASKED + [{"role": "assistant", "content": "<think>u</think>a", "thinking": "t"}]}, "others in <think>"),
+    ({"conversations": said("q", "a", roles=("human", "observation"), keys=("from", "value"))}, "observation"),
+]
+
+
+@pytest.mark.parametrize("line, words", REFUSED)
+def test_a_record_that_is_not_read_is_refused_by_line_and_by_what_it_is(traces, tmp_path, line, words):
+    text = line if isinstance(line, str) else json.dumps(line)
+    (tmp_path / "x.jsonl").write_text(f"{GOOD}\n\n{text}\n")
+    with pytest.raises(UserError, match=f"x.jsonl, line 3: .*{words}"):
         train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 538)
 
 
+def test_a_line_that_the_tokenizer_or_the_model_cannot_take_is_named(traces, tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text(f"{GOOD}\n{GOOD}\n")
+    with pytest.raises(UserError, match="line 1: token id 120, the model knows 2"):
+        train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 2)
+
+    def encode(*args, **kw):
+        raise UserError("a million spaces")
+    enc = argparse.Namespace(encode=encode, decode=traces[1].enc.decode)
+    with pytest.raises(UserError, match="line 1: a million spaces"):
+        train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1]._replace(enc=enc), 64, 538)
+
+
+def test_plain_and_packed_files_are_read_alike(traces, tmp_path):
+    lines = [json.dumps({"prompt": f"{i} \u2028", "response": "\u00e4"}, ensure_ascii=False) for i in range(3)]
+    text = "\n".join(lines)
+    files = {"plain": text.encode(), "bom": text.encode("utf-8-sig"), "crlf": text.replace("\n", "\r\n\r\n").encode(),
+             "packed": gzip.compress(text.encode("utf-8-sig"))}
+    found = []
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        found.append(train_sft.read_jsonl(tmp_path / name, traces[1], 64, 538))
+    assert len(found[0][0]) == 2 and all(other == found[0] for other in found)
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"PAR1\x15\x04PAR1", "parquet"), (b'{"prompt": "\xff"}', "UTF-8"), (GOOD.encode("utf-16"), "UTF-8"),
+    (gzip.compress(GOOD.encode() * 99)[:-20], "cannot read"), (b"\x1f\x8bno", "cannot read"), (b"", "0 usable records")])
+def test_a_file_that_is_no_text_is_refused_by_what_it_is(traces, tmp_path, data, words):
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        train_sft.read_jsonl(tmp_path / "x", traces[1], 64, 538)
+
+
+def test_every_fiftieth_record_is_held_out_with_all_its_examples_and_long_ones_are_left_out(traces, tmp_path, capsys):
+    talk = json.dumps({"messages": said("q", "<think>t</think>a", "r", "b")})
+    long = json.dumps({"prompt": "q" * 99, "response": "a"})
+    (tmp_path / "x.jsonl").write_text("\n".join([talk, long] + [GOOD] * 50))
+    codec = traces[1]._replace(chat=Forgetful())
+    train, held = train_sft.read_jsonl(tmp_path / "x.jsonl", codec, 64, 538)
+    assert (len(train), len(held)) == (49, 3)
+    assert "1 of 53 examples exceed --ctx 64" in capsys.readouterr().err
+
+
 def test_batches_depend_on_seed_and_number_alone():
-    block = train_sft.list_block([([i] * (i % 7 + 2), [True] * (i % 7 + 2)) for i in range(50)], seed=3)
+    examples = [([i] * (i % 7 + 2), [True] * (i % 7 + 2)) for i in range(50)]
+    block = train_sft.list_block(examples, seed=3)
     stream = train_sft.batches(block, 4)
     first = [next(stream) for _ in range(40)]
     for start in (1, 15, 16, 33):
@@ -3112,14 +3867,17 @@ def test_batches_depend_on_seed_and_number_alone():
 
 def test_kl_is_zero_for_equal_logits_exact_and_finite():
     torch.manual_seed(0)
-    a, b = torch.randn(6, 11, dtype=torch.float64).float(), torch.randn(6, 11)
+    a = torch.randn(6, 11)
+    b = torch.randn(6, 11)
     assert distill.kl_divergence(a, a).abs().max() < 1e-6
     a.requires_grad_()
-    q, p = a.softmax(-1), b.softmax(-1)
+    q = a.softmax(-1)
+    p = b.softmax(-1)
     kl = distill.kl_divergence(a, b)
     torch.testing.assert_close(kl, (q * (q / p).log()).sum(-1), rtol=1e-5, atol=1e-6)
     kl.sum().backward()
-    torch.testing.assert_close(a.grad, (q * ((q / p).log() - kl[:, None])).detach(), rtol=1e-4, atol=1e-6)
+    gradient = q * ((q / p).log() - kl[:, None])
+    torch.testing.assert_close(a.grad, gradient.detach(), rtol=1e-4, atol=1e-6)
     forward = distill.kl_divergence(a, b, "forward_kl")
     torch.testing.assert_close(forward, (p * (p / q).log()).sum(-1), rtol=1e-5, atol=1e-6)
     far = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
@@ -3129,85 +3887,122 @@ def test_kl_is_zero_for_equal_logits_exact_and_finite():
 
 def test_kl_is_a_mean_over_tokens_whatever_the_batch_and_its_length(traces):
     """The same texts in one batch, one by one, twice, or beside an untrained one give one and the same loss."""
-    lm, enc = load_pretrained(traces[0]), traces[1]
-    student = convert(load_pretrained(traces[0]), lm, [1], "aligned")
-    texts = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("dev", 1)]
-    mean = lambda *fixed: distill.mean_loss(student, lm, fixed, "reverse_kl", torch.device("cpu"), torch.float32)
-    silent = texts[0][0], [False] * len(texts[0][0])
-    for fixed in ([[t] for t in texts], [texts, texts], [texts + [silent]]):
+    teacher = load_pretrained(traces[0])
+    student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
+    texts = encoded(traces, "dev", 1)
+
+    def mean(*fixed):
+        return distill.mean_loss(student, teacher, fixed, "reverse_kl", CPU, torch.float32)
+
+    ids, _ = texts[0]
+    silent = ids, [False] * len(ids)
+    for fixed in ([[text] for text in texts], [texts, texts], [texts + [silent]]):
         assert abs(mean(*fixed) / mean(texts) - 1) < 1e-5
     assert mean([silent]) == 0
 
 
 def test_kl_in_pieces_is_the_same_in_value_and_gradients():
     torch.manual_seed(0)
-    heads = [torch.nn.Linear(8, 50, bias=False) for _ in range(2)]
-    x, y, results = torch.randn(23, 8, requires_grad=True), torch.randn(23, 8), []
+    head = torch.nn.Linear(8, 50, bias=False)
+    teacher_head = torch.nn.Linear(8, 50, bias=False)
+    x = torch.randn(23, 8, requires_grad=True)
+    teacher_x = torch.randn(23, 8)
+    results = []
     for chunk in (None, 5):
-        loss = distill.distillation_loss(x, y, *heads, chunk=chunk)
-        results.append((loss, *torch.autograd.grad(loss, (x, heads[0].weight))))
+        loss = distill.distillation_loss(x, teacher_x, head, teacher_head, chunk=chunk)
+        results.append((loss, *torch.autograd.grad(loss, (x, head.weight))))
     for whole, pieces in zip(*results):
         torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(traces):
-    lm, other = load_pretrained(traces[0]), load_pretrained(traces[0])
-    convert(other, lm, [1], "aligned")
+    teacher = load_pretrained(traces[0])
+    student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
     tokens = torch.randint(7, 200, (2, 9))
     targets = torch.full((2, 9), -1)
     targets[:, 2:5] = tokens[:, 3:6]
     changed = tokens.clone()
     changed[:, 6:] = 9                                                       # after the last trained position
-    loss = [distill.batch_loss(other, lm, t, targets, "reverse_kl")[0] for t in (tokens, changed)]
-    assert torch.equal(*loss)
-    empty, count, _ = train_sft.cross_entropy(other, tokens, torch.full((2, 9), -1))
+    loss, _ = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
+    again, _ = distill.batch_loss(student, teacher, changed, targets, "reverse_kl")
+    assert torch.equal(loss, again)
+    empty, count = train_sft.cross_entropy(student, tokens, torch.full((2, 9), -1))
     (empty / max(1, count)).backward()
     assert count == 0 and empty.item() == 0
-    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in other.parameters())
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
 
 
-def test_decay_only_for_matrices_inside_the_layers(traces):
-    lm = load_pretrained(traces[0])
-    convert(lm, load_pretrained(traces[0]), [0], "aligned")
-    muon, adam = train_sft.make_optimizers(lm, 1e-3)
-    names = {id(p): name for name, p in lm.named_parameters()}
-    decayed = {names[id(p)] for p in muon.param_groups[0]["params"]}
-    assert adam.param_groups[0]["weight_decay"] == 0 and "layers.0.mixer.in_proj.weight" in decayed
-    for part in ("A_log", ".D", "dt_proj.bias", "conv1d", "norm", "embed_tokens", "lm_head"):
-        assert not any(part in name for name in decayed), part
+@pytest.fixture
+def hybrid(traces):
+    """The teacher with Mamba in layer 0, and a batch: tokens, targets."""
+    model = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
+    problems = train_sft.problem_set("dev", 1)
+    examples = [train_sft.encode_problem(traces[1], problem) for problem in problems]
+    return model, train_sft.collate(examples, "cpu")
 
 
-def test_a_step_without_gradient_shrinks_the_decayed_matrices_and_nothing_else(traces):
-    lm = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
-    optimizers, before = train_sft.make_optimizers(lm, 0.1, weight_decay=0.5), copy.deepcopy(lm)
-    for p in lm.parameters():
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+
+
+@OPTIMIZERS
+def test_decay_only_for_matrices_inside_the_layers(hybrid, optimizer):
+    """A step without a gradient shrinks them and changes nothing else."""
+    model, _ = hybrid
+    before = copy.deepcopy(model)
+    optimizers = train_sft.make_optimizers(model, 0.1, optimizer, weight_decay=0.5)
+    for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    train_sft.clipped_step(lm, optimizers, 0.1)
-    for (name, p), old in zip(lm.named_parameters(), before.parameters(), strict=True):
-        matrix = p.ndim == 2 and name.startswith("layers.") and not name.endswith(("A_log", ".D"))
-        torch.testing.assert_close(p, old * (0.95 if matrix else 1.0), msg=name)
+    train_sft.clipped_step(model, optimizers, 0.1)
+    decayed = set()
+    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        if not torch.equal(p, old):
+            torch.testing.assert_close(p, 0.95 * old, msg=name)
+            decayed.add(name)
+    expected = {name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")}
+    assert decayed == {name for name in expected if not name.endswith(("A_log", ".D"))}
+    assert "layers.0.mixer.in_proj.weight" in decayed
 
 
-def test_a_step_moves_every_parameter(traces):
-    lm = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
-    optimizers, before = train_sft.make_optimizers(lm, 1e-3, weight_decay=0.0), copy.deepcopy(lm)
-    batch = [train_sft.encode_problem(traces[1], p) for p in train_sft.problem_set("dev", 1)]
-    loss, count, _ = train_sft.cross_entropy(lm, *train_sft.collate(batch, "cpu"))
+@OPTIMIZERS
+def test_a_step_moves_every_parameter(hybrid, optimizer):
+    model, batch = hybrid
+    before = copy.deepcopy(model)
+    optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, weight_decay=0.0)
+    loss, count = train_sft.cross_entropy(model, *batch)
     (loss / count).backward()
-    train_sft.clipped_step(lm, optimizers, 1e-3)
-    for (name, p), old in zip(lm.named_parameters(), before.parameters(), strict=True):
+    train_sft.clipped_step(model, optimizers, 1e-3)
+    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
         assert torch.isfinite(p).all() and not torch.equal(p, old), name
+
+
+@OPTIMIZERS
+def test_lr_rest_is_the_rate_of_everything_but_mamba_mixers(hybrid, optimizer):
+    """The size of an optimiser's first step is its rate: with a tenth of it the others go a tenth of the way."""
+    start, batch = hybrid
+    models = {}
+    for lr_rest in (None, 1e-4):
+        model = models[lr_rest] = copy.deepcopy(start)
+        optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, lr_rest, weight_decay=0.0)
+        train_sft.cross_entropy(model, *batch)[0].backward()
+        train_sft.clipped_step(model, optimizers, 1e-3)
+    inside = train_sft.mamba_names(start)
+    assert inside and all(name.startswith("layers.0.mixer.") for name in inside)
+    after = zip(start.named_parameters(), models[None].parameters(), models[1e-4].parameters())
+    for (name, old), one, other in after:
+        share = ((other - old).norm() / (one - old).norm()).item()
+        assert share == pytest.approx(1 if name in inside else 0.1, rel=0.05), name
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
 def test_muon_turns_a_gradient_into_a_nearly_orthogonal_matrix(shape):
     """The same singular vectors, singular values near 1 (Newton-Schulz is stopped early, on purpose)."""
     torch.manual_seed(0)
-    g = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
-    u, values, v = torch.linalg.svd(g, full_matrices=False)
-    inner = u.mT @ train_sft.orthogonalize(g) @ v.mT
+    gradients = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
+    u, values, v = torch.linalg.svd(gradients, full_matrices=False)
+    inner = u.mT @ train_sft.orthogonalize(gradients) @ v.mT
     new = inner.diagonal(dim1=-2, dim2=-1)
-    large = values > 0.1 * values[:, :1]                                     # tiny ones need more iterations
+    # Tiny ones need more iterations.
+    large = values > 0.1 * values[:, :1]
     assert new[large].min() > 0.5 and new.max() < 1.3
     assert (inner - torch.diag_embed(new)).abs().max() < 1e-2
 
@@ -3221,32 +4016,14 @@ def test_learning_rate_rises_stays_and_falls():
     assert train_sft.learning_rate(0, 5, 1.0, 0) == 1.0                      # no warm-up
 
 
-def test_training_resumed_is_training_uninterrupted(traces, tmp_path):
-    def go(out, stop=None):
-        args = argparse.Namespace(out=str(out), steps=4, batch=2, lr=1e-3, warmup=1, every=2, resume=True, seed=0,
-                                  model=None, layers=4, wide=1, data=None, ctx=64, easy=0.0)
-        lm, block = load_pretrained(traces[0]).train(), train_sft.trace_block(traces[1], 0)
-        if stop is not None:
-            calls, real = [], train_sft.clipped_step
-            def interrupted(*a):
-                calls.append(1)
-                if len(calls) > stop:
-                    raise KeyboardInterrupt
-                return real(*a)
-            train_sft.clipped_step = interrupted
-        try:
-            train_sft.train(args, lm, block, torch.device("cpu"), torch.float32)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            if stop is not None:
-                train_sft.clipped_step = real
-        return lm
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    whole = go(tmp_path / "a")
-    go(tmp_path / "b", stop=2)
-    again = go(tmp_path / "b")
-    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
+def weights(path):
+    return (pathlib.Path(path) / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def no_answers(monkeypatch):
+    """Nobody solves problems: writing 192 tokens takes far longer than what the tests below are about."""
+    monkeypatch.setattr(distill, "solve", lambda lm, enc, problems, **kw: [""] * len(problems))
 
 
 def short_run(program, traces, out, *more):
@@ -3257,25 +4034,160 @@ def short_run(program, traces, out, *more):
     return ("--teacher", traces[0], "--replace", 1, "--rank", "first", "--eval", 1, *base, *more)
 
 
-@pytest.mark.parametrize("train", ["all", "mixers"])
-def test_distillation_resumed_is_distillation_uninterrupted(traces, tmp_path, monkeypatch, capsys, interrupt_after, train):
-    go = lambda out, *more: run(distill, *short_run(distill, traces, tmp_path / out, "--train", train, *more))[0]
-    whole = go("a")
-    interrupt_after(2, distill)
+@pytest.mark.parametrize("program, more", [
+    (train_sft, ("--every", 3, "--easy", 0.5)), (train_sft, ("--optimizer", "adamw", "--lr-rest", 1e-4)),
+    (distill, ("--train", "all")), (distill, ("--train", "mixers"))])
+def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, no_answers, interrupt_after):
+    """Bit for bit the same weights, the same log but for the clock; what was saved on the way is gone at the end."""
+    arguments = lambda out: short_run(program, traces, tmp_path / out, *more)
+    run(program, *arguments("a"))
+    taken = interrupt_after(2)
     with pytest.raises(KeyboardInterrupt):
-        go("b")
+        run(program, *arguments("b"))
     assert not (tmp_path / "b" / "model.safetensors").exists()
-    again = go("b", "--resume")
-    a, b = (json.loads(out.splitlines()[-1]) for out in (whole, again))
-    assert a | {"seconds": 0} == b | {"seconds": 0} and a["steps"] == 4
-    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    run(program, *arguments("b"), "--resume")
+    assert len(taken) == 4
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    report = "training.json" if program is train_sft else "report.json"
+    logs = [json.loads((tmp_path / out / report).read_text())["log"] for out in "ab"]
+    for entry in logs[0] + logs[1]:
+        assert entry.pop("seconds") >= 0
+    assert logs[0] == logs[1] and logs[0][-1]["step"] == 4
     assert not (tmp_path / "b" / "progress.safetensors").exists()
 
 
+def test_ctrl_c_during_a_save_spoils_nothing(traces, tmp_path, monkeypatch, interrupt_after):
+    real = nano.write_atomic
+
+    def write(*args):
+        signal.raise_signal(signal.SIGINT)
+        real(*args)
+        signal.raise_signal(signal.SIGINT)
+    interrupt_after(2)
+    monkeypatch.setattr(nano, "write_atomic", write)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9))
+    monkeypatch.setattr(nano, "write_atomic", real)
+    run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9, "--resume"))
+    assert json.loads((tmp_path / "training.json").read_text())["log"][-1]["step"] == 4
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_save(traces, tmp_path, interrupt_after):
+    """The limit on the size of a file stands for the disk: writing fails in the middle."""
+    resource = pytest.importorskip("resource")
+    arguments = lambda out: short_run(train_sft, traces, tmp_path / out, "--resume")
+    run(train_sft, *arguments("a"))
+    interrupt_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_sft, *arguments("b"))
+    saved = (tmp_path / "b" / "progress.safetensors").read_bytes()
+    files = sorted(os.listdir(tmp_path / "b"))
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, usual[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*--resume continues"):
+            run(train_sft, *arguments("b"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert (tmp_path / "b" / "progress.safetensors").read_bytes() == saved
+    assert sorted(os.listdir(tmp_path / "b")) == files
+    run(train_sft, *arguments("b"))
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+@OPTIMIZERS
+def test_what_a_run_needs_on_disk_is_known_before_its_first_step(hybrid, traces, tmp_path, monkeypatch, optimizer):
+    model, batch = hybrid
+    optimizers = train_sft.make_optimizers(model, 1e-3, optimizer)
+    progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
+    needed = progress.needs(model, optimizers)
+    train_sft.cross_entropy(model, *batch)[0].backward()
+    train_sft.clipped_step(model, optimizers, 1e-3)
+    progress.save(model, optimizers)
+    # One is there and one is to come; the rest is names.
+    assert progress.needs(model, optimizers) == pytest.approx(needed / 2, rel=0.05)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed // 3))
+    monkeypatch.setattr(train_sft, "clipped_step", lambda *args: pytest.fail("training began"))
+    with pytest.raises(UserError, match="needs .* GB of disk"):
+        run(train_sft, *short_run(train_sft, traces, tmp_path / "out", "--optimizer", optimizer))
+
+
+def test_a_run_is_continued_only_with_the_same_model_and_data(traces, tmp_path, interrupt_after):
+    """The same content: names are not enough."""
+    model = tmp_path / "model"
+    data = tmp_path / "x.jsonl"
+    shutil.copytree(traces[0], model)
+    data.write_text(f"{GOOD}\n" * 9)
+    command = ("--model", model, "--data", data, "--steps", 2, "--batch", 2, "--out", tmp_path / "out", "--resume")
+    interrupt_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_sft, *command)
+    data.write_text(f"{GOOD}\n" * 10)
+    with pytest.raises(UserError, match="content of --data"):
+        run(train_sft, *command)
+    data.write_text(f"{GOOD}\n" * 9)
+    changed = load_pretrained(model)
+    changed.norm.weight.data[3] += 1e-6
+    save_pretrained(changed, model)
+    with pytest.raises(UserError, match="content of the model"):
+        run(train_sft, *command)
+    save_pretrained(load_pretrained(traces[0]), model)
+    run(train_sft, *command)
+
+
+def saved_progress(path, model, batch):
+    """A progress file after one step of 9. -> the Plan, its tensors, its JSON."""
+    plan = train_sft.Plan(9, 1e-3, 1, 1, 1, "loss")
+    optimizers = train_sft.make_optimizers(model, plan.lr)
+    train_sft.cross_entropy(model, *batch)[0].backward()
+    train_sft.clipped_step(model, optimizers, plan.lr)
+    log = [{"step": 1, "loss": 0.5, "tokens": 8, "seconds": 0.1}]
+    train_sft.Progress(str(path), {"seed": 0}, step=1, log=log).save(model, optimizers)
+    with safe_open(path, "pt") as f:
+        return plan, load_file(path), json.loads(f.metadata()["meta"])
+
+
+def load_progress(path, model, plan, tensors, meta):
+    """Write these as a progress file, load it. -> the Progress."""
+    save_file(tensors, path, metadata={"meta": meta if isinstance(meta, str) else json.dumps(meta)})
+    progress = train_sft.Progress(str(path), {"seed": 0}, resume=True)
+    progress.load(model, train_sft.make_optimizers(model, plan.lr), plan)
+    return progress
+
+
+def test_a_damaged_progress_file_is_refused(hybrid, tmp_path):
+    model, batch = hybrid
+    path = tmp_path / "progress.safetensors"
+    plan, tensors, meta = saved_progress(path, model, batch)
+    assert load_progress(path, model, plan, tensors, meta).step == 1
+    bad = [(tensors, other) for other in ("", "[]", "{}", "[" * 99_999, "3")]
+    for key in meta:
+        for value in (None, "x", [], {}, [3], -1, 10**30, [{"step": 1}], math.inf):
+            sound = {"extra": {}, "log": [], "loss": -1, "seconds": -1}
+            if key not in sound or value != sound[key]:
+                bad.append((tensors, meta | {key: value}))
+    bad.append((tensors, meta | {"step": 10}))
+    bad.append((tensors, meta | {"step": 9, "log": []}))
+    for key in ("weight|norm.weight", "momentum|layers.0.mixer.in_proj.weight", "exp_avg|norm.weight",
+                "step|norm.weight"):
+        bad.append(({name: w for name, w in tensors.items() if name != key}, meta))
+        bad.append((tensors | {key: torch.ones(1)}, meta))
+    bad.append((tensors | {"norm.weight": torch.ones(3)}, meta))
+    bad.append((tensors | {"weight|nothing": torch.ones(3)}, meta))
+    for other_tensors, other_meta in bad:
+        with pytest.raises(UserError, match="progress.safetensors"):
+            load_progress(path, model, plan, other_tensors, other_meta)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="does not continue this run"):
+        train_sft.Progress(str(path), {"seed": 0}, resume=True).load(model, [], plan)
+
+
 @pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
-def test_a_loss_that_is_nan_exits_and_leaves_what_was_saved(program, traces, tmp_path, monkeypatch, capsys, interrupt_after):
+def test_a_loss_that_is_nan_exits_and_leaves_what_was_saved(program, traces, tmp_path, monkeypatch, capsys, no_answers,
+                                                            interrupt_after):
     """Exit code 2, one line, and progress from before the accident, from which a lower rate could continue."""
-    interrupt_after(2, program)
+    interrupt_after(2)
     with pytest.raises(KeyboardInterrupt):
         run(program, *short_run(program, traces, tmp_path))
     before, files = (tmp_path / "progress.safetensors").read_bytes(), sorted(os.listdir(tmp_path))
@@ -3305,16 +4217,16 @@ def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, monk
 
 
 def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypatch):
-    lm, enc = load_pretrained(traces[0]), traces[1]
-    probe = [[train_sft.encode_problem(enc, p) for p in train_sft.problem_set("probe", 1)]]
-    args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, ctx=99, probe=1, seed=0, dtype="float32")
-    calls, real = [], distill.leave_one_out
-    monkeypatch.setattr(distill, "leave_one_out", lambda *a, **k: calls.append(1) or real(*a, **k))
-    rank = lambda: distill.rank_layers(
-        args, distill.Run(lm, enc, torch.device("cpu"), torch.float32, None, probe, probe[0], None, {}), lm)
+    teacher = load_pretrained(traces[0])
+    args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, ctx=99, probe=1, dtype="float32")
+    calls = count_calls(monkeypatch, distill, "leave_one_out")
+
+    def rank():
+        return distill.rank_layers(args, distill_setup(traces, teacher), teacher)
+
     first = rank()
     assert rank() == first and len(calls) == 1
-    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3                       # one weight of another layer
+    teacher.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3                  # one weight of another layer
     assert rank() != first and len(calls) == 2
     args.probe = 2                                                           # other problems, other scores
     rank()
@@ -3322,64 +4234,67 @@ def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypat
 
 
 def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces):
-    teacher, enc = load_pretrained(traces[0]), traces[1]
-    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    teacher = load_pretrained(traces[0])
+    before = copy.deepcopy(dict(teacher.named_parameters()))
     student = convert(distill.clone(teacher, "mixers"), teacher, [1, 2], "aligned")
     distill.set_trained(student, "mixers").train()
-    start = {name: p.clone() for name, p in student.named_parameters()}
-    batch = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("dev", 1)]
-    loss, count = distill.batch_loss(student, teacher, *train_sft.collate(batch, "cpu"), "reverse_kl")
+    start = copy.deepcopy(dict(student.named_parameters()))
+    tokens, targets = train_sft.collate(encoded(traces, "dev", 1), CPU)
+    loss, count = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
     (loss / count).backward()
     train_sft.clipped_step(student, train_sft.make_optimizers(student, 1e-2), 1e-2)
-    own = dict(teacher.named_parameters())
+    original = dict(teacher.named_parameters())
     for name, p in student.named_parameters():
-        if ".mixer." in name:
+        if name.startswith(("layers.1.mixer.", "layers.2.mixer.")):
             assert p.requires_grad and not torch.equal(p, start[name]), name
         else:
-            assert p.data_ptr() == own[name].data_ptr() and p.grad is None, name
-    assert all(torch.equal(p, before[name]) for name, p in own.items())
+            assert p.data_ptr() == original[name].data_ptr() and p.grad is None, name
+    assert all(torch.equal(p, before[name]) for name, p in original.items())
 
 
-def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_path, monkeypatch, capsys):
+def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_path):
     lines = [{"prompt": f"<s>[INST] {i} [/INST]", "response": f" {i + 1}</s>"} for i in range(55)]
-    lines[7] = {"messages": [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]}
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out, _ = run(distill, "--teacher", traces[0], "--data", tmp_path / "x.jsonl", "--replace",
-                      2, "--steps", 2, "--batch", 2, "--device", "cpu", "--out", tmp_path / "out")
-    report = json.loads(out.splitlines()[-1])
-    assert [report[key] for key in ("teacher_accuracy", "student_accuracy", "accuracy_by_family")] == [None] * 3
+    turns = [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]
+    lines[7] = {"messages": turns}
+    data = tmp_path / "x.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = last_report(run(distill, "--teacher", traces[0], "--data", data, "--replace", 2, "--steps", 2, "--batch",
+                             2, "--device", "cpu", "--out", tmp_path / "out"))
+    assert report["teacher_accuracy"] is report["student_accuracy"] is report["accuracy_by_family"] is None
     assert report["kl_first"] > 0 and math.isfinite(report["kl_last"])
     stored = json.loads((tmp_path / "out" / "loo.json").read_text())
-    assert all(s["accuracy"] is None and s["kl"] >= 0 and s["loss"] > 0 for s in stored["scores"])
-    kl = {s["layer"]: s["kl"] for s in stored["scores"]}
+    kl = {}
+    for score in stored["scores"]:
+        assert score["accuracy"] is None and score["kl"] >= 0 and score["loss"] > 0
+        kl[score["layer"]] = score["kl"]
     assert stored["order"] == sorted(kl, key=kl.get) and report["replaced"] == stored["order"][:2]
-    _, held = train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 538)
-    assert len(held) == 2                                                    # examples 0 and 50
 
 
 def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces):
-    lm, enc = load_pretrained(traces[0]), traces[1]
-    torch.nn.init.zeros_(lm.layers[2].self_attn.o_proj.weight)
-    examples = [train_sft.encode_problem(enc, p) for p in train_sft.problem_set("probe", 2)]
-    scores = distill.leave_one_out(lm, [examples], torch.device("cpu"), torch.float32, use_accuracy=False)
+    teacher = load_pretrained(traces[0])
+    torch.nn.init.zeros_(teacher.layers[2].mixer.o_proj.weight)
+    examples = encoded(traces, "probe", 2)
+    scores = distill.leave_one_out(teacher, [examples], CPU, torch.float32, use_accuracy=False)
     assert distill.least_important_first(scores)[0] == 2
+    tokens, targets = train_sft.collate(examples, CPU)
     for layer in (0, 3):
-        without = convert(copy.deepcopy(lm), lm, [layer], "identity")
-        loss, count, _ = train_sft.cross_entropy(without, *train_sft.collate(examples, "cpu"))
+        without = convert(copy.deepcopy(teacher), teacher, [layer], "identity")
+        loss, count = train_sft.cross_entropy(without, tokens, targets)
         assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
 
 
-def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces, tmp_path, monkeypatch, capsys):
-    before = open(os.path.join(traces[0], "model.safetensors"), "rb").read()
-    go = lambda *more: run(distill, "--teacher", traces[0], *more)[0]
-    out = go("--stages", "1,2", "--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1,
-              "--out", tmp_path)
-    report = json.loads(out.strip().splitlines()[-1])
+def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces, tmp_path):
+    before = weights(traces[0])
+
+    def go(*more):
+        return run(distill, "--teacher", traces[0], *SMALL, *more)
+
+    report = last_report(go("--stages", "1,2", "--out", tmp_path))
     assert set(report) == {"replaced", "layout", "teacher_accuracy", "student_accuracy", "accuracy_by_family",
                            "kl_first", "kl_last", "steps", "tokens", "seconds", "seed"}
     assert report["layout"].count("m2") == 2 == len(report["replaced"])
     assert load_pretrained(tmp_path / "h2").config.layout == tuple(report["layout"])
-    assert open(os.path.join(traces[0], "model.safetensors"), "rb").read() == before
+    assert weights(traces[0]) == before
     with pytest.raises(UserError, match="overwrite"):                        # a finished result is not lost unasked
         go("--replace", 2, "--out", tmp_path / "h2")
     with pytest.raises(UserError, match="4 attention layers"):
@@ -3390,12 +4305,6 @@ def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The family: stages that can be killed, trials that find the harmless layer, generic text, merging, tables, pictures.
-
-@pytest.fixture
-def no_answers(monkeypatch):
-    """Nobody solves problems: writing 192 tokens takes far longer than what the tests below are about."""
-    monkeypatch.setattr(distill, "solve", lambda lm, enc, problems, **kw: [""] * len(problems))
-
 
 SMALL = ("--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1)
 
@@ -3410,89 +4319,193 @@ def family(traces, tmp_path_factory):
     return path
 
 
-def weights(path):
-    return (path / "model.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize("killed_after", [1, 3, 6])                          # of 2 steps, 3 trials of 1 step, 2 steps
-def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(traces, family, tmp_path, monkeypatch, no_answers,
-                                                                 killed_after):
+def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(
+        traces, family, tmp_path, no_answers, interrupt_after, killed_after):
     command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", tmp_path
-    calls, real = [], distill.clipped_step
-    def step(*args):
-        if len(calls) == killed_after:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return real(*args)
-    monkeypatch.setattr(distill, "clipped_step", step)
+    taken = interrupt_after(killed_after)
     with pytest.raises(KeyboardInterrupt):
         run(distill, *command)
-    assert len(calls) == killed_after
-    more = []
-    monkeypatch.setattr(distill, "clipped_step", lambda *args: more.append(1) or real(*args))
+    assert len(taken) == killed_after
     run(distill, *command)
-    assert len(more) == 2 + 3 + 2 - killed_after                             # what was done is not done again
+    # What was done is not done again, but for a trial that was not over.
+    assert len(taken) == 2 + 3 + 2 + (killed_after == 3)
     for member in ("h1", "h2"):
         assert weights(tmp_path / member) == weights(family / member)
-        a, b = (json.loads((path / member / "report.json").read_text()) for path in (tmp_path, family))
-        assert all(a[key] == b[key] for key in ("replaced", "scores", "kl_last", "tokens"))
+        continued = json.loads((tmp_path / member / "report.json").read_text())
+        undisturbed = json.loads((family / member / "report.json").read_text())
+        for key in ("replaced", "scores", "kl_first", "kl_last", "tokens"):
+            assert continued[key] == undisturbed[key]
 
 
-def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(traces, family, tmp_path, monkeypatch, no_answers):
-    command = ("--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", family)
+def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(
+        traces, family, tmp_path, no_answers, interrupt_after):
+    command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", family
     assert run(distill, *command).out.count("finished already") == 2
-    for change in (("--traces", "generic"), ("--warmup", 3), ("--ctx", 99), ("--rank", "last"), ("--probe-steps", 2)):
-        with pytest.raises(UserError, match=change[0][2:].replace("-", "_")):
-            run(distill, *command, *change)
-    monkeypatch.setattr(distill, "clipped_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    command = ("--teacher", traces[0], "--replace", 1, *SMALL, "--resume", "--rank", "first", "--out", tmp_path / "x")
+    changes = {"traces": "generic", "warmup": 3, "ctx": 99, "rank": "last", "probe_steps": 2}
+    for flag, value in changes.items():
+        with pytest.raises(UserError, match=flag):
+            run(distill, *command, "--" + flag.replace("_", "-"), value)
+    interrupt_after(1)
+    command = "--teacher", traces[0], "--replace", 1, *SMALL, "--resume", "--rank", "first", "--out", tmp_path / "x"
     with pytest.raises(KeyboardInterrupt):
         run(distill, *command)
     with pytest.raises(UserError, match="traces = reasoning, now traces = generic"):
         run(distill, *command, "--traces", "generic")
 
 
+FAMILY_SHAPES = {
+    "llama": {"family": "llama", "rope_scaling": nano.RopeScaling(8.0, 1.0, 4.0, 64)},
+    "qwen2": {"family": "qwen2", "qkv_bias": True},
+    "qwen3": {"family": "qwen3", "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("family", FAMILY_SHAPES)
+def test_every_family_is_converted_and_distilled(family, traces, tmp_path, no_answers):
+    """In two stages, so that a hybrid of it is read again; what was saved computes what the report says."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(traces[0], teacher)
+    shape = dataclasses.replace(train_sft.TEACHER, n_layer=3, layout=(), **FAMILY_SHAPES[family])
+    torch.manual_seed(0)
+    lm = HybridLM(shape)
+    train_sft.init_weights(lm)
+    save_pretrained(lm, teacher)
+    printed = run(distill, "--teacher", teacher, "--stages", "1,2", *SMALL, "--out", tmp_path)
+    assert "not carried over: the softmax, the rotation" in printed.out
+    assert ("root mean square" in printed.out) == (family == "qwen3")
+    hybrid = load_pretrained(tmp_path / "h2")
+    assert hybrid.config.layout.count("m2") == 2 and hybrid.config.proj_bias == (family == "qwen2")
+    report = last_report(printed)
+    assert report["kl_last"] > 0
+    kl = distill.mean_loss(hybrid, load_pretrained(teacher), [encoded((teacher, traces[1]), "dev", 16)],
+                           "reverse_kl", CPU, torch.float32)
+    assert kl == pytest.approx(report["kl_last"], rel=1e-4)
+
+
+def test_what_cannot_be_converted_is_refused_before_the_ranking(traces, tmp_path):
+    command = "--teacher", traces[0], "--replace", 1, *SMALL, "--out", tmp_path / "x"
+    with pytest.raises(UserError, match="--d-state 5 does not divide head_dim 32"):
+        run(distill, *command, "--d-state", 5)
+    assert not (tmp_path / "x").exists()
+
+
+def change_a_weight(path):
+    lm = load_pretrained(path)
+    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3
+    save_pretrained(lm, path)
+
+
+def test_only_the_same_content_is_continued(traces, tmp_path, no_answers, interrupt_after):
+    """Whatever the directories are called: a teacher may be moved, but not changed, nor the data."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(traces[0], teacher)
+    data = tmp_path / "x.jsonl"
+    data.write_text("".join(f'{{"prompt": "a {i}", "response": "b</s>"}}\n' for i in range(9)))
+    command = "--data", data, *SMALL, "--out", tmp_path / "o", "--rank", "first", "--resume"
+    interrupt_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(distill, "--teacher", teacher, "--replace", 1, *command)
+
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    change_a_weight(teacher)
+    with pytest.raises(UserError, match="content of --teacher"):
+        run(distill, "--teacher", teacher, "--replace", 1, *command)
+    lines = data.read_text()
+    data.write_text(lines.replace("a 3", "a 33"))
+    with pytest.raises(UserError, match="content of --data"):
+        run(distill, "--teacher", moved, "--replace", 1, *command)
+    data.write_text(lines)
+    run(distill, "--teacher", moved, "--replace", 1, *command)
+    assert "finished already" in run(distill, "--teacher", moved, "--replace", 1, *command).out
+    with pytest.raises(UserError, match="content of --teacher"):
+        run(distill, "--teacher", teacher, "--replace", 1, *command)
+
+
+def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_path, no_answers):
+    shutil.copytree(family, tmp_path, dirs_exist_ok=True)
+    command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", tmp_path
+    assert run(distill, *command).out.count("finished already") == 2
+    change_a_weight(tmp_path / "h1")
+    with pytest.raises(UserError, match="h2 was made with content of --student"):
+        run(distill, *command)
+
+
+def test_what_is_read_is_never_written_over(traces, family, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(family / "h1")
+    start = "--teacher", traces[0], "--replace", 2, "--overwrite"
+    for flags in (("--out", traces[0] + "/"), ("--student", family / "h1", "--out", link)):
+        with pytest.raises(UserError, match="which this run reads"):
+            run(distill, *start, *flags)
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[]x", '["a"]', "[0, 0]", "[9]", "[-1]", "[true]", "[1.0]", "[[0]]",
+                                  '{"order": 3}', "{}"])
+def test_a_file_that_is_no_order_is_refused(text, tmp_path):
+    path = tmp_path / "order.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="order.json"):
+        distill.read_order(str(path), 4)
+    path.write_text('{"order": [2, 0]}')
+    assert distill.read_order(str(path), 4) == [2, 0]
+
+
+def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(traces, family, tmp_path, no_answers):
+    printed = run(distill, "--teacher", family / "h1", "--replace", 1, *SMALL, "--out", tmp_path)
+    assert "1 of its 4 layers have no attention" in printed.out
+    assert last_report(printed)["layout"].count("m2") == 2
+
+
 def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
-    lm, enc = load_pretrained(traces[0]), traces[1]
-    for i, block in enumerate(lm.layers):                                    # layer 2 writes nothing, the others a lot
-        block.self_attn.o_proj.weight.data *= 0 if i == 2 else 5
-    cpu, before = torch.device("cpu"), distill.weights_hash(lm)
-    setup = distill.Run(lm, enc, cpu, torch.float32, train_sft.trace_block(enc, 0), [], [], None, {})
-    setup = setup._replace(fixed=setup.block(1, 4), calibration=distill.calibration_batch(setup.block, cpu, count=8))
+    teacher = load_pretrained(traces[0])
+    for i, block in enumerate(teacher.layers):                               # layer 2 writes nothing, the others a lot
+        block.mixer.o_proj.weight.data *= 0 if i == 2 else 5
+    before = distill.weights_hash(teacher)
+    setup = distill_setup(traces, teacher)
     args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", lr=1e-4,
-                              init="calibrated", loss="reverse_kl")
-    student = convert(copy.deepcopy(lm), lm, [0], "aligned")                 # as in a later stage
-    trials = distill.try_each_layer(args, setup, student, [1, 2, 3], {})
-    assert distill.least_important_first(trials)[0] == 2 and len({trial["loss"] for trial in trials}) == 3
-    assert student.config.layout == ("m2", "t", "t", "t") and distill.weights_hash(lm) == before
+                              lr_rest=None, optimizer="muon", init="calibrated", loss="reverse_kl")
+    student = convert(copy.deepcopy(teacher), teacher, [0], "aligned")       # as in a later stage
+    trials = distill.try_each_layer(args, setup, student, {})
+    assert distill.least_important_first(trials)[0] == 2
+    assert len({trial["loss"] for trial in trials}) == 3                     # layers 1, 2 and 3, each a loss of its own
+    assert student.config.layout == ("m2", "t", "t", "t")
+    assert distill.weights_hash(teacher) == before
 
 
 def test_the_teacher_never_changes_during_a_stage(traces, tmp_path, monkeypatch, no_answers):
-    hashes, real = [], distill.evaluate
-    monkeypatch.setattr(distill, "evaluate", lambda a, run, student: hashes.append(distill.weights_hash(run.teacher))
-                        or real(a, run, student))
+    hashes = []
+    real = distill.evaluate
+
+    def evaluate(args, setup, student):
+        hashes.append(distill.weights_hash(setup.teacher))
+        return real(args, setup, student)
+
+    monkeypatch.setattr(distill, "evaluate", evaluate)
     for train in ("all", "mixers"):                                          # mixers: the other weights are shared
         run(distill, "--teacher", traces[0], "--replace", 2, *SMALL, "--train", train, "--out", tmp_path / train)
     assert hashes == [distill.weights_hash(load_pretrained(traces[0]))] * 2
 
 
 def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces):
-    enc = traces[1]
-    generic, like = (make(enc, 5)(3, 40) for make in (train_sft.generic_block, train_sft.trace_block))
-    assert generic == train_sft.generic_block(enc, 5)(3, 40) != train_sft.generic_block(enc, 6)(3, 40)
-    for (ids, trained), (other, _) in zip(generic, like):
-        text = enc.decode(ids)
+    codec = traces[1]
+    generic = train_sft.generic_block(codec, 5)(3, 40)
+    assert generic == train_sft.generic_block(codec, 5)(3, 40) != train_sft.generic_block(codec, 6)(3, 40)
+    for (ids, trained), (other, _) in zip(generic, train_sft.trace_block(codec, 5)(3, 40)):
+        text = codec.enc.decode(ids)
         assert trained == [False] + [True] * (len(ids) - 1) and text.startswith("<s> ") and text.endswith(".</s>")
         assert not any(word in text for word in ("?", "INST", "think", "How", "What", "=", ";"))
-        assert len(other) <= len(ids) < len(other) + 60                      # at most one sentence longer
+        # At most one sentence longer.
+        assert len(other) <= len(ids) < len(other) + 60
         assert train_sft.split_of(text[4:-4]) == "train"
 
 
 def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_path, no_answers):
+    command = "--teacher", traces[0], "--replace", 1, "--rank", "first", *SMALL, "--init", "aligned"
     reports = {}
     for kind in ("reasoning", "generic"):
-        printed = run(distill, "--teacher", traces[0], "--replace", 1, "--rank", "first", *SMALL,
-                             "--traces", kind, "--init", "aligned", "--out", tmp_path / kind).out
+        printed = run(distill, *command, "--traces", kind, "--out", tmp_path / kind).out
         reports[kind] = json.loads((tmp_path / kind / "report.json").read_text())
         assert (">>> " in printed and "[INST]" not in printed.split("problem ")[0]) == (kind == "generic")
     assert reports["generic"]["args"]["traces"] == "generic"
@@ -3503,12 +4516,19 @@ def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_pa
 
 
 def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path):
-    assert sorted(nano.APRIEL15B) == [i for i in range(50) if i != 2] and bench.ORDER[:49] == nano.APRIEL15B
+    assert sorted(nano.APRIEL15B) == [i for i in range(50) if i != 2]
+    assert bench.ORDER[:49] == nano.APRIEL15B
     args = argparse.Namespace(rank="apriel15b", teacher="x")
-    order = lambda layout: distill.rank_layers(args, None, HybridLM(dataclasses.replace(
-        train_sft.TEACHER, n_layer=len(layout), layout=layout)))[0]
-    assert order(("t",) * 50)[:27] == nano.APRIEL15B[:25] + [3, 5]
-    assert order(tuple("m2" if i in (47, 24) else "t" for i in range(50)))[:3] == [39, 36, 31]
+
+    def order(replaced):
+        layout = ["m2" if i in replaced else "t" for i in range(50)]
+        config = dataclasses.replace(train_sft.TEACHER, n_layer=50, layout=layout)
+        layers, scores = distill.rank_layers(args, None, HybridLM(config))
+        assert scores is None
+        return layers
+
+    assert order([])[:27] == nano.APRIEL15B[:25] + [3, 5]
+    assert order([47, 24])[:3] == [39, 36, 31]
     with pytest.raises(UserError, match="50 layers"):
         run(distill, "--teacher", traces[0], "--replace", 1, "--rank", "apriel15b", "--out", tmp_path / "x")
 
@@ -3545,7 +4565,7 @@ def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family
     assert all(torch.equal(w, 0.25 * alone[name] + 0.75 * lm[name]) for name, w in merged.items())
     args = json.loads((tmp_path / "merged" / "training.json").read_text())["args"]
     assert args["merge"] == str(other) and args["merge_weight"] == 0.25
-    monkeypatch.setattr(train_sft, "train", lambda *a: pytest.fail("training began"))
+    monkeypatch.setattr(train_sft, "fit", lambda *a: pytest.fail("training began"))
     for more, why in ((("--merge", family / "h2"), "layout"), (("--merge", tmp_path / "none"), "no such directory"),
                       (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"),
                       (("--merge-weight", -1), "between")):
@@ -3553,14 +4573,14 @@ def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family
             sft("refused", *more)
 
 
-def fake_report(path, replaced, tokens, student, seed=0, before=None, scores=None, layers=6):
-    """A report.json as distill.py writes it."""
+def fake_report(path, replaced, tokens, student, seed=0, before=None, scores=None, kind="m2"):
+    """A report.json as distill.py writes it, of a model of six layers."""
     path.mkdir(parents=True)
     (path / "report.json").write_text(json.dumps({
-        "replaced": replaced, "layout": ["m2" if i in replaced else "t" for i in range(layers)], "kl_first": 0.5,
+        "replaced": replaced, "layout": [kind if i in replaced else "t" for i in range(6)], "kl_first": 0.5,
         "kl_last": 0.25, "steps": 5, "tokens": tokens, "seconds": 10.0, "seed": seed, "teacher_accuracy": 0.8,
         "student_accuracy": student, "accuracy_by_family": {"story": [0.8, student]}, "scores": scores, "log": [],
-        "args": {"student": before and str(before), "teacher": "no/such/teacher"}}))
+        "args": {"student": before and str(before), "teacher": "no/such/teacher", "eval": 50}}))
 
 
 def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
@@ -3568,63 +4588,124 @@ def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
     fake_report(tmp_path / "h3", [4, 0, 1], 2_000_000, 0.4, before="moved/away/h1")
     for seed, student in ((0, 0.5), (1, 0.7)):
         fake_report(tmp_path / "claims" / f"plain-s{seed}", [4, 5], 1_000_000, student, seed)
-    lines = [[cell.strip() for cell in line.strip("|").split("|")]
-             for line in run(bench, "--table", tmp_path, tmp_path / "claims").out.splitlines()]
-    table = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
+    printed = run(bench, "--table", tmp_path, tmp_path / "claims").out
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
+    table = {line[0]: dict(zip(head, line)) for line in lines}
     assert list(table) == ["h1", "plain", "h3"]
     assert [table["h3"][key] for key in ("M tokens", "of teacher", "replaced")] == ["3.000", "0.500", "3"]
     assert table["plain"]["seeds"] == "0 1" and table["plain"]["student"] == "0.600 +-0.100"
-    assert table["h1"]["KL first"] == "0.500" and table["h1"]["KL last"] == "0.250" and table["h1"]["seconds"] == "10"
-    # Lines of --json give the same table, also where the earlier stages and the checkpoints are gone.
-    printed = run(bench, "--table", tmp_path / "h3", "--json", tmp_path / "lines.jsonl").out
+    assert [table["h1"][key] for key in ("KL first", "KL last", "seconds")] == ["0.500", "0.250", "10"]
+
+
+def test_lines_give_the_table_that_the_reports_gave(tmp_path):
+    """Also where the earlier stages and the checkpoints are gone. What is no result is named."""
+    fake_report(tmp_path / "h1", [4], 1_000_000, 0.8)
+    fake_report(tmp_path / "h3", [4, 0, 1], 2_000_000, 0.4, before=tmp_path / "h1")
+    lines = tmp_path / "lines.jsonl"
+    printed = run(bench, "--table", tmp_path / "h3", "--json", lines).out
     shutil.rmtree(tmp_path / "h1")
-    assert run(bench, "--table", tmp_path / "lines.jsonl").out == printed
-    (tmp_path / "bad.jsonl").write_text((tmp_path / "lines.jsonl").read_text() + "{}\n")
-    with pytest.raises(UserError, match="line 2 is no result"):
-        run(bench, "--table", tmp_path / "bad.jsonl")
-    with pytest.raises(UserError, match="no report.json"):
-        run(bench, "--table", tmp_path / "nothing")
+    assert run(bench, "--table", lines).out == printed
+    again = tmp_path / "again.jsonl"
+    run(bench, "--table", lines, "--json", again)
+    assert again.read_text() == lines.read_text()
     (tmp_path / "h3" / "report.json").write_text("{}")
-    with pytest.raises(UserError, match="is no report"):
-        run(bench, "--table", tmp_path / "h3")
+    for text, path, why in (("{}\n", lines, "line 2 is no result"), ("{", lines, "line 3 is no JSON"),
+                            ("", tmp_path / "nothing", "no report.json"),
+                            ("", tmp_path / "h3", "report.json is no result")):
+        with open(lines, "a") as f:
+            f.write(text)
+        with pytest.raises(UserError, match=why):
+            run(bench, "--table", path)
+
+
+@pytest.mark.parametrize("name", ["family", "h25", "ten", "ten800", "claims", "probes", "replace46", "split-teacher"])
+def test_the_stored_results_can_be_read(name):
+    lines = os.path.join(HERE, "results", name + ".jsonl")
+    results = bench.find_results([lines])
+    with open(lines) as f:
+        assert len(results) == len(f.readlines())
+    assert all(0 <= result.accuracy <= 1 and len(result.layout) in (10, 50) for result in results)
+    # A line knows what all its stages have cost; where they are in its file, they are found and say the same.
+    for result in results:
+        if result.before in [other.path for other in results]:
+            assert result.tokens == result.report["tokens"] + result.earlier[-1].tokens
+    stages = max(len(result.earlier) for result in results)
+    assert stages == {"family": 5, "ten": 3, "ten800": 3, "claims": 1}.get(name, 0)
+
+
+LOO = [{"layer": i, "accuracy": 1 - i / 10, "kl": 0.0, "loss": 0.1} for i in range(6)]
+MMR = [{"layer": i, "loss": 2.0 if i == 5 else 1.0} for i in range(1, 6)]
 
 
 def test_without_matplotlib_the_layer_map_is_text(tmp_path, monkeypatch):
-    loo = [{"layer": i, "accuracy": 1 - i / 10, "kl": 0.0, "loss": 0.1} for i in range(6)]
-    mmr = [{"layer": i, "loss": 2.0 if i == 5 else 1.0} for i in range(1, 6)]
-    fake_report(tmp_path / "h1", [0], 10, 0.8, scores=loo)
-    fake_report(tmp_path / "h2", [0, 2], 10, 0.8, before=tmp_path / "h1", scores=mmr)
+    fake_report(tmp_path / "h1", [0], 10, 0.8, scores=LOO)
+    fake_report(tmp_path / "h2", [0, 2], 10, 0.8, before=tmp_path / "h1", scores=MMR)
+    fake_report(tmp_path / "h1-identity", [5], 10, 0.7, kind="n")
     monkeypatch.setitem(sys.modules, "matplotlib", None)                     # import fails
     printed = run(bench, "--figures", tmp_path, "--out", tmp_path / "results").out
-    assert ["h1  Mttttt", "    024579", "h2  mtMttt", "     00009"] == [
-        line.rstrip() for line in printed.splitlines()
-        if line and line[0] in "h " and not line.startswith("    0    5")]
+    mamba = ["Mamba, seed 0", "    0    5", "h1  Mttttt", "    024579", "h2  mtMttt", "     00009", ""]
+    control = ["mixers removed (control), seed 0", "             0    5", "h1-identity  tttttM"]
+    assert "\n".join(["", *mamba, *control, ""]) in printed
     assert printed.rstrip().endswith("(pip install matplotlib)") and not (tmp_path / "results").exists()
+
+
+def test_the_noise_of_a_score_is_that_of_its_problems():
+    """95 % of all samples of a true share cover it, also near 1; at 200 problems it is some 0.02 either way."""
+    assert bench.noise_interval(1.0, 200)[1] == 1 and bench.noise_interval(0.0, 200)[0] == 0
+    low, high = bench.noise_interval(0.975, 200)
+    assert 0.93 < low < 0.955 and 0.98 < high < 0.995
+    drawn = np.random.default_rng(0).binomial(200, 0.96, 4000) / 200
+    covered = [low <= 0.96 <= high for low, high in (bench.noise_interval(share, 200) for share in drawn)]
+    assert 0.93 < np.mean(covered) < 0.97
+
+
+def test_the_picture_shows_scores_from_zero_with_noise_seeds_and_control(tmp_path, monkeypatch):
+    """From lines alone, without checkpoints: the layers given up are its x axis."""
+    pytest.importorskip("matplotlib")
+    for seed, student in ((0, 0.5), (1, 0.7)):
+        fake_report(tmp_path / f"a{seed}" / "h2", [4, 5], 10, student, seed)
+    fake_report(tmp_path / "b" / "h2-identity", [4, 5], 10, 0.4, kind="n")
+    run(bench, "--table", *(tmp_path / name for name in ("a0", "a1", "b")), "--json", tmp_path / "lines.jsonl")
+    drawn = []
+    monkeypatch.setattr(bench, "save_figure", lambda plt, figure, path, top=1: drawn.append(figure))
+    run(bench, "--figures", tmp_path / "lines.jsonl", "--out", tmp_path / "pictures")
+    layers, family = drawn
+    axes, = family.axes
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 0.8 and "of 6" in axes.get_xlabel()
+    points = {(x, y) for line in axes.lines for x, y in zip(*line.get_data()) if line.get_marker() in "ox*"}
+    places = {y: x for x, y in points}
+    assert set(places) == {0.8, 0.5, 0.7, 0.6, 0.4}                          # teacher, two seeds, their mean, control
+    assert places[0.8] == 0 and places[0.6] == places[0.5] == 2 < places[0.4] < 2.1
+    bars = [bar.get_segments()[0][:, 1] for bar in axes.collections]
+    assert [tuple(bar) for bar in bars] == [pytest.approx(bench.noise_interval(score, 50)) for score in (0.6, 0.4)]
+    titles = [axes.get_title() for axes in layers.axes if axes.axison]
+    assert titles == ["Mamba, seed 0", "Mamba, seed 1", "mixers removed (control), seed 0"]
 
 
 def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench, "filled_state", lambda lm, batch, ctx, real=bench.filled_state: real(lm, 1, 20))
-    monkeypatch.setattr(bench, "time_decode", lambda lm, state, batch, args, device, real=bench.time_decode: real(
-        lm, state, 1, argparse.Namespace(seconds=0.0, graph=False), device))
-    printed = run(bench, "--figures", family, "--out", tmp_path).out    # measured on the spot
+    filled_state = bench.filled_state
+    monkeypatch.setattr(bench, "filled_state", lambda lm, batch, ctx: filled_state(lm, batch, 20))
+    printed = run(bench, "--figures", family, "--out", tmp_path).out         # speeds are measured on the spot
     for name in ("layers.png", "family.png"):
         assert name in printed and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
-    row = lambda path, speed: json.dumps({"row": "model", "shape": str(path), "ctx": 9,
-                                          "decode": [{"tokens_per_s": speed}]})
-    (tmp_path / "bench.jsonl").write_text("\n".join([row(traces[0], 100.0), row(family / "h1", 150.0)]))
-    known = lambda *paths: bench.throughput(paths, tmp_path / "bench.jsonl", "cpu", torch.float32)
-    assert known(traces[0], family / "h1") == [100.0, 150.0]
+    lines = tmp_path / "bench.jsonl"
+    for path, speed in ((traces[0], 100.0), (family / "h1", 150.0)):
+        row = {"row": "model", "shape": str(path), "ctx": 9, "decode": [{"tokens_per_s": speed}]}
+        with open(lines, "a") as f:
+            f.write(json.dumps(row) + "\n")
+    assert bench.speeds_from_lines(lines, [traces[0], family / "h1"]) == [100.0, 150.0]
     with pytest.raises(UserError, match="no line for .*h2"):
-        known(family / "h2")
+        run(bench, "--figures", family, "--out", tmp_path, "--speeds", lines)
 
 
-def test_a_burst_of_another_program_spoils_no_speed(traces, family, monkeypatch):
+def test_a_burst_of_another_program_spoils_no_speed(monkeypatch):
     """Three rounds over all models, the median of each: one slow call of three does not show."""
     seconds = iter([1.0, 8.0, 9.0, 1.0, 2.0, 4.0])                           # a call per model and round
     monkeypatch.setattr(bench, "filled_state", lambda lm, batch, ctx: None)
     monkeypatch.setattr(bench, "time_decode", lambda *rest: (next(seconds), 0.0))
-    assert bench.throughput([traces[0], family / "h1"], None, torch.device("cpu"), torch.float32) == [2.0, 1.0]
+    configs = [tiny(layout).config for layout in ("t t", "m2 t", "t m2")]    # the last two are equally fast
+    assert bench.measured_speeds(configs, torch.device("cpu"), torch.float32) == [2.0, 1.0, 1.0]
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():
@@ -3640,11 +4721,16 @@ def drop_key(path):
     (path / "config.json").write_text(json.dumps(raw))
 
 
+def drop_shard(path):
+    (path / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00002-of-00002.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 BAD_INPUT = {                                # damage to a copy of the teacher, more arguments, what the line must name
     "truncated safetensors": (lambda path: truncate(path, -10), [], "model.safetensors"),
     "config without a needed key": (drop_key, [], "num_attention_heads"),
-    "missing shard": (lambda path: (path / "model.safetensors.index.json").write_text(json.dumps(
-        {"weight_map": {"a": "model-00002-of-00002.safetensors"}})), [], "model-00002-of-00002.safetensors is missing"),
+    "missing shard": (drop_shard, [], "model-00002-of-00002.safetensors is missing"),
     "unsupported layer type": (lambda path: (path / "config.json").write_text(json.dumps(
         raw_config("m2 t gdn"))), [], "gdn"),
     "more layers than there are": (lambda path: None, ["--replace", "99"], "4 attention layers"),
@@ -3660,38 +4746,44 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_work(case, traces, tmp
     teacher = tmp_path / "teacher"
     shutil.copytree(traces[0], teacher)
     damage(teacher)
-    arguments = [str(teacher / a) if a.endswith(".jsonl") else a for a in arguments]
+    arguments = [teacher / a if a.endswith(".jsonl") else a for a in arguments]
     code, out, err = script("distill.py", "--teacher", teacher, "--replace", 1, "--out", tmp_path / "o", *arguments)
-    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and named in err, err
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and named in err
     assert not (tmp_path / "o").exists()
 
 
 def test_the_shipped_teacher_is_checked_in_seconds(tmp_path):
     """All 50 layers are loaded and the request refused within 30 seconds of one core's time."""
     resource = pytest.importorskip("resource")
-    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+    def used():
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
     began = used()
-    code, out, err = script("distill.py", "--replace", 99, "--out", tmp_path / "o", "--teacher",
-                            os.path.join(HERE, "teacher"))
+    teacher = os.path.join(HERE, "teacher")
+    code, out, err = script("distill.py", "--replace", 99, "--out", tmp_path / "o", "--teacher", teacher)
     assert (code, out, err.count("\n")) == (2, "", 1) and "50 attention layers" in err
     assert used() - began < 30
 
 
-@pytest.mark.parametrize("ignored", (False, True))
-def test_ctrl_c_waits_for_the_end_of_a_step(ignored):
-    """A step taken in half would be saved, and taken again after --resume. Under nohup it stays ignored."""
-    done, usual = [], signal.SIG_IGN if ignored else signal.default_int_handler
-    before = signal.signal(signal.SIGINT, usual)
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_waits_for_the_end_of_a_step_however_often_it_comes(number, capfd):
+    """A step taken in half would be saved, and taken again after --resume. What is ignored (nohup) stays ignored."""
+    before = signal.signal(number, signal.default_int_handler)
     try:
-        with contextlib.suppress(() if ignored else KeyboardInterrupt):
-            with nano.uninterrupted():
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.05)
-                done.append("whole")
-            done.append("on")
-        assert done == (["whole", "on"] if ignored else ["whole"]) and signal.getsignal(signal.SIGINT) is usual
+        with train_sft.signals_noted() as noted:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+        assert noted == [number, number]
+        assert capfd.readouterr().err.count("stopping after this step") == 1
+        assert signal.getsignal(number) is signal.default_int_handler
+        signal.signal(number, signal.SIG_IGN)
+        with train_sft.signals_noted() as noted:
+            signal.raise_signal(number)
+        assert noted == []
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("script, flags, words", [
@@ -3703,11 +4795,6 @@ def test_what_would_train_nothing_is_refused(traces, tmp_path, script, flags, wo
     with pytest.raises(UserError, match=words):
         run(script, start, traces[0], *flags, "--out", tmp_path)
 
-
-def test_a_progress_file_without_its_header_is_refused(traces, tmp_path):
-    save_file({"weight|norm.weight": torch.ones(3)}, tmp_path / "progress.safetensors")
-    with pytest.raises(UserError, match="does not continue this run"):
-        run(train_sft, "--model", traces[0], "--steps", 1, "--resume", "--out", tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3726,7 +4813,8 @@ class Text(str):
 
 STRANGE = [None, True, False, 0, 1, -1, 2, 7, 0.5, -0.5, 1e-300, 1e300, 10 ** 6, 2 ** 31, 2 ** 63, 10 ** 30, "", "x",
            "auto", "\ud800", "a\nb", "../x", "\0", [], [1], [None], ["t"], Pairs(), Pairs([("a", 1)]),
-           Text("NaN"), Text("Infinity"), Text("-Infinity"), Text("9" * 5000), Text("[" * 100_000 + "]" * 100_000)]
+           Text("NaN"), Text("Infinity"), Text("-Infinity"), Text("9" * 5000), Text("[" * 900 + "]" * 900),
+           Text("[" * 100_000 + "]" * 100_000)]
 
 
 def to_json(value):
@@ -3796,8 +4884,13 @@ def mutate(data, rng):
     except ValueError:
         lines = data.split(b"\n")
         i = rng.randrange(len(lines))
-        if lines[i].strip():
+        try:
             lines[i] = mutate_json(lines[i], rng).encode("utf-8", "surrogatepass")
+        except ValueError:
+            # No JSON at all, but a chat template, say, or an empty line.
+            words = lines[i].split(b" ")
+            rng.shuffle(words)
+            lines[i] = b" ".join(words)
         return b"\n".join(lines)
 
 
@@ -3810,14 +4903,113 @@ def good_checkpoint(shards=1, **change):
     return make
 
 
+def good_tokenizer(raw):
+    """-> a function that writes a checkpoint's tokenizer files into a directory."""
+    def make(path):
+        raw["post_processor"] = template_processor("<s>")
+        (path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+        config = NAMES | {"chat_template": [{"name": "default", "template": MISTRAL}]}
+        (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        (path / "special_tokens_map.json").write_text(json.dumps(NAMES), encoding="utf-8")
+        (path / "chat_template.jinja").write_text(LLAMA3, encoding="utf-8")
+    return make
+
+
+def use_tokenizer(path):
+    """Load a tokenizer and use all that it can do."""
+    enc = load_tokenizer(path)
+    ids = enc.encode(CORPUS + "<s>\x00\U0010ffff</s>", allowed_special="all")
+    enc.decode(ids)
+    for token in [*ids, *nano.begin_tokens(path, enc), enc.max_token_value]:
+        enc.decode_single_token_bytes(token)
+
+
+@functools.cache
+def some_tokenizer(path):
+    return load_tokenizer(path)
+
+
+def use_chat(path):
+    """Load a chat template and use it."""
+    chat = nano.load_chat(path, some_tokenizer(path))
+    if not isinstance(chat.end, str):
+        raise TypeError(chat.end)
+    for turns in TALKS[:2]:
+        chat.prompt(talk(*turns))
+
+
+def use_config_template(path):
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    use_chat(path)
+
+
+def small_tokenizer(name):
+    return make_tokenizer(**TOKENIZERS[name] | {"count": 3})
+class Letters:
+    """A tokenizer whose tokens are bytes."""
+    def encode(self, text, allowed_special=()):
+        return list(text.encode("utf-8", "replace"))
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", "replace")
+
+
+def write_records(path):
+    """One record of each shape that is read."""
+    lines = [json.dumps(record) for record, _ in RECORDS]
+    (path / "traces.jsonl").write_text("\n".join(lines))
+
+
+def read_records(path):
+    codec = train_sft.Codec(Letters(), Marks(), [])
+    return train_sft.read_jsonl(path / "traces.jsonl", codec, 999, 256)
+
+
+def write_progress(path):
+    """A progress file after one step of 9, and its JSON in a file of its own."""
+    model = tiny("m2 t", torch.float32, train=True)
+    batch = train_sft.collate([([5, 6, 7, 8], [True] * 4)], "cpu")
+    _, _, meta = saved_progress(path / "progress.safetensors", model, batch)
+    (path / "meta.json").write_text(json.dumps(meta))
+
+
+def read_progress(path):
+    """Load it, with the JSON from that file."""
+    model = tiny("m2 t", torch.float32, train=True)
+    plan = train_sft.Plan(9, 1e-3, 1, 1, 1, "loss")
+    progress = train_sft.Progress(str(path / "progress.safetensors"), {"seed": 0}, resume=True)
+    progress.load(model, train_sft.make_optimizers(model, plan.lr), plan)
+
+
+def read_progress_with_meta(path):
+    with open(path / "meta.json", encoding="utf-8", errors="surrogateescape") as f:
+        meta = f.read().encode("utf-8", "replace").decode()
+    tensors = load_file(path / "progress.safetensors")
+    save_file(tensors, path / "progress.safetensors", metadata={"meta": meta})
+    read_progress(path)
+
+
 # name -> (make(directory) writes good files, which of them are damaged, load(directory))
-INDEX = "model.safetensors.index.json"
 READERS = {
     "config.json of a hybrid": (good_checkpoint(), ["config.json"], load_pretrained),
-    "config.json of Llama": (good_checkpoint(model_type="llama"), ["config.json"], load_pretrained),
+    "config.json of Llama 3": (good_checkpoint(model_type="llama", rope_scaling=LLAMA3), ["config.json"],
+                               load_pretrained),
+    "config.json of Qwen3": (good_checkpoint(model_type="qwen3", use_sliding_window=True, max_window_layers=3),
+                             ["config.json"], load_pretrained),
+    "config.json of our own type": (good_checkpoint(**NANO, base_model_type="llama"), ["config.json"], load_pretrained),
     "generation_config.json": (good_checkpoint(), ["generation_config.json"], load_pretrained),
     "safetensors": (good_checkpoint(), ["model.safetensors"], load_pretrained),
     "safetensors, index": (good_checkpoint(shards=3), [INDEX, "part_1.safetensors"], load_pretrained),
+    "tokenizer.json, Llama 3": (good_tokenizer(make_tokenizer()), ["tokenizer.json"], use_tokenizer),
+    "tokenizer.json, SmolLM": (good_tokenizer(small_tokenizer("SmolLM kind")), ["tokenizer.json"], use_tokenizer),
+    "tokenizer.json, DeepSeek": (good_tokenizer(small_tokenizer("DeepSeek kind")), ["tokenizer.json"], use_tokenizer),
+    "tokenizer.json, Llama 2": (good_tokenizer(sentencepiece()), ["tokenizer.json"], use_tokenizer),
+    "chat_template.jinja": (good_tokenizer(make_tokenizer(special=MARKS)), ["chat_template.jinja"], use_chat),
+    "tokenizer_config.json": (good_tokenizer(make_tokenizer(special=MARKS)),
+                              ["tokenizer_config.json", "special_tokens_map.json"], use_config_template),
+    "records of own data": (write_records, ["traces.jsonl"], read_records),
+    "progress": (write_progress, ["progress.safetensors"], read_progress),
+    "progress, its JSON": (write_progress, ["meta.json"], read_progress_with_meta),
 }
 
 
@@ -3882,22 +5074,43 @@ def test_a_damaged_file_loads_or_is_refused(name, tmp_path):
     assert counts["loaded"] + counts["refused"] == 200
 
 
-def main():
-    """The long run of the mutations."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mutate", type=int, required=True, metavar="N", help="damaged files in all")
-    wanted = parser.parse_args().mutate
+def compare_texts(count, folder, checkpoint):
+    """The long run of test_token_ids_are_those_of_the_library, and on a real tokenizer, if one is named."""
+    cases = {name: make_tokenizer(**style) for name, style in TOKENIZERS.items()}
+    if checkpoint:
+        cases[checkpoint] = nano.read_json(os.path.join(checkpoint, "tokenizer.json"))
+    for number, (name, raw) in enumerate(cases.items()):
+        begin = time.time()
+        compare_with_library(raw, random_texts(count, seed=number), folder / f"tokenizer {number}")
+        print(f"{name:40} {count} texts: the ids of the package tokenizers {time.time() - begin:6.0f} s", flush=True)
+
+
+def compare_mutations(count, folder):
+    """The long run of the mutations -> how many failed."""
     bad = 0
+    for number, name in enumerate(READERS):
+        begin = time.time()
+        counts, failed = run_mutations(name, folder / str(number), -(-count // len(READERS)))
+        print(f"{name:26} {counts['loaded']:6} loaded {counts['refused']:6} refused {len(failed):6} failed "
+              f"{time.time() - begin:6.0f} s", flush=True)
+        for i, error in failed[:5]:
+            print(f"    number {i}: {type(error).__name__}: {error}"[:300])
+        bad += len(failed)
+    return bad
+
+
+def main():
+    """What takes too long for a test."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mutate", type=int, default=0, metavar="N", help="damage N files in all and read them")
+    parser.add_argument("--texts", type=int, default=0, metavar="N", help="compare the ids of N texts a tokenizer")
+    parser.add_argument("--tokenizer", metavar="DIR", help="with --texts: compare this checkpoint's tokenizer, too")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for number, name in enumerate(READERS):
-            begin = time.time()
-            counts, failed = run_mutations(name, pathlib.Path(folder) / str(number), -(-wanted // len(READERS)))
-            print(f"{name:26} {counts['loaded']:6} loaded {counts['refused']:6} refused {len(failed):6} failed "
-                  f"{time.time() - begin:6.0f} s", flush=True)
-            for i, error in failed[:5]:
-                print(f"    number {i}: {type(error).__name__}: {error}"[:300])
-            bad += len(failed)
-    sys.exit(1 if bad else 0)
+        if args.texts:
+            compare_texts(args.texts, pathlib.Path(folder), args.tokenizer)
+        if args.mutate and compare_mutations(args.mutate, pathlib.Path(folder)):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,28 +6,33 @@ Make reasoning traces, and train a model on them: the teacher from scratch, or s
     python train_sft.py --model DIR --data traces.jsonl --out out/mine       # ... or any checkpoint on your own
     python train_sft.py --model out/h30 --merge out/h30 --out out/h30-sft    # ... and average it with an earlier one
 
-The first half of this file is also the library of distill.py: problems, batches, loss and evaluation.
+Everything before "Training from nothing" is also the library of distill.py: problems, texts, batches, loss, optimisers
+and the one training loop, `fit`.
 """
 import argparse
+import contextlib
+import gzip
+import hashlib
 import itertools
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
 import zlib
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as nano
-from model import (UserError, autocast, claim_out, format_prompt, provenance, run_main, start_script,
-                   uninterrupted)
+from model import UserError, autocast, claim_out, provenance, run_main, start_script
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -48,58 +53,97 @@ from model import (UserError, autocast, claim_out, format_prompt, provenance, ru
 #
 # A problem belongs to a split by a hash of its text, so that no split ever sees another's problems, whatever the seed.
 
-NAMES = "Ann Bob Cara Dan Eve Finn Gus Hana Ivo Jon Kim Leo Mia Ned Ola Pam Quin Rosa Sam Tess".split()
+NAMES = ("Ann Bob Cara Dan Eve Finn Gus Hana Ivo Jon "
+         "Kim Leo Mia Ned Ola Pam Quin Rosa Sam Tess").split()
 THINGS = "lamp box door cup ring book key coin hat drum map rope bell fork vase kite".split()
 GOODS = "apples coins stamps cards shells beads".split()
 
 
 def story(rng, size):
     """Who has how many? A chain of 1 to 4 comparisons, and up to 4 people who do not matter."""
-    n_chain, n_extra = between(rng, 1, 4, size), between(rng, 0, 4, size)
-    names, goods = rng.sample(NAMES, n_chain + 1 + n_extra), rng.choice(GOODS)
-    value, fact, note, base = {}, {}, {}, {}                                 # by name; base: the person compared with
+    n_chain = between(rng, 1, 4, size)
+    n_extra = between(rng, 0, 4, size)
+    names = rng.sample(NAMES, n_chain + 1 + n_extra)
+    goods = rng.choice(GOODS)
+    # All by name: how many; that in words; the sum that gives it; the person compared with.
+    value = {}
+    fact = {}
+    note = {}
+    base = {}
     for i, name in enumerate(names):
-        other = names[i - 1] if 0 < i <= n_chain else None                   # the chain: each from the one before it
-        if i > n_chain and rng.random() < 0.7:                               # somebody who does not matter
+        # The chain: each from the one before it.
+        other = names[i - 1] if 0 < i <= n_chain else None
+        # Somebody who does not matter.
+        if i > n_chain and rng.random() < 0.7:
             other = rng.choice(names[:i])
         if other is None:
             value[name] = rng.randint(2, 60)
             fact[name] = f"{value[name]} {goods}"
             continue
-        v, d = value[other], rng.randint(2, 9)
-        # The bounds keep every number in 2 ... 99, where each is a single token (see make_tokenizer).
-        kind = rng.choice(["twice"] * (v <= 49) + ["more"] * 2 * (v <= 90) + ["fewer"] * 2 * (v >= 12))
-        value[name] = {"twice": 2 * v, "more": v + d, "fewer": v - d}[kind]
-        fact[name] = f"twice as many as {other}" if kind == "twice" else f"{d} {kind} than {other}"
-        sign = {"twice": f"{v} * 2", "more": f"{v} + {d}", "fewer": f"{v} - {d}"}[kind]
-        note[name], base[name] = f"{name} {sign} = {value[name]}.", other
-    target, walk = names[n_chain], [names[n_chain]]
-    while walk[-1] in base:                                                  # back to somebody whose number is given
+        value[name], words, calculation = compare(rng, value[other])
+        fact[name] = f"{words} {other}"
+        note[name] = f"{name} {calculation} = {value[name]}."
+        base[name] = other
+    # The trace goes back to somebody whose number is given, then forward again.
+    target = names[n_chain]
+    walk = [target]
+    while walk[-1] in base:
         walk.append(base[walk[-1]])
-    question = " ".join(f"{name} has {fact[name]}." for name in rng.sample(names, len(names)))  # facts in random order
-    back = [f"{name} {fact[name]}." for name in walk]                        # the way back; the rest goes forward
-    return (f"{question} How many {goods} does {target} have?",
-            " ".join(back + [note[name] for name in reversed(walk[:-1])]), str(value[target]))
+    steps = [f"{name} {fact[name]}." for name in walk]
+    steps += [note[name] for name in reversed(walk[:-1])]
+    in_random_order = rng.sample(names, len(names))
+    facts = " ".join(f"{name} has {fact[name]}." for name in in_random_order)
+    return f"{facts} How many {goods} does {target} have?", " ".join(steps), str(value[target])
+
+
+def compare(rng, number):
+    """A number that stands in some relation to a given one -> it, the relation in words, the calculation.
+    The bounds keep every number in 2 ... 99, where each is a single token (see make_tokenizer)."""
+    d = rng.randint(2, 9)
+    kinds = []
+    if number <= 49:
+        kinds += ["twice"]
+    if number <= 90:
+        kinds += ["more", "more"]
+    if number >= 12:
+        kinds += ["fewer", "fewer"]
+    kind = rng.choice(kinds)
+    if kind == "twice":
+        return 2 * number, "twice as many as", f"{number} * 2"
+    if kind == "more":
+        return number + d, f"{d} more than", f"{number} + {d}"
+    return number - d, f"{d} fewer than", f"{number} - {d}"
 
 
 def retrieval(rng, size):
     """Which code belongs to this thing, or to the thing that somebody owns? 3 to 9 codes of three numbers."""
-    things, owners = rng.sample(THINGS, between(rng, 3, 9, size)), rng.sample(NAMES, between(rng, 2, 4, size))
-    code = {thing: " ".join(str(rng.randint(10, 99)) for _ in range(3)) for thing in things}
-    facts, thing = [f"The {thing} has code {code[thing]}." for thing in things], things[0]
-    steps, question = f"{thing} {code[thing]}.", f"What is the code of the {thing}?"         # one look-up
-    if rng.random() < 0.6:                                                   # two look-ups, one after the other
+    things = rng.sample(THINGS, between(rng, 3, 9, size))
+    owners = rng.sample(NAMES, between(rng, 2, 4, size))
+    code = {}
+    for thing in things:
+        numbers = [str(rng.randint(10, 99)) for _ in range(3)]
+        code[thing] = " ".join(numbers)
+    facts = [f"The {thing} has code {code[thing]}." for thing in things]
+    # One look-up.
+    wanted = things[0]
+    steps = f"{wanted} {code[wanted]}."
+    question = f"What is the code of the {wanted}?"
+    # Two look-ups, one after the other.
+    if rng.random() < 0.6:
         facts += [f"{name} owns the {owned}." for name, owned in zip(owners, things)]
-        steps, question = f"{owners[0]} {thing}. {steps}", f"What is the code of the thing of {owners[0]}?"
-    return f"{' '.join(rng.sample(facts, len(facts)))} {question}", steps, code[thing]
+        steps = f"{owners[0]} {wanted}. {steps}"
+        question = f"What is the code of the thing of {owners[0]}?"
+    in_random_order = rng.sample(facts, len(facts))
+    return f"{' '.join(in_random_order)} {question}", steps, code[wanted]
 
 
 def swaps(rng, size):
     """Who ends up with what? 2 to 5 people swap what they have, 1 to 6 times."""
-    n = between(rng, 2, 5, size)                                             # people
-    people = rng.sample(NAMES, n)
-    has = dict(zip(people, rng.sample(THINGS, n)))
-    question, steps = [f"{name} has the {has[name]}." for name in people], []
+    n_people = between(rng, 2, 5, size)
+    people = rng.sample(NAMES, n_people)
+    has = dict(zip(people, rng.sample(THINGS, n_people)))
+    question = [f"{name} has the {has[name]}." for name in people]
+    steps = []
     for i in range(1, between(rng, 1, 6, size) + 1):
         a, b = rng.sample(people, 2)
         question.append(f"{i}: {a} and {b} swap.")
@@ -107,7 +151,9 @@ def swaps(rng, size):
         steps.append(f"{i}: {a} {has[a]}, {b} {has[b]}; {a} {has[b]}, {b} {has[a]}.")
         has[a], has[b] = has[b], has[a]
     who = rng.choice(people)
-    return f"{' '.join(question)} What does {who} have?", f"{' '.join(steps)} {who} {has[who]}.", has[who]
+    question.append(f"What does {who} have?")
+    steps.append(f"{who} {has[who]}.")
+    return " ".join(question), " ".join(steps), has[who]
 
 
 def between(rng, low, high, size):
@@ -116,203 +162,512 @@ def between(rng, low, high, size):
 
 
 FAMILIES = {"story": story, "retrieval": retrieval, "swaps": swaps}
-SPLITS = {"test": (0, 1), "probe": (2,), "dev": (3,)}    # remainders of the hash modulo 64; all others are "train"
+# Remainders of the hash modulo 64; all others are "train".
+SPLITS = {"test": (0, 1), "probe": (2,), "dev": (3,)}
 
 
 def split_of(question):
     """A question -> its split. crc32, because Python's own hash of a text differs from process to process."""
     remainder = zlib.crc32(question.encode()) % 64
-    return next((split for split, held in SPLITS.items() if remainder in held), "train")
+    for split, held in SPLITS.items():
+        if remainder in held:
+            return split
+    return "train"
+
+
+class Problem(NamedTuple):
+    family: str                                          # a key of FAMILIES
+    question: str
+    steps: str                                           # the trace
+    answer: str
 
 
 def problems(split, seed, size=1.0):
-    """Endless (family, question, steps, answer), the families in turn. Same split and seed, same problems.
+    """Endless Problems, the families in turn. Same split and seed, same problems.
     seed: anything that can be printed; size in (0, 1]: 1 is a problem of full size."""
-    rng = random.Random(f"{split} {seed}")                                   # a text: the same on every machine
+    # Seeded with a text, which is the same on every machine.
+    rng = random.Random(f"{split} {seed}")
     for family in itertools.cycle(FAMILIES):
+        # For "test" some 32 tries, cheap ones.
         while True:
-            question, steps, answer = FAMILIES[family](rng, size)            # for "test" some 32 tries, cheap ones
-            if split_of(question) == split:
+            problem = Problem(family, *FAMILIES[family](rng, size))
+            if split_of(problem.question) == split:
                 break
-        yield family, question, steps, answer
+        yield problem
 
 
 def problem_set(split, per_family, seed=0):
     """A list of different problems, per_family of each family. What is measured on must not hold one problem twice."""
-    seen, counts = {}, dict.fromkeys(FAMILIES, 0)
-    for p in problems(split, seed):
-        if counts[p[0]] < per_family and p[1] not in seen:
-            seen[p[1]] = p
-            counts[p[0]] += 1
+    chosen = {}
+    counts = dict.fromkeys(FAMILIES, 0)
+    for problem in problems(split, seed):
+        if counts[problem.family] < per_family and problem.question not in chosen:
+            chosen[problem.question] = problem
+            counts[problem.family] += 1
         if min(counts.values()) >= per_family:
-            return list(seen.values())
+            return list(chosen.values())
 
 
 def format_response(steps, answer):
-    """The thoughts between tags, as reasoning models write them; </s> is what ends generation."""
-    return f"<think> {steps}</think> {answer}</s>"      # the space makes the first word the token it is everywhere else
+    """The thoughts between tags, as reasoning models write them, then the answer."""
+    # The space makes the first word the token it is everywhere else.
+    return f"<think> {steps}</think> {answer}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The tokenizer of the built-in traces: byte-level BPE, trained on them, stored as an ordinary tokenizer.json.
-
+#
 # 538 ids: 7 special tokens, 256 bytes and 275 merges. Names and things become one token each, and so does a number
 # below 100: arithmetic is then a table that the MLPs can learn, and no digit has to be carried. The file has the form
 # of a large model's, so whatever reads this teacher reads a real checkpoint.
-SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "<think>", "</think>"]         # ids 0 to 6
-PATTERN = r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"                      # words, short numbers, signs
+
+# Ids 0 to 6.
+SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "<think>", "</think>"]
+# Words, short numbers, signs.
+PATTERN = r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
 
 
 def make_tokenizer(path, n_vocab=538, n_problems=300):
-    """Train BPE on problems and write path/tokenizer.json (the Hugging Face form, which model.load_tokenizer reads).
+    """Train BPE on problems and write path/tokenizer.json (the Hugging Face form, which load_tokenizer reads)."""
+    from tiktoken._educational import bpe_train
+    some = itertools.islice(problems("train", 0), n_problems)
+    texts = "\n".join(f"{p.question} {p.steps} {p.answer}" for p in some)
+    # Every number below 100 becomes one token.
+    numbers = " ".join(f"{i // 20}" for i in range(2000))
+    ranks = bpe_train(f"{texts} {numbers}", n_vocab - len(SPECIAL), PATTERN, visualise=None)
+    os.makedirs(path, exist_ok=True)
+    nano.write_json(os.path.join(path, "tokenizer.json"), tokenizer_json(ranks))
+    nano.write_json(os.path.join(path, "tokenizer_config.json"), {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+        "pad_token": "<pad>", "clean_up_tokenization_spaces": False})
+
+
+def tokenizer_json(ranks):
+    """{token as bytes: rank}, as tiktoken trains it -> the dict in tokenizer.json.
     The two forms differ: tiktoken knows ids only, tokenizer.json wants for each token the pair it was merged from.
     The pair is found by encoding the token's bytes with the merges that are older than it: two parts are left."""
-    from tiktoken._educational import bpe_train
-    texts = (f"{q} {steps} {answer}" for _, q, steps, answer in itertools.islice(problems("train", 0), n_problems))
-    numbers = " ".join(str(n) for n in range(100) for _ in range(20))        # every number below 100 becomes one token
-    ranks = bpe_train("\n".join(texts) + " " + numbers, n_vocab - len(SPECIAL), PATTERN, visualise=None)
-    character = {byte: c for c, byte in nano.byte_characters().items()}
-    text = lambda token: "".join(character[byte] for byte in token)          # bytes as tokenizer.json writes them
-    merges, rank = [], {}
-    for token in sorted(ranks, key=ranks.get)[256:]:                         # the two parts that a token was made from
+    character = {byte: letter for letter, byte in nano.byte_characters().items()}
+
+    def as_text(token):
+        return "".join(character[byte] for byte in token)
+
+    merges = []
+    rank = {}
+    # The first 256 are the bytes themselves.
+    for token in sorted(ranks, key=ranks.get)[256:]:
         pair = tuple(nano.bpe([bytes([byte]) for byte in token], rank))
         rank[pair] = len(rank)
-        merges.append([text(part) for part in pair])
-    vocab = {name: i for i, name in enumerate(SPECIAL)} | {text(t): i + len(SPECIAL) for t, i in ranks.items()}
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    os.makedirs(path, exist_ok=True)
-    nano.write_json(os.path.join(path, "tokenizer.json"), {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-        "added_tokens": [{"id": i, "content": name, **flags} for i, name in enumerate(SPECIAL)],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "decoder": level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": vocab, "merges": merges}})
-    nano.write_json(os.path.join(path, "tokenizer_config.json"), {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
-        "clean_up_tokenization_spaces": False})
+        merges.append([as_text(part) for part in pair])
+    vocab = {name: i for i, name in enumerate(SPECIAL)}
+    for token, i in ranks.items():
+        vocab[as_text(token)] = i + len(SPECIAL)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": True}
+    added = [{"id": i, "content": name, **flags} for i, name in enumerate(SPECIAL)]
+    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated",
+             "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": False}
+    bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+           "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+           "ignore_merges": False, "vocab": vocab, "merges": merges}
+    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+            "post_processor": None, "added_tokens": added,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+            "decoder": level, "model": bpe}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Examples and batches. An example is (ids, trained): token ids, and for each whether the loss counts it. Only what the
-# assistant writes is trained. The parts of a text are encoded one by one, so the border is exact by construction.
-#
-# Batch number `step` depends on the seed and on `step` alone: a resumed run continues with exactly the batches that an
-# uninterrupted one would have seen, and there is no loader state to save. Batches hold texts of similar length.
+# Examples. An example is (ids, trained): token ids, and for each whether the loss counts it. Only what the assistant
+# writes is trained, its end token included. The parts of a text are encoded one by one, so the border is exact by
+# construction, and what a part means is never searched for in a finished text.
 
-def encode_parts(enc, parts):
+
+class Codec(NamedTuple):
+    """How texts become ids."""
+    enc: object                                          # the tokenizer
+    chat: object                                         # the template of conversations, see model.load_chat
+    begin: list                                          # ids in front of a text that is no conversation
+
+
+def load_codec(path):
+    """The Codec of a checkpoint directory. Raises UserError for a tokenizer that cannot be read."""
+    enc = nano.load_tokenizer(path)
+    return Codec(enc, nano.load_chat(path, enc), nano.begin_tokens(path, enc))
+
+
+def encode_parts(codec, parts):
     """parts: [(text, trained)] -> (ids, trained flags), two lists of equal length.
     No token ever spans two parts. Encoding the whole text could merge the prompt's end with the response's start."""
-    ids, trained = [], []
+    ids = []
+    trained = []
     for text, flag in parts:
-        new = enc.encode(text, allowed_special="all")
-        ids, trained = ids + new, trained + [flag] * len(new)
+        new = codec.enc.encode(text, allowed_special="all")
+        ids += new
+        trained += [flag] * len(new)
     return ids, trained
 
 
-def encode_problem(enc, problem):
-    """A problem as problems() yields it -> (ids, trained): the response is trained, the question is not."""
-    _, question, steps, answer = problem
-    return encode_parts(enc, [(format_prompt(question), False), (format_response(steps, answer), True)])
+def encode_problem(codec, problem):
+    """A Problem -> (ids, trained): the response is trained, the question is not."""
+    prompt = codec.chat.prompt([{"role": "user", "content": problem.question}])
+    response = continue_thoughts(prompt, format_response(problem.steps, problem.answer))
+    return encode_parts(codec, [(prompt, False), (response + codec.chat.end, True)])
 
 
-def parts_of(record):
-    """One parsed JSONL line -> [(text, trained)]. {"prompt", "response"} is taken verbatim; {"messages"} goes through
-    the template <s>[INST] user [/INST]assistant</s>, a system message in front of the first user message.
-    Every assistant turn is trained. Another shape raises what Python raises; read_jsonl turns it into a UserError."""
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("response"), str):
-        return [(record["prompt"], False), (record["response"], True)]
-    parts, system = [("<s>", False)], ""
-    for message in record["messages"]:
-        role, content = message["role"], message["content"]
-        if role == "system":
-            system = content + "\n\n"
-        elif role == "user":
-            parts.append((f"[INST] {system}{content} [/INST]", False))
-            system = ""
-        elif role == "assistant":
-            parts.append((content + "</s>", True))
-        else:
-            raise KeyError(f"role {role!r}")
-    return parts
+def continue_thoughts(prompt, response):
+    """The response, as it goes on after this prompt: some templates open the thoughts at the prompt's end.
+    They must be there once: an opening that the prompt has is left out, and thoughts that are missing are empty."""
+    before = prompt.rstrip()
+    if not before.endswith("<think>"):
+        return response
+    if response.startswith("<think>"):
+        space = prompt[len(before):]
+        return response.removeprefix("<think>").removeprefix(space)
+    return response if "</think>" in response else f"\n</think>\n\n{response}"
 
 
-def read_jsonl(path, enc, ctx, n_vocab):
-    """A JSONL file -> (training examples, held-out examples: every 50th). Checks every line before anything is trained.
+def show_example(codec, example):
+    """One example as text, the trained part in >>> <<<: what the loss counts should be seen once by a human."""
+    shown = ""
+    # Neighbours with the same flag.
+    for flag, pairs in itertools.groupby(zip(*example), key=lambda pair: pair[1]):
+        text = codec.enc.decode([token for token, _ in pairs])
+        shown += f">>>{text}<<<" if flag else text
+    return shown
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Texts of your own: a JSONL file, plain or .gz, a record a line, in any of the shapes in which traces are published:
+#
+#   {"prompt": "...", "response": "..."}                two texts, taken to the letter; the end token is added if the
+#                                                       response lacks it ("completion" is the same as "response")
+#   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+#   {"prompt": [message, ...], "completion": [message, ...]}            TRL: messages, the completion is trained
+#   {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}              ShareGPT
+#
+# Messages go through the template of the checkpoint. An assistant message may bring its thoughts apart
+# (reasoning_content, reasoning or thinking): they are written as "<think>\nthoughts\n</think>\n\ncontent", once. Every
+# turn of the assistant is trained, but for those with "weight": 0.
+#
+# Whatever else a line may hold is refused by its number and by what was found, before anything is trained: a shape that
+# is half understood trains on half of what it says.
+
+ROLES = {"system": "system", "user": "user", "human": "user",
+         "assistant": "assistant", "gpt": "assistant"}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+TOOLS = ("tool_calls", "function_call", "tools", "functions")
+
+
+class Turn(NamedTuple):
+    role: str                                            # system, user or assistant
+    text: str
+    trained: bool
+
+
+def read_jsonl(path, codec, ctx, n_vocab):
+    """A JSONL file -> (training examples, held-out examples: those of every 50th record). All of it is checked.
     Raises UserError with the line number; examples longer than ctx tokens are left out with a warning."""
-    examples, long = [], 0
-    try:
-        with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    ids, trained = encode_parts(enc, parts_of(json.loads(line)))
-                except (ValueError, KeyError, TypeError, AttributeError) as e:
-                    raise UserError(f"{path}, line {number}: neither prompt and response nor messages ({e})") from None
-                if not any(trained[1:]):                                     # the first token is never predicted
-                    raise UserError(f"{path}, line {number}: there is no response to train on")
-                if max(ids) >= n_vocab:                                      # or the embedding fails in mid-training
-                    raise UserError(f"{path}, line {number}: token id {max(ids)}, the model knows {n_vocab}")
-                examples.append((ids, trained))
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8: {e}") from None
-    kept = [e for e in examples if len(e[0]) <= ctx]
-    if len(kept) < len(examples):
-        print(f"warning: {len(examples) - len(kept)} of {len(examples)} examples exceed --ctx {ctx} tokens",
+    records = []
+    n_long = 0
+    for number, line in read_lines(path):
+        try:
+            examples = [encode_parts(codec, parts) for parts in parts_of(parse(line), codec)]
+            check_examples(examples, n_vocab)
+        except UserError as e:
+            raise UserError(f"{path}, line {number}: {e}") from None
+        short = [example for example in examples if len(example[0]) <= ctx]
+        n_long += len(examples) - len(short)
+        if short:
+            records.append(short)
+    n_kept = sum(len(record) for record in records)
+    if n_long:
+        print(f"warning: {n_long} of {n_long + n_kept} examples exceed --ctx {ctx} tokens",
               file=sys.stderr)
-    if len(kept) < 2:
-        raise UserError(f"{path}: {len(kept)} usable examples of at most {ctx} tokens; two are needed")
-    held = kept[::50]                                                        # at least one; never trained on
-    return [e for i, e in enumerate(kept) if i % 50], held
+    if len(records) < 2:
+        raise UserError(f"{path}: {len(records)} usable records of at most {ctx} tokens; "
+                        "two are needed")
+    train = []
+    held = []
+    for i, record in enumerate(records):
+        # At least one is held out. Turns of one conversation stay together: they share their texts.
+        if i % 50:
+            train += record
+        else:
+            held += record
+    return train, held
 
 
-def trace_block(enc, seed, size_at=lambda block: 1.0, split="train"):
-    """-> a function (block number, count) -> count examples made from the built-in problems.
-    size_at: block number -> size of its problems (a curriculum). Blocks do not depend on each other."""
+def read_lines(path):
+    """Yields (number from 1, line) of a text file, plain or gzip; blank lines are left out."""
+    try:
+        with open(path, "rb") as f:
+            start = f.read(4)
+        if start == b"PAR1":
+            raise UserError(f"{path} is a parquet file; write its rows as lines of JSON")
+        opener = gzip.open if start[:2] == b"\x1f\x8b" else open
+        # utf-8-sig skips the mark with which some editors begin a file.
+        with opener(path, "rt", encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not a text in UTF-8: {e}") from None
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+
+
+def parse(line):
+    """A line -> its record, a dict. Raises UserError."""
+    if line.lstrip().startswith("["):
+        raise UserError("a JSON array; what is needed is one record {...} a line")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"not JSON ({getattr(e, 'msg', e)})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{some_json(record)} is no record {{...}}")
+    return record
+
+
+def some_json(value):
+    """A value for an error message, cut short."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:40] + " ..."
+
+
+def check_examples(examples, n_vocab):
+    """Raises UserError for examples that nothing can be learnt from, or that the model has no embedding for."""
+    # The first token of a text is never predicted.
+    if not any(any(trained[1:]) for _, trained in examples):
+        raise UserError("there is no response to train on")
+    largest = max(max(ids, default=0) for ids, _ in examples)
+    if largest >= n_vocab:
+        raise UserError(f"token id {largest}, the model knows {n_vocab}")
+
+
+def parts_of(record, codec):
+    """A record -> for each example its parts, [(text, trained)]. Raises UserError for what is not read."""
+    refuse_keys(record, TOOLS, "tool calls are not read")
+    prompt = record.get("prompt")
+    response = either(record, "response", "completion")
+    if isinstance(prompt, str) and isinstance(response, str):
+        return [pair_parts(prompt, response, record, codec)]
+    return conversation_parts(read_turns(record), codec.chat)
+
+
+def pair_parts(prompt, response, record, codec):
+    """Two texts, taken as they are, but for the tokens that must begin and end them."""
+    refuse_keys(record, THOUGHTS, "thoughts beside a response; write them into it, or use messages")
+    if not response.strip():
+        raise UserError("an empty response")
+    begin = codec.enc.decode(codec.begin)
+    # Without a template nobody knows how an answer ends.
+    end = "" if codec.chat.refusal else codec.chat.end
+    return [("" if prompt.startswith(begin) else begin, False), (prompt, False),
+            (response if response.endswith(end) else response + end, True)]
+
+
+def either(record, key, other):
+    """The value of the one key or of the other; None if neither holds anything."""
+    return record[key] if record.get(key) is not None else record.get(other)
+
+
+def refuse_keys(record, keys, what):
+    """Raises UserError if one of the keys holds something. null and [] are what a table writes for nothing."""
+    for key in keys:
+        if record.get(key):
+            raise UserError(f"{what} ({key})")
+
+
+def read_turns(record):
+    """A record of messages -> [Turn]: maybe a system message, then user and assistant in turn, the assistant last."""
+    given = []
+    if isinstance(record.get("prompt"), list):
+        given = record["prompt"]
+        messages = either(record, "response", "completion")
+    elif "messages" in record:
+        messages = record["messages"]
+    elif "conversations" in record:
+        messages = record["conversations"]
+    else:
+        raise UserError(unknown_shape(record))
+    if not isinstance(messages, list):
+        raise UserError(f"messages that are not a list but {some_json(messages)}")
+    turns = [read_message(message)._replace(trained=False) for message in given]
+    turns += [read_message(message) for message in messages]
+    # Some ShareGPT files keep the system message beside the conversation.
+    if isinstance(record.get("system"), str) and record["system"]:
+        turns.insert(0, Turn("system", record["system"], False))
+    check_order(turns)
+    return turns
+
+
+def unknown_shape(record):
+    """What to say of a record that is none of the known shapes."""
+    if "instruction" in record:
+        return "an Alpaca record (instruction, input, output); write it as messages"
+    if "chosen" in record:
+        return "a preference pair (chosen, rejected); only one response can be trained on"
+    if "prompt" in record:
+        return "a prompt without a response or completion of the same kind, text or messages"
+    return ("neither prompt and response nor messages nor conversations; "
+            f"keys: {some_json(sorted(record))}")
+
+
+def read_message(message):
+    """One message, {"role", "content"} or {"from", "value"} -> Turn. Raises UserError for what is not read."""
+    if not isinstance(message, dict):
+        raise UserError(f"a message that is {some_json(message)}")
+    refuse_keys(message, TOOLS, "tool calls are not read")
+    role = either(message, "role", "from")
+    if not isinstance(role, str) or role not in ROLES:
+        raise UserError(f"the role {some_json(role)}; read are {', '.join(ROLES)}")
+    text = text_of(either(message, "content", "value"))
+    if ROLES[role] != "assistant":
+        return Turn(ROLES[role], text, False)
+    if not text.strip():
+        raise UserError("an empty response")
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise UserError(f"the weight {some_json(weight)}; a turn is trained (1) or not (0)")
+    return Turn("assistant", with_thoughts(message, text), weight != 0)
+
+
+def text_of(content):
+    """The content of a message, a text or a list of text parts -> text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise UserError(f"the content {some_json(content)}; it must be a text")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"a content part of type {some_json(kind)}; only text is read")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def with_thoughts(message, text):
+    """The thoughts of an assistant message, wherever they stand, in front of its text: once."""
+    found = [message[key] for key in THOUGHTS if message.get(key)]
+    if not found:
+        return text
+    if not all(isinstance(thoughts, str) and thoughts == found[0] for thoughts in found):
+        raise UserError(f"thoughts that are no text, or two of them: {some_json(found)}")
+    inside, closed, _ = text.rpartition("</think>")
+    if not closed:
+        return f"<think>\n{found[0]}\n</think>\n\n{text}"
+    if inside.removeprefix("<think>").strip() != found[0].strip():
+        raise UserError("thoughts beside a content that has others in <think>")
+    return text
+
+
+def check_order(turns):
+    """Raises UserError unless a system message, if there is one, comes first, and user and assistant take turns."""
+    rest = turns[1:] if turns and turns[0].role == "system" else turns
+    for i, turn in enumerate(rest):
+        wanted = "assistant" if i % 2 else "user"
+        if turn.role == "system":
+            raise UserError("a second system message, or one that is not the first message")
+        if turn.role != wanted:
+            raise UserError(f"roles out of order: {turn.role} where {wanted} is expected")
+    if not rest or rest[-1].role != "assistant":
+        raise UserError("the last message is not the assistant's")
+
+
+# Where a template is no more than marks around the texts, a conversation is one example: the prompt of each turn begins
+# with all that was written so far. Some templates rewrite what was said (most drop earlier thoughts): then a turn is an
+# example of its own, with the history as the model will see it.
+
+def conversation_parts(turns, chat):
+    """Turns -> for each example its parts, [(text, trained)]. The prompt of each assistant turn is what the template
+    makes of the turns before it, ready for an answer; the answer is written here, to the letter."""
+    examples = []
+    history = []
+    written = ""
+    for turn in turns:
+        if turn.role == "assistant":
+            prompt = chat.prompt(history)
+            response = continue_thoughts(prompt, turn.text) + chat.end
+            if not examples or not prompt.startswith(written):
+                examples.append([])
+                written = ""
+            examples[-1].append((prompt[len(written):], False))
+            examples[-1].append((response, turn.trained))
+            written = prompt + response
+        history.append({"role": turn.role, "content": turn.text})
+    return [parts for parts in examples if any(trained for _, trained in parts)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches. Batch number `step` depends on the seed and on `step` alone: a resumed run continues with exactly the batches
+# that an undisturbed one would have seen, and there is no loader state to save.
+#
+# A source of examples is a function block(number, count): count examples, the same whenever it is asked. Blocks do not
+# depend on each other.
+
+def trace_block(codec, seed, size_at=lambda number: 1.0, split="train"):
+    """-> a block function of examples made from the built-in problems.
+    size_at: block number -> size of its problems (a curriculum)."""
     def block(number, count):
         stream = problems(split, f"{seed} {number}", size_at(number))
-        return [encode_problem(enc, p) for p in itertools.islice(stream, count)]
+        return [encode_problem(codec, problem) for problem in itertools.islice(stream, count)]
     return block
 
 
 # The paper reports that pretraining data failed where the teacher's own traces worked. generic_block is that experiment
 # in miniature: the same sentences and lengths, but nothing in them that must be thought about.
-def generic_block(enc, seed):
+
+def generic_block(codec, seed):
     """The same for generic text: the facts of training problems and nothing else, no question, no reasoning, no answer.
     Text number i is about as long as problem number i of trace_block with its trace; all of it is trained.
 
     Facts are added until the text is long enough and its own hash, too, says "train": as with the problems, no text of
     the held-out splits can come up, whatever the seed."""
-    def facts(stream):
-        for _, question, _, _ in stream:
-            yield from (sentence.strip() for sentence in re.findall(r"[^.?]+\.", question))     # the question ends in ?
+    begin = begin_mark(codec)
 
     def block(number, count):
-        examples, more = [], facts(problems("train", f"{seed} {number} facts"))
+        examples = []
+        more = facts(problems("train", f"{seed} {number} facts"))
         for like in itertools.islice(problems("train", f"{seed} {number}"), count):
-            length, text, ids = len(encode_problem(enc, like)[0]), "", []
+            length = len(encode_problem(codec, like)[0])
+            text = ""
+            ids = []
             while len(ids) < length or split_of(text) != "train":
                 text = f"{text} {next(more)}".strip()
-                ids, trained = encode_parts(enc, [("<s>", False), (f" {text}</s>", True)])
+                parts = [(begin, False), (f" {text}{codec.chat.end}", True)]
+                ids, trained = encode_parts(codec, parts)
             examples.append((ids, trained))
         return examples
     return block
 
 
+def begin_mark(codec):
+    """The text in front of a generic text: what the tokenizer puts there, or "<s>" if that is one token."""
+    if codec.begin:
+        return codec.enc.decode(codec.begin)
+    return "<s>" if len(codec.enc.encode("<s>", allowed_special="all")) == 1 else ""
+
+
+def facts(stream):
+    """A stream of problems -> the sentences of their questions, without the last, which asks and ends in ?."""
+    for problem in stream:
+        for sentence in re.findall(r"[^.?]+\.", problem.question):
+            yield sentence.strip()
+
+
 def list_block(examples, seed):
-    """The same for a list of examples: epoch after epoch, each in its own random order.
+    """A block function for a list of examples: epoch after epoch, each in its own random order.
     Example number i of the whole run lies in epoch i // len(examples): a block finds its place without a history."""
     def block(number, count):
         chosen = []
         for i in range(number * count, (number + 1) * count):
             epoch, place = divmod(i, len(examples))
             if not chosen or place == 0:
-                order = random.Random(f"{seed} {epoch}").sample(range(len(examples)), len(examples))
+                rng = random.Random(f"{seed} {epoch}")
+                order = rng.sample(range(len(examples)), len(examples))
             chosen.append(examples[order[place]])
         return chosen
     return block
@@ -320,17 +675,21 @@ def list_block(examples, seed):
 
 # Padding is computed and thrown away, so rows of a batch should be about equally long. Sorting 16 batches together does
 # that; sorting everything would make lengths, and with them the learning signal, a function of time.
-PER_BLOCK = 16                                           # batches that are drawn together and sorted by length
+
+# Batches that are drawn together and sorted by length.
+PER_BLOCK = 16
 
 
 def batches(block, batch, start=0):
-    """Endless lists of `batch` examples of similar length, from batch number `start` on.
-    The last line skips, when a run is resumed in the middle of a block, the batches that it has seen already."""
+    """Endless lists of `batch` examples of similar length, from batch number `start` on."""
     for number in itertools.count(start // PER_BLOCK):
-        examples = sorted(block(number, batch * PER_BLOCK), key=lambda e: len(e[0]))
-        groups = [examples[i:i + batch] for i in range(0, len(examples), batch)]
-        random.Random(number).shuffle(groups)                                # no order from short to long
-        yield from groups[start % PER_BLOCK if number == start // PER_BLOCK else 0:]
+        examples = sorted(block(number, batch * PER_BLOCK), key=lambda example: len(example[0]))
+        lists = [examples[i:i + batch] for i in range(0, len(examples), batch)]
+        # No order from short to long.
+        random.Random(number).shuffle(lists)
+        # A run that is resumed in the middle of a block has seen some of it already.
+        seen = start % PER_BLOCK if number == start // PER_BLOCK else 0
+        yield from lists[seen:]
 
 
 def collate(examples, device):
@@ -339,18 +698,14 @@ def collate(examples, device):
     model never sees; the mask comes from lengths, so a pad id that is also a real token does no harm."""
     longest = max(len(ids) for ids, _ in examples)
     tokens = torch.zeros(len(examples), longest, dtype=torch.long)
-    targets = torch.full((len(examples), longest), -1)                       # -1 everywhere: nothing is trained
+    # -1 everywhere: nothing is trained.
+    targets = torch.full((len(examples), longest), -1)
     for row, (ids, trained) in enumerate(examples):
-        tokens[row, :len(ids)] = torch.tensor(ids)
-        targets[row, :len(ids) - 1] = torch.where(torch.tensor(trained[1:]), torch.tensor(ids[1:]), -1)
+        ids = torch.tensor(ids)
+        trained = torch.tensor(trained)
+        tokens[row, :len(ids)] = ids
+        targets[row, :len(ids) - 1] = torch.where(trained[1:], ids[1:], -1)
     return tokens.to(device), targets.to(device)
-
-
-def show_example(enc, example):
-    """One example as text, the trained part in >>> <<<: what the loss counts should be seen once by a human."""
-    runs = itertools.groupby(zip(*example), key=lambda pair: pair[1])        # neighbours with the same flag
-    texts = [(flag, enc.decode([token for token, _ in run])) for flag, run in runs]
-    return "".join(f">>>{text}<<<" if flag else text for flag, text in texts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,14 +717,12 @@ def show_example(enc, example):
 # A problem counts as solved if the answer is right to the letter; its trace may take any way.
 
 def cross_entropy(model, tokens, targets):
-    """-> summed loss in nats (float32) over the trained tokens, their number, and the rows right throughout."""
-    x, _ = model.hidden(tokens)                                              # (b, t, d_model)
-    trained = targets >= 0                                                   # (b, t) bool
-    logits = model.lm_head(x[trained]).float()                               # (trained tokens, vocab_size) only
+    """tokens, targets (b, t), see collate -> summed loss in nats (float32), and the number of trained tokens."""
+    x, _ = model.hidden(tokens)                          # (b, t, d_model)
+    trained = targets >= 0                               # (b, t) bool
+    logits = model.lm_head(x[trained]).float()           # (trained tokens, vocab_size) only
     loss = F.cross_entropy(logits, targets[trained], reduction="sum")
-    wrong = torch.zeros_like(targets, dtype=torch.bool)
-    wrong[trained] = logits.argmax(-1) != targets[trained]                   # untrained places are never wrong
-    return loss, int(trained.sum()), int((~wrong.any(dim=1)).sum())
+    return loss, int(trained.sum())
 
 
 def answer_of(text):
@@ -378,17 +731,23 @@ def answer_of(text):
 
 
 @torch.no_grad()
-def solve(model, enc, problem_list, batch=128, max_new_tokens=192, note="solving"):
+def solve(model, codec, problem_list, batch=128, max_new_tokens=192, note="solving"):
     """Greedy answers to problems. -> the response texts, in order. Batches hold prompts of similar length."""
-    device = model.embed_tokens.weight.device
-    prompts = [enc.encode(format_prompt(p[1]), allowed_special="all") for p in problem_list]
-    order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
+    enc = codec.enc
+    prompts = []
+    for problem in problem_list:
+        text = codec.chat.prompt([{"role": "user", "content": problem.question}])
+        prompts.append(enc.encode(text, allowed_special="all"))
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [None] * len(prompts)
     with tqdm(total=len(prompts), desc=note, unit="problem", leave=False) as bar:
-        for i in range(0, len(order), batch):
-            rows = order[i:i + batch]
+        for i in range(0, len(by_length), batch):
+            rows = by_length[i:i + batch]
             outputs = model.generate([prompts[row] for row in rows], max_new_tokens)
             for row, ids in zip(rows, outputs):
-                texts[row] = enc.decode([i for i in ids if i <= enc.max_token_value])    # a model may know more ids
+                # A model may know more ids than the tokenizer.
+                known = [i for i in ids if i <= enc.max_token_value]
+                texts[row] = enc.decode(known)
             bar.update(len(rows))
     return texts
 
@@ -396,13 +755,14 @@ def solve(model, enc, problem_list, batch=128, max_new_tokens=192, note="solving
 def accuracy(problem_list, texts):
     """-> {family: share of problems with exactly the right answer}, and the pooled share (0 to 1)."""
     right = {}
-    for (family, _, _, answer), text in zip(problem_list, texts):
-        right.setdefault(family, []).append(answer_of(text) == answer)
-    return {family: sum(r) / len(r) for family, r in right.items()}, sum(map(sum, right.values())) / len(problem_list)
+    for problem, text in zip(problem_list, texts):
+        right.setdefault(problem.family, []).append(answer_of(text) == problem.answer)
+    by_family = {family: sum(flags) / len(flags) for family, flags in right.items()}
+    return by_family, sum(map(sum, right.values())) / len(problem_list)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimiser. Weight matrices inside the layers take Muon's step, everything else AdamW's.
+# Optimiser. Weight matrices inside the layers take Muon's step, everything else AdamW's; or AdamW takes all of it.
 #
 # Muon (Jordan et al. 2024) replaces the gradient of a matrix, after momentum, by the nearest orthogonal matrix: every
 # direction of the matrix moves by the same amount, also those whose gradient is small. It finds the copying circuits
@@ -414,49 +774,91 @@ def accuracy(problem_list, texts):
 # the values lie around 1, roughly between 0.7 and 1.2. That is good enough for a step, and far cheaper than an SVD.
 # Embeddings are left to AdamW, as Jordan does it: a row of theirs is one token's own, and no direction of a map.
 
-def orthogonalize(g):
-    """g (n, rows, columns) -> about U V^T of each matrix's singular value decomposition, by Newton-Schulz.
+def orthogonalize(matrices):
+    """matrices (n, rows, columns) -> about U V^T of each one's singular value decomposition, by Newton-Schulz.
     The polynomial needs singular values of at most 1; the Frobenius norm is never smaller than the largest of them."""
-    x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]                                         # work on the shorter side: a is smaller
-    x = x.mT if tall else x
+    y = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    # Work on the shorter side: the products are smaller.
+    tall = y.shape[-2] > y.shape[-1]
+    y = y.mT if tall else y
     for _ in range(5):
-        a = x @ x.mT                                                         # (n, s, s), s the shorter side
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.mT if tall else x
+        square = y @ y.mT                                # (n, s, s), s the shorter side
+        y = 3.4445 * y + (-4.7750 * square + 2.0315 * square @ square) @ y
+    return y.mT if tall else y
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for parameters (rows, columns) only. One state per parameter: "momentum", of its shape;
     that is half of what AdamW keeps. 0.95 is Jordan's value."""
+    STATE = ("momentum",)
+
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum, same = group["lr"], group["momentum"], {}          # same: shape -> its parameters
+            by_shape = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    same.setdefault(p.shape, []).append(p)
-            for shape, params in same.items():
-                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-                grads = [p.grad for p in params]
-                torch._foreach_lerp_(buffers, grads, 1 - momentum)           # buffer: running mean of gradients
-                update = orthogonalize(torch.stack(torch._foreach_lerp(grads, buffers, momentum)))   # Nesterov's form
-                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])  # decoupled, as in AdamW
-                torch._foreach_add_(params, list(update.unbind()), alpha=-0.2 * lr * max(shape) ** 0.5)
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                self.step_shape(group, shape, params)
+
+    def step_shape(self, group, shape, params):
+        """A step of the parameters of one shape."""
+        lr = group["lr"]
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        # The running mean of the gradients, and Nesterov's form of momentum: a look ahead along it.
+        means = [self.state[p]["momentum"] for p in params]
+        grads = [p.grad for p in params]
+        torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(grads, means, group["momentum"])
+        update = orthogonalize(torch.stack(ahead))       # (n, rows, columns)
+        # Decay is apart from the gradient, as in AdamW.
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, list(update.unbind()), alpha=-0.2 * lr * max(shape) ** 0.5)
 
 
-def make_optimizers(model, lr, weight_decay=0.05):
-    """-> [Muon, AdamW] over the parameters that need a gradient. Weight decay only for Muon's matrices: not for
-    embeddings, norms and biases, and not for A_log (a matrix by shape, but not by meaning), D, dt bias and conv."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrix = lambda name, p: p.ndim == 2 and name.startswith("layers.") and not nano.keeps_float32(name)
-    groups = [[p for name, p in named if matrix(name, p) == flag] for flag in (True, False)]
+class AdamW(torch.optim.AdamW):
+    STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+def mamba_names(model):
+    """-> the names of the parameters inside the Mamba mixers of a model."""
+    names = set()
+    for i, block in enumerate(model.layers):
+        if block.kind == "m2":
+            names |= {f"layers.{i}.mixer.{name}" for name, _ in block.mixer.named_parameters()}
+    return names
+
+
+def make_optimizers(model, lr, optimizer="muon", lr_rest=None, weight_decay=0.05):
+    """-> optimisers over the parameters that need a gradient: [Muon, AdamW], or [AdamW] alone with optimizer "adamw".
+    lr_rest: the rate of everything but Mamba mixers; None: lr, too. Weight decay is for matrices inside the layers: not
+    for embeddings, norms and biases, and not for A_log (a matrix by shape, but not by meaning), D, dt bias and conv."""
+    mixers = mamba_names(model)
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            matrix = p.ndim == 2 and name.startswith("layers.") and not nano.keeps_float32(name)
+            rate = lr if lr_rest is None or name in mixers else lr_rest
+            groups.setdefault((matrix, rate), []).append(p)
+    muon = []
+    adamw = []
+    for (matrix, rate), params in groups.items():
+        # share: of the rate that clipped_step sets.
+        group = {"params": params, "share": rate / lr,
+                 "weight_decay": weight_decay if matrix else 0.0}
+        if matrix and optimizer == "muon":
+            muon.append(group)
+        else:
+            adamw.append(group)
+    made = [Muon(muon, lr, weight_decay)] if muon else []
     # beta2 0.98, not 0.999: a mean over 1000 steps would be longer than most runs here.
-    kinds = (lambda ps: Muon(ps, lr, weight_decay), lambda ps: torch.optim.AdamW(ps, lr, (0.9, 0.98), weight_decay=0.0))
-    return [kind(group) for kind, group in zip(kinds, groups) if group]
+    return made + ([AdamW(adamw, lr, (0.9, 0.98))] if adamw else [])
 
 
 def learning_rate(step, steps, peak, warmup, floor=0.03, decay=0.4):
@@ -470,62 +872,278 @@ def learning_rate(step, steps, peak, warmup, floor=0.03, decay=0.4):
 def clipped_step(model, optimizers, lr, clip=1.0):
     """Clip the gradient's norm, set the rate, step, clear. Raises UserError if the gradient is not finite.
     -> the norm over all parameters before clipping. It is checked before any weight is touched."""
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip)
+    params = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(params, clip)
     if not torch.isfinite(norm):
-        raise UserError("the loss or its gradient is not finite (NaN); lower --lr. What was saved before is intact")
+        raise UserError("the loss or its gradient is not finite (NaN); lower --lr. "
+                        "What was saved before is intact")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The one training loop, for train_sft.py and distill.py alike: they differ in the loss, and in how much they log. A
+# Plan says what the loop does, a Progress how far it is, and `fit` below is the loop.
+
+class Plan(NamedTuple):
+    steps: int
+    lr: float                                            # the highest, see learning_rate
+    warmup: int                                          # steps
+    every: int                                           # steps between saves
+    log_every: int                                       # steps between log entries
+    name: str                                            # of the loss, in log entries and on the bar
+    optimizer: str = "muon"                              # or adamw
+    lr_rest: float | None = None                         # of everything but Mamba mixers; None: lr
+
+
 # A run in progress is one safetensors file: weights and optimiser states as tensors, the rest as JSON in its header.
-# One file, renamed into place, is all or nothing: weights of one step can never meet the optimiser state of another.
-# There is no random state in it, because batches depend on seed and step alone, and no pickle, which could run code.
+# One file, renamed into place, is all or nothing: weights of one step can never meet the optimiser state of another,
+# and while a new one is written the old one is still there. There is no random state in it, because batches depend on
+# seed and step alone, and no pickle, which could run code.
+#
+# What the run depends on stands in it, too: a run is continued only under the same flags and with the same content of
+# model and data, whatever became of the files that they were read from.
 
-def save_progress(path, model, optimizers, meta):
-    """model: the module being trained; meta: what else is needed, as JSON.
-    Tensors are named kind|parameter: parameter names hold dots, but no bar. All is float32, as trained."""
-    from safetensors.torch import save_file
-    tensors = {f"weight|{name}": p.detach().contiguous() for name, p in model.named_parameters()}
-    for optimizer in optimizers:
+def weights_hash(model):
+    """A fingerprint of all weights."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        # The names count, too: two equal layers may have changed places.
+        digest.update(name.encode())
+        # As bytes, because numpy has no bfloat16.
+        weights = p.detach().to("cpu").contiguous().view(torch.uint8)
+        digest.update(weights.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def file_hash(path):
+    """A fingerprint of a data file; None for no file."""
+    if not path:
+        return None
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()[:16]
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Everything from `step` on is saved, together with weights and optimiser states."""
+    path: str                                            # of the file
+    run: dict                                            # what the run depends on: JSON values
+    resume: bool = False                                 # continue from the file, if there is one
+    step: int = 0                                        # steps done
+    tokens: int = 0                                      # seen so far, padding included
+    seconds: float = 0.0                                 # of work so far, over all parts of an interrupted run
+    loss: float = 0.0                                    # summed since the last log entry ...
+    count: int = 0                                       # ... over so many trained tokens
+    log: list = field(default_factory=list)              # entries: step, the loss by its name, tokens, seconds
+    extra: dict = field(default_factory=dict)            # what a caller wants to find again
+
+    SAVED = ("step", "tokens", "seconds", "loss", "count", "log", "extra")
+
+    def save(self, model, optimizers):
+        """Write the file. Its tensors are named kind|parameter: parameter names hold dots, but no bar.
+        Raises UserError if that fails, for a full disk mostly; the file that was there before is left."""
+        from safetensors.torch import save_file
+        meta = {key: getattr(self, key) for key in ("run", *self.SAVED)}
+        tensors = {}
         for name, p in model.named_parameters():
-            for key, value in optimizer.state.get(p, {}).items():
-                tensors[f"{key}|{name}"] = value.detach().contiguous()
-    nano.write_atomic(path, lambda to: save_file(tensors, to, metadata={"meta": json.dumps(meta)}))
+            tensors[f"weight|{name}"] = p.detach().contiguous()
+            for optimizer in optimizers:
+                for key, value in optimizer.state.get(p, {}).items():
+                    tensors[f"{key}|{name}"] = value.detach().contiguous()
+        header = {"meta": json.dumps(meta)}
+        try:
+            nano.write_atomic(self.path, lambda to: save_file(tensors, to, metadata=header))
+        except UserError as e:
+            if not os.path.exists(self.path):
+                raise
+            raise UserError(f"{e}; the last save is intact, --resume continues from it") from None
+
+    def load(self, model, optimizers, plan):
+        """With resume: read the file, if there is one, into self, a model of the same shape and its optimisers.
+        Raises UserError if the run depends on something else now, naming it, and for a file that is broken."""
+        from safetensors import SafetensorError, safe_open
+        if not (self.resume and os.path.exists(self.path)):
+            return
+        try:
+            with safe_open(self.path, framework="pt") as f, torch.no_grad():
+                meta = json.loads(f.metadata()["meta"])
+                self.check(meta, plan)
+                load_tensors(f, model, optimizers)
+        except UserError:
+            raise
+        except (SafetensorError, OSError, LookupError, AttributeError, RuntimeError, TypeError,
+                ValueError) as e:
+            raise UserError(f"{self.path} does not continue this run: {e}") from None
+        for key in self.SAVED:
+            setattr(self, key, meta[key])
+
+    def check(self, meta, plan):
+        """Raises UserError if what was saved belongs to another run, others for what was never saved by this class."""
+        for key, now in sorted(self.run.items()):
+            then = meta["run"].get(key)
+            if then != now:
+                raise UserError(f"{self.path} was made with {key} = {then}, now {key} = {now}")
+        for key in self.SAVED:
+            check_kind(key, meta[key], type(getattr(self, key)))
+        for entry in meta["log"]:
+            for key in ("step", "tokens", "seconds", plan.name):
+                check_kind(key, entry[key], float)
+        if meta["step"] > plan.steps or meta["step"] == plan.steps and not meta["log"]:
+            raise ValueError(f"step {meta['step']} of {plan.steps}, {len(meta['log'])} log entries")
+
+    def needs(self, model, optimizers):
+        """Bytes on disk for the whole run: two of these files while one replaces the other; the checkpoint at the end
+        is no larger than one. What is there already counts."""
+        size = sum(p.nbytes for p in model.parameters())
+        for optimizer in optimizers:
+            # A step count is no more than a few bytes.
+            n_states = sum(key != "step" for key in optimizer.STATE)
+            for group in optimizer.param_groups:
+                size += n_states * sum(p.nbytes for p in group["params"])
+        there = os.path.getsize(self.path) if os.path.exists(self.path) else 0
+        return 2 * size - there
+
+    def check_disk(self, model, optimizers):
+        """Raises UserError if the disk is too full for the run. Called before its first step."""
+        folder = os.path.dirname(self.path) or "."
+        needed = self.needs(model, optimizers)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise UserError(f"{folder}: this run needs {needed / 1e9:.3g} GB of disk (weights and "
+                            f"optimiser states, twice while saving), {free / 1e9:.3g} GB are free")
+
+    def remove(self):
+        """The run is finished and its result saved."""
+        if os.path.exists(self.path):
+            os.remove(self.path)
 
 
-def load_progress(path, model, optimizers, run):
-    """The reverse, into a model of the same shape. -> meta. meta["run"], what the run depends on, must equal run.
-    Raises UserError, naming the flag, if it does not, and for a file that is broken or of another model."""
-    from safetensors import SafetensorError, safe_open
+def check_kind(key, value, kind):
+    """Raises ValueError unless a saved value is of its kind: int or float (a whole number is one), list or dict."""
+    if kind is float:
+        good = isinstance(value, (int, float)) and abs(value) < 2**63
+    elif kind is int:
+        good = isinstance(value, int) and 0 <= value < 2**63
+    else:
+        good = isinstance(value, kind)
+    if not good:
+        raise ValueError(f"{key} is {some_json(value)}")
+
+
+def load_tensors(f, model, optimizers):
+    """The open file f of Progress.save -> weights of model and states of optimizers, in place."""
+    states = {name: {} for name, _ in model.named_parameters()}
+    for key in f.keys():
+        kind, name = key.split("|")
+        states[name][kind] = f.get_tensor(key)
+    params = dict(model.named_parameters())
+    for name, p in params.items():
+        weight = states[name].pop("weight")
+        if weight.shape != p.shape:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}, not {tuple(p.shape)}")
+        p.copy_(weight)
+    names = {p: name for name, p in params.items()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p] = check_state(states.pop(names[p]), p, optimizer.STATE)
+
+
+def check_state(state, p, keys):
+    """The optimiser state of parameter p as it was saved -> as it is used. Raises ValueError if it is another one."""
+    shapes = {key: () if key == "step" else tuple(p.shape) for key in keys}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if found != shapes:
+        raise ValueError(f"an optimiser state is {found}, expected {shapes}")
+    # AdamW's step count lives on the CPU, whatever the device of its parameter.
+    return {key: value if key == "step" else value.to(p.device) for key, value in state.items()}
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Ctrl-C and SIGTERM do nothing inside but fill the list that this gives, to be obeyed between two steps: a step
+    that was taken in half must never be saved, and a save not be cut short."""
+    noted = []
+
+    def note(number, frame):
+        if not noted:
+            # Not print: a signal may come in the middle of a print, which cannot be entered twice.
+            os.write(2, b"\nstopping after this step ...\n")
+        noted.append(number)
+
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # nohup ignores Ctrl-C, and so do we then. None is a handler that Python did not set and could not restore.
+    caught = [number for number, handler in usual.items() if handler not in (signal.SIG_IGN, None)]
+    for number in caught:
+        signal.signal(number, note)
     try:
-        with safe_open(path, framework="pt") as f, torch.no_grad():
-            meta = json.loads(f.metadata()["meta"])
-            for key in sorted(run):
-                if meta["run"].get(key) != run[key]:
-                    raise UserError(f"{path} was made with {key} = {meta['run'].get(key)}, now {key} = {run[key]}")
-            states = {name: {} for name, _ in model.named_parameters()}
-            for key in f.keys():
-                kind, name = key.split("|")
-                states[name][kind] = f.get_tensor(key)
-            for name, p in model.named_parameters():
-                p.copy_(states[name].pop("weight"))
-                for optimizer in optimizers:
-                    if states[name] and any(p is q for group in optimizer.param_groups for q in group["params"]):
-                        # AdamW's step count lives on the CPU, whatever the device of its parameter.
-                        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in states[name].items()}
-            return meta
-    except UserError:
-        raise
-    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f"{path} does not continue this run: {e}") from None
+        yield noted
+    finally:
+        for number in caught:
+            signal.signal(number, usual[number])
+
+
+def fit(model, loss_of, block, batch, plan, progress, device, dtype):
+    """Train model for plan.steps steps of `batch` examples each, see batches. -> the log, progress.log.
+    loss_of(model, tokens, targets) -> summed loss, number of trained tokens.
+
+    Saves every plan.every steps, and on Ctrl-C or SIGTERM after the step at hand; then it raises KeyboardInterrupt.
+    With progress.resume it goes on from what was saved, to the same bits as if nothing had happened. A log entry: step,
+    mean loss in nats per trained token since the last entry, tokens so far (padding included), seconds."""
+    optimizers = make_optimizers(model, plan.lr, plan.optimizer, plan.lr_rest)
+    progress.load(model, optimizers, plan)
+    progress.check_disk(model, optimizers)
+    stream = batches(block, batch, progress.step)
+    began = time.time() - progress.seconds
+    bar = tqdm(total=plan.steps, initial=progress.step, desc="training", unit="step")
+    with bar, signals_noted() as noted:
+        for step in range(progress.step, plan.steps):
+            tokens, targets = collate(next(stream), device)                  # (b, t) each
+            with autocast(device, dtype):
+                loss, count = loss_of(model, tokens, targets)
+            # The mean over this batch's tokens.
+            (loss / max(1, count)).backward()
+            rate = learning_rate(step, plan.steps, plan.lr, plan.warmup)
+            clipped_step(model, optimizers, rate)
+            progress.step = step + 1
+            progress.tokens += tokens.numel()
+            progress.seconds = time.time() - began
+            progress.loss += loss.item()
+            progress.count += count
+            bar.update()
+            if progress.step % plan.log_every == 0 or progress.step == plan.steps:
+                entry = write_entry(progress, plan.name)
+                speed = progress.tokens / max(0.1, progress.seconds)
+                bar.set_postfix({plan.name: f"{entry[plan.name]:.4f}", "tok_s": f"{speed:.0f}"})
+            if noted or progress.step % plan.every == 0:
+                progress.save(model, optimizers)
+            if noted:
+                break
+    if noted:
+        print(f"saved step {progress.step}; run the same command with --resume to continue",
+              file=sys.stderr)
+        raise KeyboardInterrupt
+    return progress.log
+
+
+def write_entry(progress, name):
+    """Add what was summed up since the last log entry as a new one, and begin a new sum. -> the entry."""
+    mean = progress.loss / max(1, progress.count)
+    entry = {"step": progress.step, name: round(mean, 6), "tokens": progress.tokens,
+             "seconds": round(progress.seconds, 1)}
+    progress.log.append(entry)
+    progress.loss = 0.0
+    progress.count = 0
+    return entry
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training.
+# Training from nothing.
 #
 # A teacher of 50 layers has the depth of the paper's, so that H-25 ... H-40 mean the same, and the width of a toy.
 # It has 2.2 M parameters: per layer 2 query heads that share 1 key/value head of 32, and an MLP of 160.
@@ -537,8 +1155,8 @@ def load_progress(path, model, optimizers, run):
 # doing the work and solve 43 of 48 problems alone, the attention of the others can go without a trace. Splitting each
 # layer into five that share its work was tried, too: see "The teacher" in the README. Ten layers that count: see there.
 
-TEACHER = nano.Config(vocab_size=538, d_model=64, n_layer=50, n_head=2, n_kv_head=1, head_dim=32, d_mlp=160,
-                      tie_embeddings=True, max_length=512)
+TEACHER = nano.Config(vocab_size=538, d_model=64, n_layer=50, n_head=2, n_kv_head=1, head_dim=32,
+                      d_mlp=160, tie_embeddings=True, max_length=512)
 
 
 @torch.no_grad()
@@ -548,12 +1166,15 @@ def init_weights(model):
     Positional attention ("look one token back") needs a part of the input that is the same for every token; without
     biases only the embedding can bring it. With it, copying from the context is found several times sooner."""
     torch.nn.init.normal_(model.embed_tokens.weight, std=0.1)
-    model.embed_tokens.weight[:, 0] += 0.3                                   # the shared component: channel 0
+    # The shared component: channel 0.
+    model.embed_tokens.weight[:, 0] += 0.3
     for block in model.layers:
-        for w in (block.self_attn.q_proj.weight, block.self_attn.k_proj.weight):
-            w.mul_(1.8)                                                      # sharper attention from the start
-        for w in (block.self_attn.o_proj.weight, block.mlp.down_proj.weight):
-            w.mul_(1.7 / math.sqrt(2 * len(model.layers)))                   # GPT-2's rule for residual branches
+        # Sharper attention from the start.
+        for w in (block.mixer.q_proj.weight, block.mixer.k_proj.weight):
+            w.mul_(1.8)
+        # GPT-2's rule for residual branches.
+        for w in (block.mixer.o_proj.weight, block.mlp.down_proj.weight):
+            w.mul_(1.7 / math.sqrt(2 * len(model.layers)))
 
 
 def resize(model, n_layer):
@@ -562,12 +1183,17 @@ def resize(model, n_layer):
     would stay idle). Embedding, last norm and head are shared with the old model, not copied. Raises UserError if the
     stack does not fit a whole number of times, or if a layer is not attention."""
     old = len(model.layers)
-    if n_layer < 1 or n_layer > old and n_layer % old or set(model.config.layout) != {"t"}:
-        raise UserError(f"cannot make {n_layer} layers of {old}: only all-attention models, fewer or a whole multiple")
-    new = nano.HybridLM(replace(model.config, n_layer=n_layer, layout=()))   # an empty layout: attention
+    fits = 1 <= n_layer <= old or n_layer > old and n_layer % old == 0
+    if not fits or set(model.config.layout) != {"t"}:
+        raise UserError(f"cannot make {n_layer} layers of {old}: only all-attention models, "
+                        "fewer or a whole multiple")
+    # An empty layout: attention.
+    new = nano.HybridLM(replace(model.config, n_layer=n_layer, layout=()))
     for i, block in enumerate(new.layers):
         block.load_state_dict(model.layers[i % old].state_dict())
-    new.embed_tokens, new.norm, new.lm_head = model.embed_tokens, model.norm, model.lm_head
+    new.embed_tokens = model.embed_tokens
+    new.norm = model.norm
+    new.lm_head = model.lm_head
     return new
 
 
@@ -584,16 +1210,19 @@ def merge_partner(args, model):
     if not args.merge:
         return None
     other = nano.load_pretrained(args.merge)
-    differ = [f.name for f in fields(nano.Config) if getattr(other.config, f.name) != getattr(model.config, f.name)]
+    names = [f.name for f in fields(nano.Config)]
+    differ = [name for name in names if getattr(other.config, name) != getattr(model.config, name)]
     if differ:
-        raise UserError(f"--merge {args.merge}: it differs from the trained model in {', '.join(differ)}")
+        raise UserError(f"--merge {args.merge}: it differs from the trained model "
+                        f"in {', '.join(differ)}")
     return other
 
 
 @torch.no_grad()
 def merge(model, other, weight):
     """model becomes weight * model + (1 - weight) * other, in float32: bfloat16 would round half of the change away."""
-    for p, q in zip(model.parameters(), other.parameters()):                 # same config: the same order of weights
+    # The same config means the same order of weights.
+    for p, q in zip(model.parameters(), other.parameters()):
         p.data = weight * p.float() + (1 - weight) * q.float().to(p.device)
 
 
@@ -601,95 +1230,104 @@ def merge(model, other, weight):
 # The command line.
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--scratch", action="store_true", help="start from nothing, with the shape of the shipped teacher")
-    p.add_argument("--model", help="start from this checkpoint directory")
-    p.add_argument("--layers", type=int, help="with --scratch: layers (default 50); with --model: make this many of it")
-    p.add_argument("--out", required=True, help="directory for the result")
-    p.add_argument("--data", help="JSONL file of prompt/response or messages (default: the built-in traces)")
-    p.add_argument("--steps", type=int, default=200, help="optimiser steps (default 200)")
-    p.add_argument("--batch", type=int, default=32, help="texts per step (default 32)")
-    p.add_argument("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
-    p.add_argument("--lr", type=float, help="peak learning rate (default 0.005 with --scratch, else 0.0005)")
-    p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up (default 50)")
-    p.add_argument("--easy", type=float, default=0.0,
-                   help="share of the steps during which built-in problems grow from small to full size (default 0)")
-    p.add_argument("--eval", type=int, default=100, help="held-out problems per family (default 100; 0: none)")
-    p.add_argument("--every", type=int, default=200, help="steps between saves (default 200)")
-    p.add_argument("--merge", metavar="DIR", help="afterwards average the weights with those of this checkpoint")
-    p.add_argument("--merge-weight", type=float, default=0.5, metavar="W",
-                   help="result = W * trained + (1 - W) * DIR (default 0.5)")
-    p.add_argument("--save-dtype", default="float32", choices=("float32", "bfloat16"), help="default float32")
-    p.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
-    p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
-    p.add_argument("--dtype", default="auto", help="of matrix products: auto, float32 or bfloat16 (default auto)")
-    p.add_argument("--resume", action="store_true", help="continue an interrupted run in --out, with the same flags")
-    p.add_argument("--overwrite", action="store_true", help="replace a finished result in --out")
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    # What to start from, and where to write.
+    add("--scratch", action="store_true", help="start from nothing, with the shape of the shipped teacher")
+    add("--model", help="start from this checkpoint directory")
+    add("--layers", type=int,
+        help="with --scratch: layers (default 50); with --model: make this many of it")
+    add("--out", required=True, help="directory for the result")
+    # What to train on.
+    add("--data", help="JSONL file, plain or .gz: prompt/response, messages or conversations "
+                       "(default: the built-in traces)")
+    add("--batch", type=int, default=32, help="texts per step (default 32)")
+    add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
+    add("--easy", type=float, default=0.0, help="share of the steps during which built-in problems "
+                                                "grow from small to full size (default 0)")
+    # How to train.
+    add("--steps", type=int, default=200, help="optimiser steps (default 200)")
+    add("--lr", type=float, help="peak learning rate (default 0.005 with --scratch, else 0.0005)")
+    add("--lr-rest", type=float, help="that of everything but Mamba mixers (default: --lr)")
+    add("--optimizer", default="muon", choices=("muon", "adamw"),
+        help="muon: for the matrices of the layers, adamw for the rest (default muon)")
+    add("--warmup", type=int, default=50, help="steps of linear warm-up (default 50)")
+    add("--seed", type=int, default=0, help="random seed (default 0)")
+    # What to do with the result.
+    add("--merge", metavar="DIR", help="afterwards average the weights with those of this checkpoint")
+    add("--merge-weight", type=float, default=0.5, metavar="W",
+        help="result = W * trained + (1 - W) * DIR (default 0.5)")
+    add("--eval", type=int, default=100, help="held-out problems per family (default 100; 0: none)")
+    add("--save-dtype", default="float32", choices=("float32", "bfloat16"), help="default float32")
+    # How to compute.
+    add("--threads", type=int, help="CPU threads (default: all cores)")
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
+    add("--dtype", default="auto", help="of matrix products: auto, float32 or bfloat16 (default auto)")
+    # What happens to runs that were interrupted or finished.
+    add("--every", type=int, default=200, help="steps between saves (default 200)")
+    add("--resume", action="store_true", help="continue an interrupted run in --out, with the same flags")
+    add("--overwrite", action="store_true", help="replace a finished result in --out")
     return p.parse_args()
 
 
-def start_model(args):
-    """-> the model to train (float32, CPU) and its tokenizer; --out holds the tokenizer afterwards.
-    Raises UserError unless exactly one of --scratch and --model is given."""
+def check_flags(args):
+    """Fill in the default of --lr. Raises UserError for what can be seen to be wrong without any file."""
+    args.lr = args.lr or (0.005 if args.scratch else 0.0005)
+    for name in ("steps", "batch", "ctx", "every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.scratch == bool(args.model):
         raise UserError("pass either --scratch or --model DIR")
+
+
+def start_model(args):
+    """-> the model to train (float32, CPU) and its Codec; --out holds the tokenizer of a new model afterwards."""
     torch.manual_seed(args.seed)
-    if args.scratch:
-        if not os.path.exists(os.path.join(args.out, "tokenizer.json")):
-            print("training the tokenizer ...")
-            make_tokenizer(args.out)
-        model = nano.HybridLM(replace(TEACHER, n_layer=args.layers or TEACHER.n_layer, layout=()))
-        init_weights(model)
-        return model, nano.load_tokenizer(args.out)
-    model, enc = nano.load_pretrained(args.model), nano.load_tokenizer(args.model)
-    return (resize(model, args.layers) if args.layers else model), enc
+    if args.model:
+        model = nano.load_pretrained(args.model)
+        if args.layers:
+            model = resize(model, args.layers)
+        return model, load_codec(args.model)
+    if not os.path.exists(os.path.join(args.out, "tokenizer.json")):
+        print("training the tokenizer ...")
+        make_tokenizer(args.out)
+    model = nano.HybridLM(replace(TEACHER, n_layer=args.layers or TEACHER.n_layer, layout=()))
+    init_weights(model)
+    return model, load_codec(args.out)
 
 
-def train(args, model, block, device, dtype):
-    """The loop. -> list of log entries. Saves args.out/progress.safetensors every args.every steps and on Ctrl-C.
-    An entry per 10 steps: step, mean loss in nats per trained token, tokens seen (padding included), seconds."""
-    optimizers, start, log, began = make_optimizers(model, args.lr), 0, [], time.time()
-    progress = os.path.join(args.out, "progress.safetensors")
-    keys = ("model", "layers", "data", "steps", "batch", "ctx", "lr", "warmup", "easy", "seed")
+def start_data(args, codec, n_vocab):
+    """-> the block function of the examples to train on."""
+    if args.data:
+        examples, _ = read_jsonl(args.data, codec, args.ctx, n_vocab)
+        return list_block(examples, args.seed)
+    if not args.easy:
+        return trace_block(codec, args.seed)
+    # Blocks until problems have their full size.
+    growing = max(1, args.easy * args.steps / PER_BLOCK)
+    return trace_block(codec, args.seed, lambda number: min(1.0, 0.2 + 0.8 * number / growing))
+
+
+def start_progress(args, model):
+    """-> the Progress of this run."""
+    keys = ("layers", "steps", "batch", "ctx", "lr", "lr_rest", "optimizer", "warmup", "easy",
+            "seed")
     run = {key: getattr(args, key) for key in keys}
-    if args.resume and os.path.exists(progress):
-        meta = load_progress(progress, model, optimizers, run)
-        start, log = meta["step"], meta["log"]
-        began -= log[-1]["seconds"] if log else 0                            # the time of the earlier part counts, too
-    # What is not in the log yet: tokens so far, and loss and trained tokens since its last entry.
-    tokens_seen, *meter = meta["since"] if start else (0, 0.0, 0)
-    save = lambda: save_progress(progress, model, optimizers,
-                                 {"run": run, "step": start, "log": log, "since": [tokens_seen, *meter]})
-    bar = tqdm(total=args.steps, initial=start, desc="training", unit="step")
-    stream = batches(block, args.batch, start)
-    try:
-        for step in range(start, args.steps):
-            tokens, targets = collate(next(stream), device)                  # (b, t) each
-            with autocast(device, dtype):
-                loss, count, _ = cross_entropy(model, tokens, targets)
-            (loss / max(1, count)).backward()                                # the mean over this batch's tokens
-            with uninterrupted():
-                clipped_step(model, optimizers, learning_rate(step, args.steps, args.lr, args.warmup))
-                start, tokens_seen = step + 1, tokens_seen + tokens.numel()
-                meter = [meter[0] + loss.item(), meter[1] + count]
-            bar.update()
-            if (step + 1) % 10 == 0 or step + 1 == args.steps:
-                log.append({"step": step + 1, "loss": round(meter[0] / max(1, meter[1]), 5), "tokens": tokens_seen,
-                            "seconds": round(time.time() - began, 1)})
-                speed = tokens_seen / max(0.1, log[-1]["seconds"])
-                bar.set_postfix(loss=f"{log[-1]['loss']:.4f}", tok_s=f"{speed:.0f}")
-                meter = [0.0, 0]
-            if (step + 1) % args.every == 0:
-                save()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)                         # a second Ctrl-C must not spoil the save
-        save()
-        print(f"\nsaved step {start}; run the same command with --resume to continue", file=sys.stderr)
-        raise
-    finally:
-        bar.close()
-    return log
+    run["content of the model"] = weights_hash(model)
+    run["content of --data"] = file_hash(args.data)
+    return Progress(os.path.join(args.out, "progress.safetensors"), run, args.resume)
+
+
+def evaluate(args, model, codec):
+    """Let the model solve held-out problems. -> report entries; prints a table."""
+    if not args.eval or args.data:
+        return {}
+    held = problem_set("test", args.eval)
+    by_family, pooled = accuracy(held, solve(model, codec, held))
+    for name, share in {**by_family, "all": pooled}.items():
+        print(f"{name:12} {share:.3f}")
+    return {"accuracy": pooled, "accuracy_by_family": by_family, "problems_per_family": args.eval}
 
 
 def main():
@@ -697,39 +1335,30 @@ def main():
     args = parse_args()
     device, dtype = start_script(args)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    args.lr = args.lr or (0.005 if args.scratch else 0.0005)
-    for name in ("steps", "batch", "ctx", "every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    claim_out(args.out, args.overwrite, args.resume)
-    model, enc = start_model(args)
-    other = merge_partner(args, model)                                       # refused now, not after the training
-    if args.data:
-        examples, _ = read_jsonl(args.data, enc, args.ctx, model.config.vocab_size)
-        block = list_block(examples, args.seed)
-    else:
-        full = max(1, args.easy * args.steps / PER_BLOCK)                   # blocks until problems have their full size
-        block = trace_block(enc, args.seed, lambda number: min(1.0, 0.2 + 0.8 * number / full) if args.easy else 1.0)
+    check_flags(args)
+    args.out = claim_out(args.out, [args.model, args.merge], args.overwrite, args.resume, done="training.json")
+    model, codec = start_model(args)
+    # Refused now, not after the training.
+    other = merge_partner(args, model)
+    block = start_data(args, codec, model.config.vocab_size)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.2f} M parameters, layout {' '.join(model.config.layout)}\n"
-          f"an example, trained part marked: {show_example(enc, block(0, 1)[0])}")
+          f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
+    progress = start_progress(args, model)
+    plan = Plan(args.steps, args.lr, args.warmup, args.every, log_every=10, name="loss",
+                optimizer=args.optimizer, lr_rest=args.lr_rest)
     model = model.to(device).train()
-    log = train(args, model, block, device, dtype)
+    log = fit(model, cross_entropy, block, args.batch, plan, progress, device, dtype)
     if other:
         merge(model, other, args.merge_weight)
-    model.eval().to(getattr(torch, args.save_dtype))                         # in place
-    nano.save_pretrained(model, args.out, tokenizer_from=args.model)
-    model.float()                                                            # evaluated as saved, rounding included
-    report = {"args": vars(args), "log": log, **provenance(device)}
-    if args.eval and not args.data:
-        held = problem_set("test", args.eval)
-        by_family, pooled = accuracy(held, solve(model, enc, held))
-        report |= {"accuracy": pooled, "accuracy_by_family": by_family, "problems_per_family": args.eval}
-        print("\n".join(f"{name:12} {share:.3f}" for name, share in (by_family | {"all": pooled}).items()))
+    nano.save_pretrained(model, args.out, tokenizer_from=args.model, dtype=getattr(torch, args.save_dtype))
+    # Evaluated as saved, rounding included.
+    model = nano.load_pretrained(args.out, device)
+    result = {**evaluate(args, model, codec), **provenance(device)}
+    report = {"args": vars(args), "log": log, **result}
     nano.write_json(os.path.join(args.out, "training.json"), report)
-    if os.path.exists(os.path.join(args.out, "progress.safetensors")):
-        os.remove(os.path.join(args.out, "progress.safetensors"))
-    print(json.dumps({"loss": log[-1]["loss"], **{k: v for k, v in report.items() if k not in ("log", "args")}}))
+    progress.remove()
+    print(json.dumps({"loss": log[-1]["loss"], **result}))
 
 
 if __name__ == "__main__":
