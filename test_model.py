@@ -3726,25 +3726,42 @@ def said(*texts, roles=("user", "assistant"), keys=("role", "content")):
 
 
 ASKED = said("q")
+
+
+def answered(content="a", **more):
+    """A record of one question and one answer with more keys."""
+    return {"messages": ASKED + [{"role": "assistant", "content": content, **more}]}
+
+
+def mixed(*roles):
+    """A record of messages with these roles, right or wrong."""
+    return {"messages": said(*"abcdef"[:len(roles)], roles=roles)}
+
+
+SHAREGPT = {"roles": ("human", "gpt"), "keys": ("from", "value")}
+ANSWER = said("a", roles=("assistant",))
+PLAIN = "[U]q[E][A]>>>a[E]<<<"
 THOUGHT = "[U]q[E][A]>>><think>\nt\n</think>\n\na[E]<<<"
+IN_TEXT = "<think>\nt\n</think>\n\na"
 RECORDS = [
     ({"prompt": "q ", "response": " a"}, "q >>> a[E]<<<"),
-    ({"prompt": "q", "completion": "a[E]", "response": None, "id": 7, "tools": []}, "q>>>a[E]<<<"),
+    ({"prompt": "q", "completion": "a[E]\n", "response": None, "id": 7, "tools": []},
+     "q>>>a[E]\n<<<"),
     ({"messages": said("q", "a\n")}, "[U]q[E][A]>>>a\n[E]<<<"),
-    ({"messages": said("s", roles=("system",)) + said("q", "a")}, "[S]s[E][U]q[E][A]>>>a[E]<<<"),
+    ({"prompt": "q", "messages": said("q", "a")}, PLAIN),
+    (mixed("system", "user", "assistant"), "[S]a[E][U]b[E][A]>>>c[E]<<<"),
     ({"messages": said("q", "a", "r", "b")}, "[U]q[E][A]>>>a[E]<<<[U]r[E][A]>>>b[E]<<<"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0}] + said("r", "b")},
+    ({"messages": answered(weight=0)["messages"] + said("r", "b")},
      "[U]q[E][A]a[E][U]r[E][A]>>>b[E]<<<"),
-    ({"messages": said([{"type": "text", "text": "q"}, {"type": "text", "text": "r"}], "a")}, "[U]qr[E][A]>>>a[E]<<<"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "reasoning_content": "t", "tool_calls": None}]}, THOUGHT),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "thinking": "t", "weight": 1}]}, THOUGHT),
-    ({"messages": said("q", "<think>\nt\n</think>\n\na")}, THOUGHT),
-    ({"messages": ASKED + [{"role": "assistant", "content": "<think>\nt\n</think>\n\na", "reasoning": "t"}]}, THOUGHT),
-    ({"prompt": ASKED, "completion": said("a", roles=("assistant",))}, "[U]q[E][A]>>>a[E]<<<"),
-    ({"prompt": said("q", "a", "r"), "completion": said("b", roles=("assistant",))},
-     "[U]q[E][A]a[E][U]r[E][A]>>>b[E]<<<"),
-    ({"conversations": said("q", "a", roles=("human", "gpt"), keys=("from", "value")), "system": "s"},
-     "[S]s[E][U]q[E][A]>>>a[E]<<<"),
+    ({"messages": said([{"type": "text", "text": "q"}, {"type": "text", "text": "r"}], "a")},
+     "[U]qr[E][A]>>>a[E]<<<"),
+    (answered(reasoning_content="t", tool_calls=None), THOUGHT),
+    (answered(thinking="t", weight=1), THOUGHT),
+    (answered(IN_TEXT), THOUGHT),
+    (answered(IN_TEXT, reasoning="t"), THOUGHT),
+    ({"prompt": ASKED, "completion": ANSWER}, PLAIN),
+    ({"prompt": said("q", "b", "r"), "completion": ANSWER}, "[U]q[E][A]b[E][U]r[E][A]>>>a[E]<<<"),
+    ({"conversations": said("q", "a", **SHAREGPT), "system": "s"}, "[S]s[E]" + PLAIN),
 ]
 
 
@@ -3776,32 +3793,58 @@ def test_a_pair_begins_as_the_tokenizer_begins_a_text_and_the_built_in_form_is_t
     assert parts == [[("<s>[INST] q [/INST]", False), ("a</s>", True)]]
 
 
+@pytest.mark.parametrize("name", ["ChatML", "Llama 3"])
+def test_a_conversation_is_trained_as_the_checkpoints_template_writes_it(name, tmp_path):
+    pytest.importorskip("jinja2")
+    template, end = TEMPLATES[name]
+    chat = chat_from(tmp_path, chat_template=template, **NAMES)
+    codec = train_sft.load_codec(tmp_path)
+    messages = said("a", "b", "c", "d")
+    [parts] = train_sft.parts_of({"messages": messages}, codec)
+    text = "".join(text for text, _ in parts)
+    assert text == chat.render(messages, add_generation_prompt=False).rstrip("\n")
+    assert [text for text, trained in parts if trained] == ["b" + end, "d" + end]
+    assert train_sft.encode_parts(codec, parts)[0] == codec.enc.encode(text, allowed_special="all")
+
+
 GOOD = json.dumps({"prompt": "q", "response": "a</s>"})
-CALLS = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
 REFUSED = [
-    ("{oops", "not JSON"), ("[" * 100_000, "JSON array"), (json.dumps([{"prompt": "q", "response": "a"}]), "JSON array"),
-    ("3", "3 is no record"), ({}, "neither prompt"), ({"text": "a"}, '"text"'),
-    ({"instruction": "q", "input": "", "output": "a"}, "Alpaca"), ({"prompt": "q"}, "without a response"),
+    ("{oops", "not JSON"),
+    ("[" * 100_000, "JSON array"),
+    (json.dumps([{"prompt": "q", "response": "a"}]), "JSON array"),
+    ("3", "3 is no record"),
+    ({}, "neither prompt"),
+    ({"text": "a"}, '"text"'),
+    ({"instruction": "q", "input": "", "output": "a"}, "Alpaca"),
+    ({"prompt": "q"}, "without a response"),
+    ({"prompt": "q", "completion": ANSWER}, "same kind"),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference pair"),
     ({"prompt": "q", "response": ""}, "empty response"),
-    ({"prompt": "q", "completion": said("a", roles=("assistant",))}, "same kind"),
-    ({"prompt": "q", "response": "a", "thinking": "t"}, "thoughts"),
-    ({"messages": "q"}, "not a list"), ({"messages": []}, "last message"), ({"messages": ["q"]}, 'message that is "q"'),
-    ({"messages": said("q", None)}, "content null"), ({"messages": said("q", 3)}, "content 3"),
-    ({"messages": said("q", " ")}, "empty response"), ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
+    ({"prompt": "q", "response": "a", "thinking": "t"}, "thinking"),
+    ({"prompt": "q", "response": "a", "system": "s"}, "system"),
+    ({"messages": "q"}, "not a list"),
+    ({"messages": ["q"]}, 'message that is "q"'),
+    ({"messages": []}, "last message"),
+    ({"messages": said("q", None)}, "content null"),
+    ({"messages": said("q", 3)}, "content 3"),
+    ({"messages": said("q", " ")}, "empty response"),
+    ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
     ({"messages": said(["q"], "a")}, 'type "q"'),
-    ({"messages": ASKED + [CALLS]}, "tool calls"), ({"messages": said("q", "a"), "tools": [{}]}, "tool calls"),
-    ({"messages": said("q", "a", roles=("tool", "assistant"))}, 'role "tool"'),
-    ({"messages": said("q", "a", roles=([], "assistant"))}, "role"),
-    ({"messages": said("q", "q", "a", roles=("user", "user", "assistant"))}, "out of order"),
-    ({"messages": said("a", roles=("assistant",))}, "out of order"), ({"messages": said("q", "a", "r")}, "last message"),
-    ({"messages": said("s", "s", "q", "a", roles=("system", "system", "user", "assistant"))}, "second system"),
-    ({"messages": said("q", "a") + said("s", roles=("system",))}, "second system message, or one that is not the first"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0}]}, "no response to train on"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "a", "thinking": 3}]}, "no text"),
-    ({"messages": ASKED + [{"role": "assistant", "content": "<think>u</think>a", "thinking": "t"}]}, "others in <think>"),
-    ({"conversations": said("q", "a", roles=("human", "observation"), keys=("from", "value"))}, "observation"),
+    (answered("", tool_calls=[{"name": "f"}]), "tool calls"),
+    ({"messages": said("q", "a"), "tools": [{}]}, "tool calls"),
+    (mixed("tool", "assistant"), 'role "tool"'),
+    (mixed([], "assistant"), "role"),
+    (mixed("user", "user", "assistant"), "out of order"),
+    (mixed("assistant"), "out of order"),
+    (mixed("user", "assistant", "user"), "last message"),
+    (mixed("system", "system", "user", "assistant"), "second system"),
+    (mixed("user", "assistant", "system"), "second system message, or one that is not the first"),
+    (answered(weight=0), "no response to train on"),
+    (answered(weight=0.5), "weight 0.5"),
+    (answered(thinking=3), "no text"),
+    (answered("<think>u</think>a", thinking="t"), "others in <think>"),
+    ({"conversations": said("q", "a", **SHAREGPT | {"roles": ("human", "observation")})},
+     "observation"),
 ]
 
 
@@ -3838,8 +3881,9 @@ def test_plain_and_packed_files_are_read_alike(traces, tmp_path):
 
 
 @pytest.mark.parametrize("data, words", [
-    (b"PAR1\x15\x04PAR1", "parquet"), (b'{"prompt": "\xff"}', "UTF-8"), (GOOD.encode("utf-16"), "UTF-8"),
-    (gzip.compress(GOOD.encode() * 99)[:-20], "cannot read"), (b"\x1f\x8bno", "cannot read"), (b"", "0 usable records")])
+    (b"PAR1\x15\x04PAR1", "parquet"), (b'{"prompt": "\xff"}', "UTF-8"),
+    (GOOD.encode("utf-16"), "UTF-8"), (gzip.compress(GOOD.encode() * 99)[:-20], "cannot read"),
+    (b"\x1f\x8bno", "cannot read"), (b"", "0 usable records")])
 def test_a_file_that_is_no_text_is_refused_by_what_it_is(traces, tmp_path, data, words):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(UserError, match=words):
@@ -4903,48 +4947,6 @@ def good_checkpoint(shards=1, **change):
     return make
 
 
-def good_tokenizer(raw):
-    """-> a function that writes a checkpoint's tokenizer files into a directory."""
-    def make(path):
-        raw["post_processor"] = template_processor("<s>")
-        (path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
-        config = NAMES | {"chat_template": [{"name": "default", "template": MISTRAL}]}
-        (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        (path / "special_tokens_map.json").write_text(json.dumps(NAMES), encoding="utf-8")
-        (path / "chat_template.jinja").write_text(LLAMA3, encoding="utf-8")
-    return make
-
-
-def use_tokenizer(path):
-    """Load a tokenizer and use all that it can do."""
-    enc = load_tokenizer(path)
-    ids = enc.encode(CORPUS + "<s>\x00\U0010ffff</s>", allowed_special="all")
-    enc.decode(ids)
-    for token in [*ids, *nano.begin_tokens(path, enc), enc.max_token_value]:
-        enc.decode_single_token_bytes(token)
-
-
-@functools.cache
-def some_tokenizer(path):
-    return load_tokenizer(path)
-
-
-def use_chat(path):
-    """Load a chat template and use it."""
-    chat = nano.load_chat(path, some_tokenizer(path))
-    if not isinstance(chat.end, str):
-        raise TypeError(chat.end)
-    for turns in TALKS[:2]:
-        chat.prompt(talk(*turns))
-
-
-def use_config_template(path):
-    (path / "chat_template.jinja").unlink(missing_ok=True)
-    use_chat(path)
-
-
-def small_tokenizer(name):
-    return make_tokenizer(**TOKENIZERS[name] | {"count": 3})
 class Letters:
     """A tokenizer whose tokens are bytes."""
     def encode(self, text, allowed_special=()):
@@ -4989,6 +4991,50 @@ def read_progress_with_meta(path):
     read_progress(path)
 
 
+def good_tokenizer(raw):
+    """-> a function that writes a checkpoint's tokenizer files into a directory."""
+    def make(path):
+        raw["post_processor"] = template_processor("<s>")
+        (path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+        config = NAMES | {"chat_template": [{"name": "default", "template": MISTRAL}]}
+        (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        (path / "special_tokens_map.json").write_text(json.dumps(NAMES), encoding="utf-8")
+        (path / "chat_template.jinja").write_text(LLAMA3, encoding="utf-8")
+    return make
+
+
+def use_tokenizer(path):
+    """Load a tokenizer and use all that it can do."""
+    enc = load_tokenizer(path)
+    ids = enc.encode(CORPUS + "<s>\x00\U0010ffff</s>", allowed_special="all")
+    enc.decode(ids)
+    for token in [*ids, *nano.begin_tokens(path, enc), enc.max_token_value]:
+        enc.decode_single_token_bytes(token)
+
+
+@functools.cache
+def some_tokenizer(path):
+    return load_tokenizer(path)
+
+
+def use_chat(path):
+    """Load a chat template and use it."""
+    chat = nano.load_chat(path, some_tokenizer(path))
+    if not isinstance(chat.end, str):
+        raise TypeError(chat.end)
+    for turns in TALKS[:2]:
+        chat.prompt(talk(*turns))
+
+
+def use_config_template(path):
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    use_chat(path)
+
+
+def small_tokenizer(name):
+    return make_tokenizer(**TOKENIZERS[name] | {"count": 3})
+
+
 # name -> (make(directory) writes good files, which of them are damaged, load(directory))
 READERS = {
     "config.json of a hybrid": (good_checkpoint(), ["config.json"], load_pretrained),
@@ -5000,6 +5046,9 @@ READERS = {
     "generation_config.json": (good_checkpoint(), ["generation_config.json"], load_pretrained),
     "safetensors": (good_checkpoint(), ["model.safetensors"], load_pretrained),
     "safetensors, index": (good_checkpoint(shards=3), [INDEX, "part_1.safetensors"], load_pretrained),
+    "records of own data": (write_records, ["traces.jsonl"], read_records),
+    "progress": (write_progress, ["progress.safetensors"], read_progress),
+    "progress, its JSON": (write_progress, ["meta.json"], read_progress_with_meta),
     "tokenizer.json, Llama 3": (good_tokenizer(make_tokenizer()), ["tokenizer.json"], use_tokenizer),
     "tokenizer.json, SmolLM": (good_tokenizer(small_tokenizer("SmolLM kind")), ["tokenizer.json"], use_tokenizer),
     "tokenizer.json, DeepSeek": (good_tokenizer(small_tokenizer("DeepSeek kind")), ["tokenizer.json"], use_tokenizer),
@@ -5007,9 +5056,6 @@ READERS = {
     "chat_template.jinja": (good_tokenizer(make_tokenizer(special=MARKS)), ["chat_template.jinja"], use_chat),
     "tokenizer_config.json": (good_tokenizer(make_tokenizer(special=MARKS)),
                               ["tokenizer_config.json", "special_tokens_map.json"], use_config_template),
-    "records of own data": (write_records, ["traces.jsonl"], read_records),
-    "progress": (write_progress, ["progress.safetensors"], read_progress),
-    "progress, its JSON": (write_progress, ["meta.json"], read_progress_with_meta),
 }
 
 

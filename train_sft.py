@@ -282,7 +282,6 @@ def tokenizer_json(ranks):
 # writes is trained, its end token included. The parts of a text are encoded one by one, so the border is exact by
 # construction, and what a part means is never searched for in a finished text.
 
-
 class Codec(NamedTuple):
     """How texts become ids."""
     enc: object                                          # the tokenizer
@@ -458,14 +457,17 @@ def parts_of(record, codec):
 
 def pair_parts(prompt, response, record, codec):
     """Two texts, taken as they are, but for the tokens that must begin and end them."""
-    refuse_keys(record, THOUGHTS, "thoughts beside a response; write them into it, or use messages")
+    refuse_keys(record, (*THOUGHTS, "system"), "more than a prompt and a response; write it into them, "
+                                               "or use messages")
     if not response.strip():
         raise UserError("an empty response")
     begin = codec.enc.decode(codec.begin)
+    if not prompt.startswith(begin):
+        prompt = begin + prompt
     # Without a template nobody knows how an answer ends.
-    end = "" if codec.chat.refusal else codec.chat.end
-    return [("" if prompt.startswith(begin) else begin, False), (prompt, False),
-            (response if response.endswith(end) else response + end, True)]
+    if not codec.chat.refusal and not response.rstrip().endswith(codec.chat.end):
+        response += codec.chat.end
+    return [(prompt, False), (response, True)]
 
 
 def either(record, key, other):
@@ -482,25 +484,28 @@ def refuse_keys(record, keys, what):
 
 def read_turns(record):
     """A record of messages -> [Turn]: maybe a system message, then user and assistant in turn, the assistant last."""
-    given = []
-    if isinstance(record.get("prompt"), list):
-        given = record["prompt"]
-        messages = either(record, "response", "completion")
-    elif "messages" in record:
-        messages = record["messages"]
-    elif "conversations" in record:
-        messages = record["conversations"]
-    else:
-        raise UserError(unknown_shape(record))
-    if not isinstance(messages, list):
-        raise UserError(f"messages that are not a list but {some_json(messages)}")
+    given, messages = find_messages(record)
     turns = [read_message(message)._replace(trained=False) for message in given]
     turns += [read_message(message) for message in messages]
     # Some ShareGPT files keep the system message beside the conversation.
-    if isinstance(record.get("system"), str) and record["system"]:
-        turns.insert(0, Turn("system", record["system"], False))
+    if record.get("system"):
+        turns.insert(0, Turn("system", text_of(record["system"]), False))
     check_order(turns)
     return turns
+
+
+def find_messages(record):
+    """-> two lists of messages: those that are only read, and those of which the assistant's are trained."""
+    prompt = record.get("prompt")
+    response = either(record, "response", "completion")
+    if isinstance(prompt, list) and isinstance(response, list):
+        return prompt, response
+    messages = either(record, "messages", "conversations")
+    if messages is None:
+        raise UserError(unknown_shape(record))
+    if not isinstance(messages, list):
+        raise UserError(f"messages that are not a list but {some_json(messages)}")
+    return [], messages
 
 
 def unknown_shape(record):
