@@ -95,54 +95,50 @@ class Prompt(NamedTuple):
     ids: list
 
 
-def read_prompts(args, lm, enc, chat):
-    """-> the Prompts that the flags name."""
+def read_inputs(args):
+    """-> for each prompt a text that is to be continued as it is, or the messages that ask for an answer."""
     file = args.prompt_file
-    if file is None:
-        return [question_prompt(args, lm, enc, chat, args.prompt or "")]
-    if file.endswith((".jsonl", ".jsonl.gz")):
-        return [record_prompt(args, lm, enc, chat, record) for record in nano.read_records(file)]
+    if file and file.endswith((".jsonl", ".jsonl.gz")):
+        inputs = list(nano.read_records(file, nano.read_question))
+        if not inputs:
+            raise UserError(f"{file} is empty")
+        if args.raw and not all(isinstance(asked, str) for asked in inputs):
+            raise UserError(f"--raw continues texts, and {file} holds messages")
+        return [asked if isinstance(asked, str) else as_messages(asked) for asked in inputs]
+    lines = read_text(file) if file else [args.prompt or ""]
+    return lines if args.raw else [as_messages([nano.Turn("user", line, False)]) for line in lines]
+
+
+def as_messages(turns):
+    return [{"role": turn.role, "content": turn.text} for turn in turns]
+
+
+def read_text(file):
+    """-> the lines of a text file."""
     try:
-        # utf-8-sig skips the mark that some editors put at a file's beginning.
+        # utf-8-sig skips the mark with which some editors begin a file.
         with open(0 if file == "-" else file, encoding="utf-8-sig") as f:
             lines = f.read().removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read {file}: {getattr(e, 'strerror', None) or e}") from None
     if lines == [""]:
         raise UserError(f"{file} is empty")
-    return [question_prompt(args, lm, enc, chat, line) for line in lines]
+    return lines
 
 
-def question_prompt(args, lm, enc, chat, question):
-    """A question -> Prompt: through the template, or with --raw as it is."""
-    if not args.raw:
-        text = chat.prompt([{"role": "user", "content": question}])
-        return Prompt(question, text, encode(enc, lm.config, text))
-    begin = nano.begin_tokens(args.model, enc)
-    ids = encode(enc, lm.config, question)
-    if ids[:len(begin)] != begin:
-        ids = begin + ids
-        question = enc.decode(begin) + question
-    return Prompt(question, question, ids)
-
-
-def record_prompt(args, lm, enc, chat, record):
-    """A line of a JSONL file -> Prompt: messages up to the last turn of the user, or a prompt verbatim."""
-    if isinstance(record.get("prompt"), str):
-        return Prompt(record["prompt"], record["prompt"], encode(enc, lm.config, record["prompt"]))
-    messages = nano.messages_of(record)
-    while messages and messages[-1]["role"] != "user":
-        messages.pop()
-    text = chat.prompt(messages)
-    return Prompt(messages[-1]["content"], text, encode(enc, lm.config, text))
+def make_prompt(asked, args, lm, enc, chat):
+    """An input -> Prompt. A text gets the token in front that this tokenizer puts before every text, as in training."""
+    if isinstance(asked, str):
+        begin = enc.decode(nano.begin_tokens(args.model, enc))
+        text = asked if asked.startswith(begin) else begin + asked
+        return Prompt(asked, text, encode(enc, lm.config, text))
+    text = chat.prompt(asked)
+    return Prompt(asked[-1]["content"], text, encode(enc, lm.config, text))
 
 
 def encode(enc, config, text):
     """A text -> its ids, at least one: an empty text is the begin token alone."""
-    try:
-        ids = enc.encode(text, allowed_special="all")
-    except ValueError as e:
-        raise UserError(f"the tokenizer cannot read a prompt of {len(text)} characters: {e}") from None
+    ids = enc.encode(text, allowed_special="all")
     if not ids and config.bos_id is None:
         raise UserError("an empty prompt needs a begin token, and this checkpoint has none")
     ids = ids or [config.bos_id]
@@ -264,9 +260,8 @@ def warn_length(tokens, config):
               file=sys.stderr)
 
 
-def sample(lm, enc, args, device, chat):
+def sample(lm, enc, args, device, prompts):
     """All prompts, --num-samples answers each, --batch answers at a time."""
-    prompts = read_prompts(args, lm, enc, chat)
     n = args.num_samples
     count = len(prompts) * n
     traces = TraceFile(args, lm, enc, prompts, device) if args.traces else None
@@ -478,13 +473,18 @@ def main():
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal that lacks a character shows its number.
         sys.stdout.reconfigure(errors="backslashreplace")
+    inputs = [] if args.chat else read_inputs(args)
     lm = nano.join_projections(load_pretrained(args.model, device, dtype))
     enc = load_tokenizer(args.model)
     chat = nano.load_chat(args.model, enc)
     nano.choose_threads(lm, device)
     try:
         with torch.inference_mode():
-            (converse if args.chat else sample)(lm, enc, args, device, chat)
+            if args.chat:
+                converse(lm, enc, args, device, chat)
+            else:
+                prompts = [make_prompt(asked, args, lm, enc, chat) for asked in inputs]
+                sample(lm, enc, args, device, prompts)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever reads our output has enough, as in sample.py | head -1. What is left in the buffer goes nowhere.

@@ -3189,12 +3189,13 @@ def test_samples_start_from_one_prefill_and_finished_rows_leave_the_batch(talker
     monkeypatch.setattr(HybridLM, "hidden", watched)
     rows = ask_json(talker, "--prompt", "hello", "--raw", "--num-samples", 6, "--max-new-tokens", 30,
                     "--temperature", 2)
-    # Read once, then six rows, of which each stays as long as its answer lasts.
+    # Read once, then six rows, of which some leave as their answers end.
     assert shapes[0] == (1, 5)
     lengths = [row["tokens"] for row in rows]
     assert len(set(lengths)) > 2
-    steps = [min(length, 29) for length in lengths]
-    assert shapes[1:] == [(sum(last > step for last in steps), 1) for step in range(max(steps))]
+    for step, (rows, t) in enumerate(shapes[1:]):
+        writing = sum(length > step for length in lengths)
+        assert t == 1 and writing <= rows <= max(writing / 0.75, 1)
 
 
 def test_same_seed_same_text_and_another_seed_another(checkpoint):
@@ -3266,10 +3267,10 @@ def test_without_a_template_only_raw_text_is_continued(checkpoint, tmp_path):
         assert row["ids"] == wanted
 
 
-DROPPING = LETTERS.replace("{{ m.content }}", "{{ m.content[:3] }}")
+REWRITING = LETTERS.replace("{{ m.content }}", "{% if m.role == 'assistant' %}!{% endif %}{{ m.content }}")
 
 
-@pytest.mark.parametrize("template, kept", [(None, True), (LETTERS, True), (DROPPING, False)])
+@pytest.mark.parametrize("template, kept", [(None, True), (LETTERS, True), (REWRITING, False)])
 def test_a_conversation_equals_one_prompt_that_holds_all_of_it(talker, tmp_path, monkeypatch, template, kept):
     """With the state kept between turns, and where the template rewrites what was said and all is read again."""
     path = talker if template is None else with_template(talker, tmp_path / "own", template)
@@ -3309,8 +3310,7 @@ def test_a_file_of_records_asks_what_training_would_read(checkpoint, tmp_path):
     records = [{"messages": messages}, {"prompt": "<s>[INST] a\nb [/INST]", "response": "c</s>"}]
     text = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "x.jsonl").write_text(text)
-    with gzip.open(tmp_path / "x.jsonl.gz", "wt") as f:
-        f.write(text)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     prompts = [chat_ids(enc, "one\ntwo", "yes", "so?"), chat_ids(enc, "a\nb")]
     wanted = small_hybrid().generate(prompts, 5)
     for file in ("x.jsonl", "x.jsonl.gz"):
@@ -3334,21 +3334,24 @@ def test_traces_are_what_the_model_wrote_and_training_reads(talker, questions, t
     printed = ask(talker, *TRACES, "--prompt-file", questions, "--traces", file)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     answers = ask_json(talker, *TRACES, "--prompt-file", questions)
-    whole = [answer for answer in answers if answer["tokens"] < 30]
-    assert 2 < len(whole) < len(answers) == 10
+    ended = [answer for answer in answers if answer["tokens"] < 30]
+    whole = [answer for answer in ended if "\ufffd" not in answer["text"]]
+    assert 2 < len(whole) < len(ended) < len(answers) == 10
     assert [row["response"] for row in rows] == [answer["text"] + "</s>" for answer in whole]
     assert [row["prompt"] for row in rows] == [f"<s>[INST] {answer['prompt']} [/INST]" for answer in whole]
     assert printed.out == ""
-    assert f"{len(whole)} traces of 10 answers; left out: {10 - len(whole)}" in printed.err
+    assert (f"{len(whole)} traces of 10 answers; left out: {10 - len(ended)} that --max-new-tokens cut, "
+            f"{len(ended) - len(whole)} with half a character") in printed.err
     assert printed.err.splitlines()[-1] == f"next: python distill.py --teacher {talker} --data {file}"
-    train, held = train_sft.read_jsonl(file, enc, 64, 262)
+    train, held = train_sft.read_jsonl(file, train_sft.load_codec(talker), 64, 262)
     ids, trained = held[0]
     assert enc.decode([token for token, flag in zip(ids, trained) if flag]) == rows[0]["response"]
     assert len(train) + 1 == len(rows)
     # With --keep-cut none is missing, and those that were cut have no </s>.
     ask(talker, *TRACES, "--prompt-file", questions, "--traces", tmp_path / "all.jsonl", "--keep-cut")
     rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
-    assert [row["response"] for row in rows] == [a["text"] + "</s>" * (a["tokens"] < 30) for a in answers]
+    texts = [answer["text"] + "</s>" * (answer in ended) for answer in answers]
+    assert [row["response"] for row in rows] == [text for text in texts if "\ufffd" not in text]
 
 
 @pytest.mark.parametrize("where", ["before the batch", "before the note"])
@@ -3444,8 +3447,7 @@ def test_user_errors_are_one_line_and_exit_code_2(checkpoint, name, args, words)
     (("--top-p", 0), "--top-p must be in"), (("--batch", 0), "--batch must be at least 1"),
     (("--temperature", "nan"), "--temperature must be"), (("--prompt", "a", "--chat"), "one of --prompt"),
     (("--chat", "--raw"), "--chat goes without"), (("--json", "--traces", "x.jsonl"), "one of --json"),
-    (("--traces", "x.gz"), "JSON lines"), (("--keep-cut",), "belongs to --traces"),
-    (("--raw", "--prompt", " " * 1_000_000), "1000000 characters")])
+    (("--traces", "x.gz"), "JSON lines"), (("--keep-cut",), "belongs to --traces")])
 def test_flags_that_make_no_sense_are_refused(checkpoint, flags, words):
     with pytest.raises(UserError, match=words):
         ask(checkpoint, *flags)
