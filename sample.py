@@ -27,37 +27,54 @@ from model import UserError, load_pretrained, load_tokenizer, run_main, start_sc
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = p.add_argument
     add("--model", default="teacher", help="checkpoint directory (default: teacher)")
     # What to ask. One of the three; the default is --prompt with an empty text.
     add("--prompt", help="one question")
-    add("--prompt-file", help="a file of prompts, - for standard input. A text file: one question per line. "
-        "x.jsonl or x.jsonl.gz: the records that train_sft.py reads; the last user turn of messages is asked, a prompt "
-        "is taken verbatim, as in training, and the response in a record is ignored")
-    add("--chat", action="store_true", help="a conversation on standard input, one line per turn; the state is kept "
-        "between turns where the checkpoint's template only adds to the text so far, else all is read again")
-    add("--raw", action="store_true", help="continue the prompts as they are, with the begin token in front where this "
-        "tokenizer adds one by itself (Llama-3). Default: as a user's turn in the checkpoint's own chat template")
-    add("--num-samples", type=int, default=1, help="answers per prompt, all from one prefill (default: 1)")
+    add("--prompt-file", metavar="FILE",
+        help="prompts; - for standard input. A text file: one question per line. x.jsonl, x.jsonl.gz: "
+             "the records that train_sft.py reads. Of messages the last turn of the user is asked; a "
+             "prompt is taken to the letter, as in training; what is answered there is ignored")
+    add("--chat", action="store_true",
+        help="a conversation on standard input, one line per turn. The state is kept between turns "
+             "where the template only adds to what was said; else all is read again")
+    add("--raw", action="store_true",
+        help="continue the prompts as they are, behind the begin token where this tokenizer puts one "
+             "before every text (Llama 3). Default: ask, with the checkpoint's own chat template")
+    add("--num-samples", type=int, default=1, metavar="N",
+        help="answers per prompt, all from one prefill (default: 1)")
     # How to draw.
-    add("--max-new-tokens", type=int, default=512, help="at most this many tokens per answer (default: 512)")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
-    add("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0: all (default: 0)")
-    add("--top-p", type=float, default=1.0, help="draw among the smallest set with this probability (default: 1)")
-    add("--seed", type=int, default=0, help="same seed, same text, alone or in a batch (default: 0)")
+    add("--max-new-tokens", type=int, default=512, metavar="N",
+        help="at most this many tokens per answer (default: 512)")
+    add("--temperature", type=float, default=0.0, metavar="T",
+        help="0 takes the likeliest token (default: 0)")
+    add("--top-k", type=int, default=0, metavar="K",
+        help="draw among the K likeliest tokens; 0: all (default: 0)")
+    add("--top-p", type=float, default=1.0, metavar="P",
+        help="draw among the fewest tokens that have this probability together (default: 1)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="same seed, same text, alone or in a batch (default: 0)")
     # How to compute.
-    add("--batch", type=int, default=32, help="answers that are written at the same time (default: 32)")
-    add("--prefill-chunk", type=int, default=2048, help="tokens of the prompt per forward (default: 2048)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
-    add("--dtype", default="auto", help="float32 or bfloat16 (default: bfloat16 on cuda, else float32)")
+    add("--batch", type=int, default=32, metavar="N",
+        help="answers that are written at the same time (default: 32)")
+    add("--prefill-chunk", type=int, default=2048, metavar="N",
+        help="tokens of the prompt per forward (default: 2048)")
+    add("--device", default="auto",
+        help="cuda, mps or cpu (default: the first of these that is there)")
+    add("--dtype", default="auto",
+        help="float32 or bfloat16 (default: bfloat16 on cuda, else float32)")
     # What to write.
-    add("--json", action="store_true", help="one JSON object per answer on stdout: prompt, text, tokens (a count), "
-        "ids, prefill_tokens_per_s, decode_tokens_per_s (whole batch), kv_bytes, state_bytes (one text, as allocated)")
-    add("--traces", metavar="FILE", help="write FILE instead: JSON lines of prompt and response, with all tags, as "
-        "distill.py --data and train_sft.py --data read them. The same command again goes on where it was stopped")
-    add("--keep-cut", action="store_true", help="with --traces: keep answers that --max-new-tokens cut; they lack the "
-        "token that ends an answer (default: they are left out and counted)")
+    add("--json", action="store_true",
+        help="one JSON object per answer: prompt, text, tokens (a count), ids, prefill_tokens_per_s, "
+             "decode_tokens_per_s (whole batch), kv_bytes, state_bytes (one text, as allocated)")
+    add("--traces", metavar="FILE",
+        help="write nothing but FILE: JSON lines of prompt and response with all their tags, as --data "
+             "of distill.py and train_sft.py reads them. The same command again goes on where it stopped")
+    add("--keep-cut", action="store_true",
+        help="with --traces: keep answers that --max-new-tokens cut, which lack the token that ends an "
+             "answer (default: they are left out and counted)")
     args = p.parse_args()
     check_args(args)
     return args
@@ -96,7 +113,7 @@ class Prompt(NamedTuple):
 
 
 def read_inputs(args):
-    """-> for each prompt a text that is to be continued as it is, or the messages that ask for an answer."""
+    """-> for each prompt a text that is to be continued, or the messages that ask for an answer."""
     file = args.prompt_file
     if file and file.endswith((".jsonl", ".jsonl.gz")):
         inputs = list(nano.read_records(file, nano.read_question))
@@ -126,14 +143,14 @@ def read_text(file):
     return lines
 
 
-def make_prompt(asked, args, lm, enc, chat):
-    """An input -> Prompt. A text gets the token in front that this tokenizer puts before every text, as in training."""
+def make_prompt(asked, args, model, enc, chat):
+    """An input -> Prompt. Before a text comes what this tokenizer puts before every text."""
     if isinstance(asked, str):
         begin = enc.decode(nano.begin_tokens(args.model, enc))
         text = asked if asked.startswith(begin) else begin + asked
-        return Prompt(asked, text, encode(enc, lm.config, text))
+        return Prompt(asked, text, encode(enc, model.config, text))
     text = chat.prompt(asked)
-    return Prompt(asked[-1]["content"], text, encode(enc, lm.config, text))
+    return Prompt(asked[-1]["content"], text, encode(enc, model.config, text))
 
 
 def encode(enc, config, text):
@@ -143,7 +160,7 @@ def encode(enc, config, text):
         raise UserError("an empty prompt needs a begin token, and this checkpoint has none")
     ids = ids or [config.bos_id]
     if max(ids) >= config.vocab_size:
-        raise UserError(f"the tokenizer makes id {max(ids)}, but the model knows {config.vocab_size} tokens")
+        raise UserError(f"the tokenizer makes id {max(ids)}, the model knows {config.vocab_size}")
     return ids
 
 
@@ -179,23 +196,19 @@ class Printer:
 # ----------------------------------------------------------------------------------------------------------------------
 # Answers. Answer number r is sample r % num_samples to prompt r // num_samples; its random stream is that of the sample.
 
-class Answer(NamedTuple):
-    ids: list                                # without the token that ended it
-    end: int | None                          # that token; None: cut at --max-new-tokens
-
-
 @dataclasses.dataclass
-class Speed:
-    """Tokens and seconds. The first token of every answer comes from the prefill, those after it are decoded."""
-    read: int = 0
-    read_seconds: float = 0.0
-    written: int = 0
-    decoded: int = 0
-    decode_seconds: float = 0.0
+class Answer:
+    ids: list                                # without the token that ended it
+    end: int | None = None                   # that token; None: cut at --max-new-tokens
 
-    def add(self, other):
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+class Speed(NamedTuple):
+    """Tokens and seconds of one batch. The first token of an answer comes from the prefill, the others are decoded."""
+    read: int
+    read_seconds: float
+    written: int
+    decoded: int
+    decode_seconds: float
 
     def prefill_rate(self):
         return self.read / self.read_seconds
@@ -205,42 +218,43 @@ class Speed:
         return self.decoded / self.decode_seconds if self.decoded else None
 
 
-def write_answers(lm, args, device, prompts, numbers, bar, printer=None):
+def write_answers(model, args, device, prompts, numbers, bar, printer=None):
     """One batch: the answers with these numbers. bar moves on with every finished one; printer shows the text of a
     single one while it is made. -> a list of Answers, their Speed, and the State in which they were begun."""
     n = args.num_samples
     # Each prompt is read once, however many samples of it there are.
     asked = sorted({number // n for number in numbers})
     began = time.perf_counter()
-    logits, state = lm.prefill([prompts[i].ids for i in asked], args.max_new_tokens, args.prefill_chunk)
+    ids = [prompts[i].ids for i in asked]
+    logits, state = model.prefill(ids, args.max_new_tokens, args.prefill_chunk)
     nano.sync(device)
-    speed = Speed(read=sum(len(prompts[i].ids) for i in asked), read_seconds=time.perf_counter() - began)
+    read_seconds = time.perf_counter() - began
     rows = [asked.index(number // n) for number in numbers]
     if len(rows) > len(asked):
         logits = logits[rows]
         state = state.rows(rows)
-    answers = [Answer([], None) for _ in rows]
-    first = None
+    answers = [Answer([]) for _ in rows]
     streams = [number % n for number in numbers]
-    steps = lm.answers(logits, state, args.max_new_tokens, lm.config.eos_ids, temperature=args.temperature,
-                       top_k=args.top_k, top_p=args.top_p, seed=args.seed, streams=streams)
+    steps = model.answers(logits, state, args.max_new_tokens, model.config.eos_ids, streams=streams,
+                       temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    times = []
+    written = 0
     for new in steps:
-        now = time.perf_counter()
-        first = first or now
+        times.append(time.perf_counter())
         for row, token in new:
             answer = answers[row]
-            if token in lm.config.eos_ids:
-                answers[row] = answer._replace(end=token)
+            if token in model.config.eos_ids:
+                answer.end = token
             else:
                 answer.ids.append(token)
-                speed.written += 1
-                speed.decoded += len(answer.ids) > 1
+                written += 1
                 if printer:
                     printer.put(token)
-            if token in lm.config.eos_ids or len(answer.ids) == args.max_new_tokens:
+            if answer.end is not None or len(answer.ids) == args.max_new_tokens:
                 bar.update()
-        speed.decode_seconds = now - first
-        bar.set_postfix_str(f"{speed.decode_rate() or 0:.0f} tokens/s", refresh=False)
+        bar.set_postfix_str(f"{written / (times[-1] - began):.0f} tokens/s", refresh=False)
+    firsts = sum(len(answer.ids) > 0 for answer in answers)
+    speed = Speed(sum(map(len, ids)), read_seconds, written, written - firsts, times[-1] - times[0])
     return answers, speed, state
 
 
@@ -248,42 +262,40 @@ def report(speed, state, rows):
     """The figures of a run, on stderr. Rates are those of the whole batch."""
     kv, ssm = state.nbytes()
     rate = speed.decode_rate()
-    print(f"prefill {speed.read} tokens in {speed.read_seconds:.3f} s, {speed.prefill_rate():.0f} tokens/s; "
-          f"decode {speed.written} tokens, {'-' if rate is None else round(rate)} tokens/s", file=sys.stderr)
-    print(f"{rows} text{'s' * (rows > 1)} of at most {state.max_length} tokens: KV cache {kv / 1e6:.3f} MB, "
-          f"recurrent state {ssm / 1e6:.3f} MB", file=sys.stderr)
+    print(f"prefill {speed.read} tokens in {speed.read_seconds:.3f} s, "
+          f"{speed.prefill_rate():.0f} tokens/s; decode {speed.written} tokens, "
+          f"{'-' if rate is None else round(rate)} tokens/s", file=sys.stderr)
+    print(f"{rows} text{'s' * (rows > 1)} of at most {state.max_length} tokens: "
+          f"KV cache {kv / 1e6:.3f} MB, recurrent state {ssm / 1e6:.3f} MB", file=sys.stderr)
 
 
 def warn_length(tokens, config):
-    if tokens > config.max_length:
-        print(f"warning: {tokens} tokens of context, trained on {config.max_length}: it may get worse",
-              file=sys.stderr)
+    """-> whether there was a reason to warn."""
+    if tokens <= config.max_length:
+        return False
+    print(f"warning: {tokens} tokens of context, trained on {config.max_length}: "
+          "it may get worse", file=sys.stderr)
+    return True
 
 
-def sample(lm, enc, args, device, prompts):
+def sample(model, enc, args, device, prompts):
     """All prompts, --num-samples answers each, --batch answers at a time."""
-    n = args.num_samples
-    count = len(prompts) * n
-    traces = TraceFile(args, lm, enc, prompts, device) if args.traces else None
+    count = len(prompts) * args.num_samples
+    traces = TraceFile(args, model, enc, prompts, device) if args.traces else None
     begin = traces.note["done"] if traces else 0
     # What follows takes time: prompts and file are known to be good by now.
     print(nano.scan_backend_reason(device), file=sys.stderr)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    warn_length(longest, lm.config)
+    warned = warn_length(max(len(prompt.ids) for prompt in prompts), model.config)
     alone = count == 1 and not args.json and not traces
-    hidden = alone or not sys.stderr.isatty()
     printer = Printer(enc) if alone else None
-    total = Speed()
+    hidden = alone or not sys.stderr.isatty()
+    speeds = []
     with tqdm(total=count, initial=begin, unit=" answers", leave=False, disable=hidden) as bar:
         for low in range(begin, count, args.batch):
             numbers = range(low, min(low + args.batch, count))
-            answers, speed, state = write_answers(lm, args, device, prompts, numbers, bar, printer)
-            total.add(speed)
-            asked = [prompts[number // n] for number in numbers]
-            context = max(len(prompt.ids) + len(answer.ids) for prompt, answer in zip(asked, answers))
-            if longest <= lm.config.max_length:
-                warn_length(context, lm.config)
-            longest = max(longest, context)
+            answers, speed, state = write_answers(model, args, device, prompts, numbers, bar, printer)
+            speeds.append(speed)
+            asked = [prompts[number // args.num_samples] for number in numbers]
             if traces:
                 traces.add(asked, answers)
             elif args.json:
@@ -292,8 +304,10 @@ def sample(lm, enc, args, device, prompts):
                 printer.close()
             else:
                 print_texts(enc, asked, answers)
-    if begin < count:
-        report(total, state, len(answers))
+            contexts = [len(prompt.ids) + len(answer.ids) for prompt, answer in zip(asked, answers)]
+            warned = warned or warn_length(max(contexts), model.config)
+    if speeds:
+        report(Speed(*(sum(values) for values in zip(*speeds))), state, len(answers))
     if traces:
         traces.report()
 
@@ -307,9 +321,14 @@ def print_json(enc, prompts, answers, speed, state):
     kv, ssm = state.nbytes()
     for prompt, answer in zip(prompts, answers):
         row = {
-            "prompt": prompt.asked, "text": text_of(enc, answer.ids), "tokens": len(answer.ids), "ids": answer.ids,
-            "prefill_tokens_per_s": speed.prefill_rate(), "decode_tokens_per_s": speed.decode_rate(),
-            "kv_bytes": kv // len(answers), "state_bytes": ssm // len(answers),
+            "prompt": prompt.asked,
+            "text": text_of(enc, answer.ids),
+            "tokens": len(answer.ids),
+            "ids": answer.ids,
+            "prefill_tokens_per_s": speed.prefill_rate(),
+            "decode_tokens_per_s": speed.decode_rate(),
+            "kv_bytes": kv // len(answers),
+            "state_bytes": ssm // len(answers),
         }
         print(json.dumps(row, ensure_ascii=not utf8_output()), flush=True)
 
@@ -325,24 +344,23 @@ def utf8_output():
 # Going on begins with cutting FILE to these bytes: half a line, or rows of a batch that was not noted, are written anew.
 
 class TraceFile:
-    def __init__(self, args, lm, enc, prompts, device):
-        """Raises UserError for a FILE that was begun in another way: it would hold answers of two kinds."""
+    def __init__(self, args, model, enc, prompts, device):
+        """Raises UserError for a FILE that was begun otherwise: it would hold answers of two kinds."""
         self.path = args.traces
         self.note_path = args.traces + ".run.json"
         self.enc = enc
         self.keep_cut = args.keep_cut
-        texts = json.dumps([prompt.text for prompt in prompts])
-        run = {
-            "model": nano.weights_hash(lm), "prompts": hashlib.sha256(texts.encode()).hexdigest()[:16],
-            "num_samples": args.num_samples, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
-            "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed, "keep_cut": args.keep_cut,
-        }
-        self.note = {"run": run, "done": 0, "bytes": 0, "rows": 0, "cut": 0, "broken": 0, "path": args.model,
-                     "prompt_file": args.prompt_file, **nano.provenance(device)}
+        texts = json.dumps([prompt.text for prompt in prompts]).encode()
+        run = {"model": nano.weights_hash(model), "prompts": hashlib.sha256(texts).hexdigest()[:16]}
+        for flag in ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "keep_cut"):
+            run[flag] = getattr(args, flag)
+        self.note = {"run": run, "done": 0, "bytes": 0, "rows": 0, "cut": 0, "broken": 0}
+        self.note |= {"path": args.model, "prompt_file": args.prompt_file, **nano.provenance(device)}
         if os.path.exists(self.note_path):
             self.note |= self.read_note(run)
         elif os.path.exists(self.path):
-            raise UserError(f"{self.path} is there already, but not {self.note_path}: choose another --traces")
+            raise UserError(f"{self.path} is there already, but not {self.note_path}: "
+                            "choose another --traces")
         self.append("")
 
     def read_note(self, run):
@@ -351,7 +369,8 @@ class TraceFile:
         for key, now in run.items():
             before = note.get("run", {}).get(key)
             if before != now:
-                raise UserError(f"{self.path} was begun with {key} = {before}, now it is {now}: choose another --traces")
+                raise UserError(f"{self.path} was begun with {key} = {before}, now it is {now}: "
+                                "choose another --traces")
         return note
 
     def add(self, prompts, answers):
@@ -365,7 +384,8 @@ class TraceFile:
             elif "\ufffd" in text:
                 self.note["broken"] += 1
             else:
-                lines.append(json.dumps({"prompt": prompt.text, "response": text}, ensure_ascii=False) + "\n")
+                row = {"prompt": prompt.text, "response": text}
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         self.note["done"] += len(answers)
         self.note["rows"] += len(lines)
         self.append("".join(lines))
@@ -379,8 +399,8 @@ class TraceFile:
             with open(self.path, "a+b") as f:
                 size = f.seek(0, os.SEEK_END)
                 if size < self.note["bytes"]:
-                    raise UserError(f"{self.path} holds {size} bytes, {self.note_path} noted {self.note['bytes']}: "
-                                    f"delete the latter to begin anew")
+                    raise UserError(f"{self.path} holds {size} bytes, {self.note_path} noted "
+                                    f"{self.note['bytes']}: delete both to begin anew")
                 f.truncate(self.note["bytes"])
                 f.write(data)
                 f.flush()
@@ -388,13 +408,14 @@ class TraceFile:
             self.note["bytes"] += len(data)
             nano.write_json(self.note_path, self.note)
         except OSError as e:
-            raise UserError(f"cannot write {self.path}: {e.strerror}; the same command goes on from "
-                            f"answer {self.note['done']}") from None
+            raise UserError(f"cannot write {self.path}: {e.strerror}; "
+                            "the same command goes on from the batch before") from None
 
     def report(self):
         note = self.note
-        print(f"{self.path}: {note['rows']} traces of {note['done']} answers; left out: {note['cut']} that "
-              f"--max-new-tokens cut, {note['broken']} with half a character", file=sys.stderr)
+        print(f"{self.path}: {note['rows']} traces of {note['done']} answers; left out: "
+              f"{note['cut']} that --max-new-tokens cut, {note['broken']} with half a character",
+              file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -402,7 +423,7 @@ class TraceFile:
 # state of the turn before is of use if it has read exactly the beginning of that: then only the rest must be read.
 # Templates that drop the thoughts of earlier turns make it useless.
 
-def converse(lm, enc, args, device, chat):
+def converse(model, enc, args, device, chat):
     messages = []
     state = None
     # The ids that the state has read.
@@ -416,45 +437,43 @@ def converse(lm, enc, args, device, chat):
         if not question:
             break
         messages.append({"role": "user", "content": question.strip()})
-        ids = encode(enc, lm.config, chat.prompt(messages))
+        ids = encode(enc, model.config, chat.prompt(messages))
         if ids[:len(known)] != known:
             state = None
             known = []
         elif state is not None and len(ids) + room > state.max_length:
             state = state.resize(2 * (len(ids) + room))
         began = time.perf_counter()
-        logits, state = lm.prefill([ids[len(known):]], room, args.prefill_chunk, state)
+        logits, state = model.prefill([ids[len(known):]], room, args.prefill_chunk, state)
         nano.sync(device)
-        speed = Speed(read=len(ids) - len(known), read_seconds=time.perf_counter() - began)
-        new, state = speak(lm, enc, args, logits, state, speed)
+        read_seconds = time.perf_counter() - began
+        new, state, seconds = speak(model, enc, args, logits, state)
+        speed = Speed(len(ids) - len(known), read_seconds, len(new), max(0, len(new) - 1), seconds)
         # The last token of an answer that was cut is not read yet.
         known = (ids + new)[:state.position]
         messages.append({"role": "assistant", "content": text_of(enc, new)})
-        warn_length(state.position, lm.config)
+        warn_length(state.position, model.config)
         report(speed, state, 1)
 
 
-def speak(lm, enc, args, logits, state, speed):
-    """Show one answer while it is made. -> its ids, without the token that ended it, and the State that has read all
-    but the newest token."""
+def speak(model, enc, args, logits, state):
+    """Show one answer while it is made. -> its ids, without the token that ended it, the State that has read all but
+    the token drawn last, and the seconds from the first token on."""
     printer = Printer(enc)
     new = []
-    first = None
-    for token, state in lm.decode(logits, state, args.temperature, args.top_k, args.top_p, args.seed):
+    began = None
+    steps = model.decode(logits, state, args.temperature, args.top_k, args.top_p, args.seed)
+    for token, state in steps:
         token = token.item()
-        now = time.perf_counter()
-        first = first or now
-        speed.decode_seconds = now - first
-        if token in lm.config.eos_ids:
+        began = began or time.perf_counter()
+        if token in model.config.eos_ids:
             break
         new.append(token)
         printer.put(token)
         if len(new) == args.max_new_tokens:
             break
     printer.close()
-    speed.written = len(new)
-    speed.decoded = max(0, len(new) - 1)
-    return new, state
+    return new, state, time.perf_counter() - began
 
 
 def next_command(args, config):
@@ -474,23 +493,23 @@ def main():
         # A terminal that lacks a character shows its number.
         sys.stdout.reconfigure(errors="backslashreplace")
     inputs = [] if args.chat else read_inputs(args)
-    lm = nano.join_projections(load_pretrained(args.model, device, dtype))
+    model = nano.join_projections(load_pretrained(args.model, device, dtype))
     enc = load_tokenizer(args.model)
     chat = nano.load_chat(args.model, enc)
-    nano.choose_threads(lm, device)
+    nano.choose_threads(model, device)
     try:
         with torch.inference_mode():
             if args.chat:
-                converse(lm, enc, args, device, chat)
+                converse(model, enc, args, device, chat)
             else:
-                prompts = [make_prompt(asked, args, lm, enc, chat) for asked in inputs]
-                sample(lm, enc, args, device, prompts)
+                prompts = [make_prompt(asked, args, model, enc, chat) for asked in inputs]
+                sample(model, enc, args, device, prompts)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever reads our output has enough, as in sample.py | head -1. What is left in the buffer goes nowhere.
+        # Whoever reads our output has enough, as in sample.py | head -1. The rest goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    print(f"next: {next_command(args, lm.config)}", file=sys.stderr)
+    print(f"next: {next_command(args, model.config)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
