@@ -655,6 +655,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class AdamW(torch.optim.AdamW):
+    """PyTorch's. STATE, here and in Muon: the names of what is kept for each parameter."""
     STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -670,7 +671,10 @@ def mamba_names(model):
 def make_optimizers(model, lr, optimizer="muon", lr_rest=None, weight_decay=0.05):
     """-> optimisers over the parameters that need a gradient: [Muon, AdamW], or [AdamW] alone with optimizer "adamw".
     lr_rest: the rate of everything but Mamba mixers; None: lr, too. Weight decay is for matrices inside the layers: not
-    for embeddings, norms and biases, and not for A_log (a matrix by shape, but not by meaning), D, dt bias and conv."""
+    for embeddings, norms and biases, and not for A_log (a matrix by shape, but not by meaning), D, dt bias and conv.
+    Raises UserError for rates that are none."""
+    if not 0 < lr < math.inf or not 0 <= (lr_rest or 0) < math.inf:
+        raise UserError(f"--lr {lr}, --lr-rest {lr_rest}: rates must be above 0, --lr-rest may be 0")
     mixers = mamba_names(model)
     groups = {}
     for name, p in model.named_parameters():
@@ -932,11 +936,14 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
                 entry = write_entry(progress, plan.name)
                 speed = progress.tokens / max(0.1, progress.seconds)
                 bar.set_postfix({plan.name: f"{entry[plan.name]:.4f}", "tok_s": f"{speed:.0f}"})
-            if noted or progress.step % plan.every == 0:
-                progress.save(model, optimizers)
             if noted:
                 break
-    if noted:
+            if progress.step % plan.every == 0:
+                progress.save(model, optimizers)
+        stopped = bool(noted)
+        if stopped:
+            progress.save(model, optimizers)
+    if stopped:
         print(f"saved step {progress.step}; run the same command with --resume to continue",
               file=sys.stderr)
         raise KeyboardInterrupt
@@ -1085,7 +1092,8 @@ def parse_args():
 
 def check_flags(args):
     """Fill in the default of --lr. Raises UserError for what can be seen to be wrong without any file."""
-    args.lr = args.lr or (0.005 if args.scratch else 0.0005)
+    if args.lr is None:
+        args.lr = 0.005 if args.scratch else 0.0005
     for name in ("steps", "batch", "ctx", "every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -1148,7 +1156,8 @@ def main():
     device, dtype = start_script(args)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     check_flags(args)
-    args.out = claim_out(args.out, [args.model, args.merge], args.overwrite, args.resume, done="training.json")
+    args.out = claim_out(args.out, [args.model, args.merge], args.overwrite, args.resume,
+                         done="training.json")
     model, codec = start_model(args)
     # Refused now, not after the training.
     other = merge_partner(args, model)
@@ -1163,7 +1172,8 @@ def main():
     log = fit(model, cross_entropy, block, args.batch, plan, progress, device, dtype)
     if other:
         merge(model, other, args.merge_weight)
-    nano.save_pretrained(model, args.out, tokenizer_from=args.model, dtype=getattr(torch, args.save_dtype))
+    save_dtype = getattr(torch, args.save_dtype)
+    nano.save_pretrained(model, args.out, tokenizer_from=args.model, dtype=save_dtype)
     # Evaluated as saved, rounding included.
     model = nano.load_pretrained(args.out, device)
     result = {**evaluate(args, model, codec), **provenance(device)}
