@@ -3470,11 +3470,10 @@ def talker(tmp_path_factory):
     """The same, but its answers are ASCII, and many end within 30 tokens."""
     path = tmp_path_factory.mktemp("talker")
     model = small_hybrid()
-    head = torch.randn(262, 32)
-    # The bytes from 128 on and the special tokens have the logit 0, far below the best of the others ...
+    head = torch.randn(262, model.config.d_model)
+    # The logit 0 is far below the best of the others.
     head[128:] = 0
-    # ... except </s>.
-    head[257] = 1.4 * torch.randn(32)
+    head[257] = 1.1 * torch.randn(model.config.d_model)
     model.lm_head.weight.data.copy_(head)
     save_pretrained(model, path)
     write_byte_tokenizer(path, SPECIAL)
@@ -3630,7 +3629,7 @@ def test_without_a_template_only_raw_text_is_continued(checkpoint, tmp_path):
         assert row["ids"] == wanted
 
 
-REWRITING = LETTERS.replace("{{ m.content }}", "{% if m.role == 'assistant' %}!{% endif %}{{ m.content }}")
+REWRITING = "{{ messages | length }}" + LETTERS
 
 
 @pytest.mark.parametrize("template, kept", [(None, True), (LETTERS, True), (REWRITING, False)])
@@ -3660,7 +3659,7 @@ def test_a_conversation_equals_one_prompt_that_holds_all_of_it(talker, tmp_path,
     assert printed == "".join(text + "\n" for text in texts)
     assert (read_in_chat == lengths) != kept
     if kept:
-        assert read_in_chat[1] < lengths[1] - lengths[0]
+        assert read_in_chat[1] <= lengths[1] - lengths[0]
 
 
 # Files of prompts, traces.
@@ -3691,30 +3690,38 @@ def questions(tmp_path):
     return path
 
 
-def test_traces_are_what_the_model_wrote_and_training_reads(talker, questions, tmp_path):
-    enc = load_tokenizer(talker)
-    file = tmp_path / "new" / "traces.jsonl"
-    printed = ask(talker, *TRACES, "--prompt-file", questions, "--traces", file)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    answers = ask_json(talker, *TRACES, "--prompt-file", questions)
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_traces_are_what_the_model_wrote_and_training_reads(talker, checkpoint, questions, tmp_path):
+    command = *TRACES, "--prompt-file", questions
+    answers = ask_json(talker, *command)
     ended = [answer for answer in answers if answer["tokens"] < 30]
-    whole = [answer for answer in ended if "\ufffd" not in answer["text"]]
-    assert 2 < len(whole) < len(ended) < len(answers) == 10
-    assert [row["response"] for row in rows] == [answer["text"] + "</s>" for answer in whole]
-    assert [row["prompt"] for row in rows] == [f"<s>[INST] {answer['prompt']} [/INST]" for answer in whole]
+    assert 2 < len(ended) < len(answers) == 10
+    file = tmp_path / "new" / "traces.jsonl"
+    printed = ask(talker, *command, "--traces", file)
+    rows = rows_of(file)
+    assert [row["response"] for row in rows] == [answer["text"] + "</s>" for answer in ended]
+    assert [row["prompt"] for row in rows] == [f"<s>[INST] {answer['prompt']} [/INST]" for answer in ended]
     assert printed.out == ""
-    assert (f"{len(whole)} traces of 10 answers; left out: {10 - len(ended)} that --max-new-tokens cut, "
-            f"{len(ended) - len(whole)} with half a character") in printed.err
+    assert f"{len(ended)} traces of 10 answers; left out: {10 - len(ended)} that --max-new-tokens cut" in printed.err
     assert printed.err.splitlines()[-1] == f"next: python distill.py --teacher {talker} --data {file}"
-    train, held = train_sft.read_jsonl(file, train_sft.load_codec(talker), 64, 262)
+    # Training reads them back to the letter.
+    codec = train_sft.load_codec(talker)
+    train, held = train_sft.read_jsonl(file, codec, 64, 262)
+    assert len(train) + len(held) == len(rows)
     ids, trained = held[0]
-    assert enc.decode([token for token, flag in zip(ids, trained) if flag]) == rows[0]["response"]
-    assert len(train) + 1 == len(rows)
+    assert codec.enc.decode([token for token, flag in zip(ids, trained) if flag]) == rows[0]["response"]
     # With --keep-cut none is missing, and those that were cut have no </s>.
-    ask(talker, *TRACES, "--prompt-file", questions, "--traces", tmp_path / "all.jsonl", "--keep-cut")
-    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    ask(talker, *command, "--traces", tmp_path / "all.jsonl", "--keep-cut")
     texts = [answer["text"] + "</s>" * (answer in ended) for answer in answers]
-    assert [row["response"] for row in rows] == [text for text in texts if "\ufffd" not in text]
+    texts = [text for text in texts if "\ufffd" not in text]
+    assert [row["response"] for row in rows_of(tmp_path / "all.jsonl")] == texts
+    # A text that ends, or has gone on, in half a character cannot be read back.
+    printed = ask(checkpoint, *command, "--traces", tmp_path / "none.jsonl", "--keep-cut")
+    assert rows_of(tmp_path / "none.jsonl") == []
+    assert "10 with half a character" in printed.err
 
 
 @pytest.mark.parametrize("where", ["before the batch", "before the note"])
