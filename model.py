@@ -1179,6 +1179,7 @@ NEUTRAL = {
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
     "original_max_position_embeddings": (None,),
+    "rope_interleaved": (False, None),
 }
 
 # The same for the keys of rope_scaling (transformers 4) and rope_parameters (transformers 5). The type is spelled in
@@ -1302,8 +1303,8 @@ def whole(name, value, most=LARGEST):
 
 
 def number(name, value):
-    """value as a float, if it is a finite number above 0."""
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    """value as a float, if it is a number above 0, and no infinity."""
+    if type(value) not in (int, float) or not 0 < value < 1e300:
         refuse_value(name, value, "a number above 0")
     return float(value)
 
@@ -1444,7 +1445,7 @@ def window_of(raw, model_type):
         return None
     if types == ["sliding_attention"] * n_layer and window is not None:
         return window
-    raise UserError(f"layer_types = {brief(types)} with sliding_window = {window} is not implemented: "
+    raise UserError(f"layer_types = {brief(types)} with sliding_window = {brief(window)} is not implemented: "
                     f"either every layer has the window or none")
 
 

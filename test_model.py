@@ -1455,7 +1455,7 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
         "layer_types = .*sliding_window = 5"),
     "windows that Llama has not": (
         {"model_type": "llama", "layer_types": ["sliding_attention"] * 3, "sliding_window": 5},
-        "layer_types = .*sliding_window = None"),
+        "layer_types = .*sliding_window = null"),
     "own type without a family": (NANO | {"base_model_type": ...}, "'base_model_type' is missing"),
     "own type of no known family": (
         NANO | {"base_model_type": "gemma"}, "base_model_type must be one of mistral, llama"),
@@ -4644,10 +4644,10 @@ class Text(str):
     """JSON as it is to be written."""
 
 
-STRANGE = [None, True, False, 0, 1, -1, 2, 7, 0.5, -0.5, 1e-300, 1e300, 10 ** 6, 2 ** 31, 2 ** 63, 10 ** 30, "", "x",
-           "auto", "\ud800", "a\nb", "../x", "\0", [], [1], [None], ["t"], Pairs(), Pairs([("a", 1)]),
-           Text("NaN"), Text("Infinity"), Text("-Infinity"), Text("9" * 5000), Text("[" * 900 + "]" * 900),
-           Text("[" * 100_000 + "]" * 100_000)]
+STRANGE = [None, True, False, 0, 1, -1, 2, 7, 0.5, -0.5, 1e-300, 1e300, 10 ** 6, 2 ** 31, 2 ** 63, 10 ** 30,
+           10 ** 400, "", "x", "auto", "\ud800", "a\nb", "../x", "\0", [], [1], [None], ["t"], Pairs(),
+           Pairs([("a", 1)]), Text("NaN"), Text("Infinity"), Text("-Infinity"), Text("9" * 5000),
+           Text("[" * 900 + "]" * 900), Text("[" * 100_000 + "]" * 100_000)]
 
 
 def to_json(value):
