@@ -1818,7 +1818,7 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "MLP bias": ({"mlp_bias": True}, "mlp_bias = true"),
     "quantisation": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
     "an unknown key of ssm_cfg": ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate"),
-    "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "16 % 5"),
+    "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "d_state 5"),
     "d_state null": (
         {"ssm_cfg": {"d_state": None}}, "ssm_cfg.d_state must be a whole number .*null"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "4 % 3"),
