@@ -82,12 +82,15 @@ def tiny(layout, dtype=torch.float64, seed=0, train=False, **change):
 
 def small_hybrid(layout="m2 t m2 t", **change):
     """tiny in float32 for texts of 256 bytes and 6 special tokens, see the fixture `checkpoint`."""
-    return tiny(layout, torch.float32, vocab_size=262, bos_id=256, eos_ids=(257,), max_length=64, **change)
+    texts = dict(vocab_size=262, bos_id=256, eos_ids=(257,), max_length=64)
+    return tiny(layout, torch.float32, **texts | change)
 
 
 # All kinds of layers, and what the families of transformers add to attention.
 LAYOUTS = ["t t", "m2 m2", "m2 t", "t m2 t m2", "m2 i n t m2"]
-FAMILIES = [{"qkv_bias": True}, {"qk_norm": True}, {"rope_scaling": RopeScaling(4.0, 1.0, 4.0, 16)},
+FAMILIES = [{"qkv_bias": True},
+            {"qk_norm": True},
+            {"rope_scaling": RopeScaling(4.0, 1.0, 4.0, 16)},
             {"sliding_window": 4}]
 MODELS = [(layout, {}) for layout in LAYOUTS] + [("t m2 t", change) for change in FAMILIES]
 any_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -112,7 +115,8 @@ def in_pieces(model, tokens, sizes, state=None, reset=None):
     start = 0
     while start < tokens.shape[1]:
         part = slice(start, start + next(sizes))
-        y, state = model(tokens[:, part], state, None if reset is None else reset[:, part])
+        begins = None if reset is None else reset[:, part]
+        y, state = model(tokens[:, part], state, begins)
         logits.append(y)
         start = part.stop
     return torch.cat(logits, dim=1), state
@@ -123,7 +127,9 @@ def state_tensors(state):
     tensors = []
     for layer in state.layers:
         for tensor in layer or ():
-            tensors.append(tensor[:, :, :state.position] if isinstance(layer, KV) else tensor)
+            if isinstance(layer, KV):
+                tensor = tensor[:, :, :state.position]
+            tensors.append(tensor)
     return tensors
 
 
@@ -200,12 +206,15 @@ def scan_inputs(b=2, t=9, d=6, n=3, groups=2, c_groups=3, dtype=torch.float64, r
 
     def draw(*shape):
         return torch.randn(*shape, generator=rng, device=device, dtype=wide)
-    inputs = {}
-    for name, shape in dict(u=(b, t, d), dt=(b, t, d), B=(b, t, groups, n), C=(b, t, c_groups, n), z=(b, t, d)).items():
-        inputs[name] = draw(*shape).to(dtype)
-    for name, shape in dict(A=(d, n), D=(d,), dt_bias=(d,), h=(b, d, n)).items():
-        inputs[name] = draw(*shape)
-    inputs["A"] = -inputs["A"].exp()
+    inputs = {"u": draw(b, t, d).to(dtype),
+              "dt": draw(b, t, d).to(dtype),
+              "A": -draw(d, n).exp(),
+              "B": draw(b, t, groups, n).to(dtype),
+              "C": draw(b, t, c_groups, n).to(dtype),
+              "D": draw(d),
+              "z": draw(b, t, d).to(dtype),
+              "dt_bias": draw(d),
+              "h": draw(b, d, n)}
     if reset:
         inputs["reset"] = torch.rand(b, t, generator=rng, device=device) < 0.2
     return inputs
@@ -277,13 +286,13 @@ def test_extreme_steps_neither_overflow_nor_differ(dt, A):
     assert_same(run_scan(selective_scan, inputs, impl="chunk"), wanted, 1e-10)
 
 
-@pytest.mark.parametrize("name, neutral", [("D", 0.0), ("z", None), ("dt_bias", 0.0), ("h", 0.0), ("reset", False)])
-def test_optional_arguments_may_be_left_out(name, neutral):
+@pytest.mark.parametrize("name", ["D", "z", "dt_bias", "h", "reset"])
+def test_optional_arguments_may_be_left_out(name):
     inputs = scan_inputs(t=70)
     without = run_scan(selective_scan, inputs | {name: None}, impl="loop")
     assert_same(run_scan(selective_scan, inputs | {name: None}, impl="chunk"), without, 1e-10)
-    if neutral is not None:
-        inputs[name].fill_(neutral)
+    if name != "z":
+        inputs[name].zero_()                                                 # the same as nothing
         assert_same(run_scan(selective_scan, inputs, impl="loop"), without, 1e-12)
 
 
@@ -306,7 +315,9 @@ def closed_form(u, dt, A, B, C, D, z, dt_bias, h, reset):
     y = torch.zeros(u.shape, dtype=torch.float64)
     last = torch.zeros(h.shape, dtype=torch.float64)
     for row, c, lane in np.ndindex(*h.shape):
-        step = [math.log1p(math.exp(dt[row, i, c] + dt_bias[c])) for i in range(t)]
+        step = torch.log1p(torch.exp(dt[row, :, c] + dt_bias[c])).tolist()
+        key = c // (d // B.shape[2])
+        query = c // (d // C.shape[2])
         for now in range(t):
             cell = 0.0
             for then in range(-1, now + 1):                                  # -1: the cells before the first step
@@ -314,10 +325,10 @@ def closed_form(u, dt, A, B, C, D, z, dt_bias, h, reset):
                     continue                                                 # wiped out on the way
                 written = h[row, c, lane].item()
                 if then >= 0:
-                    key = B[row, then, c // (d // B.shape[2]), lane]
-                    written = step[then] * float(key * u[row, then, c])
-                cell += math.exp(A[c, lane] * sum(step[then + 1:now + 1])) * written
-            y[row, now, c] += cell * C[row, now, c // (d // C.shape[2]), lane]
+                    written = step[then] * B[row, then, key, lane] * u[row, then, c]
+                passed = sum(step[then + 1:now + 1])
+                cell += math.exp(A[c, lane] * passed) * written
+            y[row, now, c] += cell * C[row, now, query, lane]
         last[row, c, lane] = cell
     gate = z / (1 + torch.exp(-z))
     return (y + D * u) * gate, last
@@ -346,10 +357,11 @@ def test_chunk_equals_a_blelloch_scan(t):
     assert_same(chunk, wanted, 1e-10)
 
 
-@pytest.mark.parametrize("impl, size", [("loop", 0), ("chunk", 1), ("chunk", 2), ("chunk", 3), ("chunk", 7)])
+@pytest.mark.parametrize("size", [None, 1, 2, 3, 7])
 @pytest.mark.parametrize("reset", [True, False])
-def test_scan_gradients_are_those_of_finite_differences(impl, size, reset, monkeypatch):
-    """Also where they cross the borders of chunks of a few steps."""
+def test_scan_gradients_are_those_of_finite_differences(size, reset, monkeypatch):
+    """Of the loop (None), and where they cross the borders of chunks of so many steps."""
+    impl = "chunk" if size else "loop"
     monkeypatch.setattr(nano, "chunk_size", lambda b, d, n: size)
     inputs = scan_inputs(b=2, t=5, d=2, n=2, groups=1, c_groups=2, reset=reset)
     names = [name for name in inputs if name != "reset"]
@@ -420,12 +432,15 @@ def test_scan_stays_float32_under_autocast(impl):
     assert torch.equal(mixed[1], plain[1])
 
 
-@pytest.mark.parametrize("name, shape", [("dt", (2, 9, 5)), ("A", (5, 3)), ("B", (2, 9, 2, 4)), ("C", (2, 8, 3, 3)),
-                                         ("D", (5,)), ("z", (2, 9, 1)), ("h", (2, 3, 6)), ("reset", (9, 2))])
-def test_shapes_that_do_not_fit_are_refused_by_name(name, shape):
+@pytest.mark.parametrize("name", ["dt", "A", "B", "C", "D", "z", "dt_bias", "h", "reset"])
+def test_shapes_that_do_not_fit_are_refused_by_name(name):
     inputs = scan_inputs()
-    with pytest.raises(UserError, match=f": {name} has shape"):
-        selective_scan(**inputs | {name: inputs[name].new_zeros(shape)})
+    for axis in range(inputs[name].dim()):
+        if name in ("B", "C") and axis == 2:
+            continue                                                         # any number of groups
+        short = inputs[name].narrow(axis, 1, inputs[name].shape[axis] - 1)
+        with pytest.raises(UserError, match=f"(: {name} has|: h has|: B has) shape"):
+            selective_scan(**inputs | {name: short})
 
 
 def test_unknown_impl_is_refused():
@@ -513,15 +528,17 @@ def test_a_row_of_a_ragged_batch_gives_what_it_gives_alone(layout, change):
     model = tiny(layout, eos_ids=(0,), **change)
     prompts = some_prompts(1, 2, 3, 5, 11) + [[0], [0, 0, 7]]
     follow = some_tokens(len(prompts), 5, seed=99)
+    alone = []
+    for prompt, tokens in zip(prompts, follow.tolist()):
+        logits, _ = model(torch.tensor([prompt + tokens]))
+        alone.append(logits[0, -6:])                                         # from the prompt's last token
     _, whole = model.prefill(prompts, 5)
     for chunk in (1, 3, 10, 2048):
         logits, state = model.prefill(prompts, 5, chunk=chunk)
         assert_same_state(state, whole)
         later, _ = in_pieces(model, follow, [1, 1, 3], state)
-        for row, prompt in enumerate(prompts):
-            alone, _ = model(torch.tensor([prompt + follow[row].tolist()]))
-            assert off(logits[row], alone[0, len(prompt) - 1]) < 1e-10
-            assert off(later[row], alone[0, len(prompt):]) < 1e-10
+        together = torch.cat([logits[:, None], later], dim=1)
+        assert off(together, torch.stack(alone)) < 1e-10
 
 
 def test_prompts_may_continue_a_state():
@@ -559,7 +576,8 @@ def test_packed_documents_do_not_see_each_other(layout, change):
     weight = torch.randn(2, 81, 61, dtype=torch.float64)
     alone = torch.zeros_like(weight)
     for row, part in documents:
-        alone[row, part] = model(tokens[row:row + 1, part])[0][0]
+        logits, _ = model(tokens[row:row + 1, part])
+        alone[row, part] = logits[0]
     alone_grad = gradients(model, (alone * weight).sum())
     logits, _ = model(tokens, reset=reset)
     assert off(logits, alone) < 1e-10
@@ -580,7 +598,8 @@ def test_each_part_alone_would_leak_visibly(leak, monkeypatch):
     if leak == "conv":
         monkeypatch.setattr(nano, "causal_conv", lambda *args: conv(*args[:4], position=None))
     if leak == "scan":
-        monkeypatch.setattr(nano.Mamba, "scan", staticmethod(lambda *args: selective_scan(*args[:9], reset=None)))
+        forgetful = staticmethod(lambda *args: selective_scan(*args[:9], reset=None))
+        monkeypatch.setattr(nano.Mamba, "scan", forgetful)
     if leak == "attention":
         monkeypatch.setattr(nano, "attention_mask", lambda *args: None)
     leaky, _ = model(tokens, reset=reset)
@@ -609,9 +628,9 @@ def test_mamba_state_does_not_grow_with_the_text(layout):
     kv_short, fixed = model.new_state(2, 10).nbytes()
     state = model.new_state(2, 1000)
     assert state.nbytes() == (100 * kv_short, fixed)
-    kinds = layout.split()
-    assert kv_short == 2 * kinds.count("t") * 10 * 8 * (2 * 16)              # rows, layers, tokens, bytes, k and v
-    assert fixed == 2 * kinds.count("m2") * 8 * (3 * 16 + 32 * 4)            # rows, layers, bytes, conv and cells
+    numbers = 2 * 8                                                          # two rows of float64
+    assert kv_short == numbers * layout.split().count("t") * 10 * (16 + 16)  # layers, tokens, k and v
+    assert fixed == numbers * layout.split().count("m2") * (3 * 16 + 32 * 4)           # layers, conv and cells
     _, after = in_pieces(model, some_tokens(2, 1000), [600, 1, 399], state)
     assert after.nbytes() == state.nbytes()
     held = 0
@@ -623,12 +642,14 @@ def test_mamba_state_does_not_grow_with_the_text(layout):
 
 @pytest.mark.parametrize("step", ["pytorch", "triton"])
 @any_layout
+@torch.no_grad()
 def test_state_is_a_value(layout, step, monkeypatch):
     """A state that is not given away stays as it was, bit for bit, and can be continued again from the same point, also
     where a GPU's one-token kernel runs; the model itself keeps nothing."""
     if step == "triton":
         pytest.importorskip("triton")
-        monkeypatch.setattr(nano, "scan_backend", lambda device, t, *rest: "triton" if t == 1 else "chunk")
+        backends = {1: "triton"}
+        monkeypatch.setattr(nano, "scan_backend", lambda device, t, *rest: backends.get(t, "chunk"))
     model = tiny(layout, torch.float32)
     prompt = some_tokens(2, 6, seed=1)
     _, start = model(prompt, model.new_state(2, 20))
@@ -653,7 +674,9 @@ def test_clones_rows_and_resized_states_are_independent(layout):
     _, state = model.prefill(some_prompts(3, 6, 2), 20)
     follow = some_tokens(3, 5, seed=1)
     wanted, _ = in_pieces(model, follow, [2, 3], state.clone())
-    copies = {"clone": state.clone(), "rows": state.rows([2, 0, 2]), "resize": state.resize(40)}
+    copies = {"clone": state.clone(),
+              "rows": state.rows([2, 0, 2]),
+              "resize": state.resize(40)}
     kv, fixed = state.nbytes()
     assert copies["resize"].nbytes() == (kv * 40 // 26, fixed)
     for token in some_tokens(3, 5, seed=2).T:                                # another text, over the first state
@@ -728,7 +751,10 @@ def test_only_the_last_position_gets_logits():
     """Never prompt times vocabulary."""
     model = tiny("m2 t")
     widths = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: widths.append(inputs[0].shape))
+
+    def record(module, inputs, output):
+        widths.append(inputs[0].shape)
+    model.lm_head.register_forward_hook(record)
     logits, state = model.prefill([[5] * 40, [6] * 30], 4, chunk=7)
     assert widths == [(2, 24)]
     assert logits.shape == (2, 61)
@@ -762,7 +788,8 @@ def test_every_answer_is_what_its_prompt_gives_alone(layout, change, temperature
     for _ in range(2):
         assert model.generate(prompts, 25, temperature, seed=3) == cut
     assert model.generate(prompts, 0) == [[]] * 9
-    assert collect(model, prompts, 1, (), temperature=temperature, seed=3) == [text[:1] for text in together]
+    one = collect(model, prompts, 1, stop, temperature=temperature, seed=3)
+    assert one == [text[:1] for text in together]
 
 
 def test_rows_may_leave_a_decoding_batch():
@@ -770,22 +797,23 @@ def test_rows_may_leave_a_decoding_batch():
     model = tiny("m2 t", torch.float32)
     logits, state = model.prefill(some_prompts(4, 1, 7), 10)
     steps = model.decode(logits, state.clone(), temperature=1, seed=3)
-    wanted = torch.stack([token for token, _ in itertools.islice(steps, 9)])           # (9, 3)
+    wanted = [next(steps)[0].tolist() for _ in range(9)]
     steps = model.decode(logits, state, temperature=1, seed=3)
-    next(steps)
-    token, state = steps.send([2, 0])
-    assert state.rows([0]).position == state.position == 8
-    got = [token, next(steps)[0]]
-    assert torch.equal(torch.stack(got), wanted[1:3, [2, 0]])
-    got = [steps.send([1])[0]] + [token for token, _ in itertools.islice(steps, 5)]
-    assert torch.equal(torch.stack(got), wanted[3:9, [0]])
+    places = [0, 1, 2]
+    for i, send in enumerate([None, None, [2, 0], None, None, [1], None, None, None]):
+        token, _ = steps.send(send)
+        if send is not None:
+            places = [places[place] for place in send]
+        assert token.tolist() == [wanted[i][place] for place in places]
+    assert places == [0]
 
 
 def test_a_batch_costs_little_more_than_its_answers(monkeypatch):
     """Forty answers of 20 to 180 tokens: rows that have ended leave, so at most 1.3 times the needed steps of rows are
     computed. To wait for the last one would cost 1.8 times."""
     model = tiny("m2 t", torch.float32)
-    lengths = torch.randint(20, 181, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    rng = random.Random(0)
+    lengths = [rng.randint(20, 180) for _ in range(40)]
     written = collections.Counter()
     fed = []
     hidden = HybridLM.hidden
@@ -811,17 +839,28 @@ def test_a_batch_costs_little_more_than_its_answers(monkeypatch):
 
 def shares(**change):
     """-> how often each of four tokens is drawn, as a share of 4000."""
-    logits = torch.tensor([[2.0, 1.0, 0.5, -1.0]]).repeat(4000, 1)           # probabilities 0.61, 0.22, 0.14, 0.03
+    logits = torch.tensor([[2.0, 1.0, 0.5, -1.0]]).repeat(4000, 1)
     rngs = [torch.Generator().manual_seed(i) for i in range(4000)]
-    drawn = choose(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "rngs": rngs} | change)
-    return torch.bincount(drawn, minlength=4) / 4000
+    options = dict(temperature=1.0, top_k=0, top_p=1.0, rngs=rngs) | change
+    return torch.bincount(choose(logits, **options), minlength=4) / 4000
+
+
+ALL = [0.61, 0.225, 0.135, 0.03]
+TWO = [0.73, 0.27, 0, 0]
+ONE = [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("change, wanted", [
-    ({}, [0.61, 0.225, 0.135, 0.03]), ({"temperature": 2.0}, [0.435, 0.265, 0.205, 0.095]),
-    ({"temperature": 0.0}, [1, 0, 0, 0]), ({"top_k": 1}, [1, 0, 0, 0]), ({"top_k": 2}, [0.73, 0.27, 0, 0]),
-    ({"top_k": 100}, [0.61, 0.225, 0.135, 0.03]), ({"top_p": 0.60}, [1, 0, 0, 0]), ({"top_p": 0.62}, [0.73, 0.27, 0, 0]),
-    ({"top_k": 2, "top_p": 0.7}, [1, 0, 0, 0]), ({"top_k": 3, "top_p": 0.7}, [0.73, 0.27, 0, 0])])
+    ({}, ALL),
+    ({"temperature": 2.0}, [0.435, 0.265, 0.205, 0.095]),
+    ({"temperature": 0.0}, ONE),
+    ({"top_k": 1}, ONE),
+    ({"top_k": 2}, TWO),
+    ({"top_k": 100}, ALL),
+    ({"top_p": 0.60}, ONE),
+    ({"top_p": 0.62}, TWO),
+    ({"top_k": 2, "top_p": 0.7}, ONE),
+    ({"top_k": 3, "top_p": 0.7}, TWO)])
 def test_temperature_top_k_and_top_p_shape_the_distribution(change, wanted):
     """top_p counts what top_k has left."""
     drawn = shares(**change)
@@ -841,8 +880,13 @@ def sorted_choice(logits, top_k, top_p, draws):
     return logits[order[place]]
 
 
-@pytest.mark.parametrize("scale, top_p, found_in", [(8, 0.9, 64), (4, 0.9, 1024), (1, 0.9, 50_000), (0.01, 0.9, 50_000),
-                                                    (1, 0.5, 16_384), (0.01, 0.001, 64)])
+@pytest.mark.parametrize("scale, top_p, found_in", [
+    (8, 0.9, 64),
+    (4, 0.9, 1024),
+    (1, 0.5, 16_384),
+    (1, 0.9, 50_000),
+    (0.01, 0.9, 50_000),
+    (0.01, 0.001, 64)])
 @pytest.mark.parametrize("top_k", [0, 40, 2000])
 def test_top_p_keeps_the_set_that_a_full_sort_keeps(scale, top_p, found_in, top_k, monkeypatch):
     """From the likeliest token (draw 0) to the last one in the set, for peaked and flat logits; the set is searched
@@ -860,7 +904,7 @@ def test_top_p_keeps_the_set_that_a_full_sort_keeps(scale, top_p, found_in, top_
 
 
 def test_a_token_of_probability_0_is_never_drawn(monkeypatch):
-    logits = torch.tensor([-math.inf, -200.0, 1.0, -math.inf, 0.5, -math.inf]).expand(3, -1)
+    logits = torch.tensor([-999, -200.0, 1, -999, 0.5, -999]).expand(3, -1)
     monkeypatch.setattr(torch, "rand", lambda *shape, generator, **rest: generator.view(1))
     draws = torch.tensor([0, 0.5, 1 - 2 ** -53], dtype=torch.double)
     for filters in ((0, 1.0), (5, 1.0), (0, 0.9999), (6, 0.9999)):
@@ -895,8 +939,7 @@ def everything(model):
     return results + [logits, later, *state_tensors(state)]
 
 
-@pytest.mark.parametrize("chosen", [nano.FASTER, *([form] for form in nano.FASTER)],
-                         ids=["all", *(form[0].__name__ + "." + form[1] for form in nano.FASTER)])
+@pytest.mark.parametrize("chosen", [nano.FASTER, *([form] for form in nano.FASTER)])
 @any_model
 def test_definitions_equal_the_faster_forms(layout, change, chosen):
     model = join_projections(tiny(layout, **change))
@@ -908,15 +951,19 @@ def test_definitions_equal_the_faster_forms(layout, change, chosen):
         assert off(a, b) < 1e-10
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("scale, offset", [(1, 0), (1e4, 0), (1e-4, 0), (1, 100)])
-def test_the_norm_of_generation_is_the_norm_of_training(dtype, tolerance, scale, offset):
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float64, 1e-14),
+    (torch.float32, 1e-6),
+    (torch.bfloat16, 1e-2)])
+def test_the_norm_of_generation_is_the_norm_of_training(dtype, tolerance):
     """On a CPU without gradients RMSNorm takes another way to the same numbers: also for large, tiny and offset x."""
     norm = nano.RMSNorm(24, 1e-5).to(dtype)
-    x = (torch.randn(3, 5, 24, dtype=torch.float64) * scale + offset).to(dtype)
-    with torch.no_grad():
-        y = norm(x)
-    assert off(y, norm(x).detach()) < tolerance
+    plain = torch.randn(3, 5, 24, dtype=torch.float64)
+    for x in (plain, 1e4 * plain, 1e-4 * plain, plain + 100):
+        x = x.to(dtype)
+        with torch.no_grad():
+            y = norm(x)
+        assert off(y, norm(x).detach()) < tolerance
 
 
 @any_layout
@@ -927,11 +974,8 @@ def test_a_model_that_has_generated_is_as_free_as_before(layout, tmp_path):
     model = tiny(layout, torch.float32, train=True)
     prompts = some_prompts(3, 5)
     model.generate(prompts, 2)
-    for block in model.layers:
-        for part in (block.mlp, block.mixer):
-            if getattr(part, "joined", None) is not None:
-                first = part.joined.addresses[0][0].weight
-                assert first.untyped_storage().data_ptr() == part.joined.weight.untyped_storage().data_ptr()
+    mlp = model.layers[0].mlp
+    assert mlp.up_proj.weight.data_ptr() == mlp.joined.weight[20:].data_ptr()
     assert not any(p.is_inference() for p in model.parameters())
     for other in (model, fresh):
         step = torch.optim.SGD(other.parameters(), lr=0.5)
@@ -943,8 +987,10 @@ def test_a_model_that_has_generated_is_as_free_as_before(layout, tmp_path):
     assert model.generate(prompts, 9, stop=()) == wanted
     assert copy.deepcopy(model).generate(prompts, 9, stop=()) == wanted
     save_pretrained(model, tmp_path)
-    assert all(torch.equal(p, q) for p, q in zip(load_pretrained(tmp_path).parameters(), model.parameters()))
-    assert model.double().generate(prompts, 9, stop=()) == fresh.double().generate(prompts, 9, stop=())
+    for p, q in zip(load_pretrained(tmp_path).parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    wanted = fresh.double().generate(prompts, 9, stop=())
+    assert model.double().generate(prompts, 9, stop=()) == wanted
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -952,6 +998,8 @@ def test_a_model_that_has_generated_is_as_free_as_before(layout, tmp_path):
 def test_generation_sees_a_weight_that_has_changed(name, way):
     model = tiny("t m2 t", qkv_bias=True)
     model.generate([[1, 2, 3]], 2)
+    with torch.no_grad():
+        assert nano.usable(model.layers[2].mixer.joined)
     linear = model.layers[2].mixer.k_proj
     new = torch.randn_like(getattr(linear, name))
     if way == "replaced":
@@ -992,15 +1040,19 @@ class RunningMean(torch.nn.Module):
         self.scale = torch.nn.Parameter(torch.ones(config.d_model))
 
     def new_state(self, batch, max_length):
-        return MeanState(self.scale.new_zeros(batch, len(self.scale)), self.scale.new_zeros(batch, 1))
+        total = self.scale.new_zeros(batch, len(self.scale))
+        return MeanState(total, total[:, :1].clone())
 
     def forward(self, x, state, place):
         total, count = self.new_state(len(x), 0) if state is None else state
         means = []
         for i in range(x.shape[1]):
-            inside = 1 if place.position is None else (place.position[:, i, None] > 0)   # 0 at a document's start
-            total = total * inside + x[:, i]
-            count = count * inside + 1
+            if place.position is not None:
+                begins = place.position[:, i, None] == 0
+                total = total.masked_fill(begins, 0)
+                count = count.masked_fill(begins, 0)
+            total = total + x[:, i]
+            count = count + 1
             means.append(self.scale * total / count)
         return torch.stack(means, dim=1).to(x.dtype), MeanState(total, count)
 
@@ -1025,14 +1077,15 @@ def test_another_mixer_is_its_class_and_a_line_in_mixers(layout, monkeypatch, tm
         assert off(logits[row, part], alone[0]) < 1e-10
 
     prompts = some_prompts(1, 7, 3)
-    together = collect(model, prompts, 9, {0, 5, 7})
-    assert together == [collect(model, [prompt], 9, {0, 5, 7})[0] for prompt in prompts]
+    together = model.generate(prompts, 9)
+    assert together == [model.generate([prompt], 9)[0] for prompt in prompts]
     _, fixed = state.nbytes()
     assert fixed >= layout.count("avg") * 2 * 25 * 8                         # layers, rows, numbers, bytes
     follow = some_tokens(2, 4, seed=9)
     wanted, _ = model(follow, state.clone())
-    swapped, _ = model(follow[[1, 0]], state.resize(30).rows([1, 0]))
-    assert off(swapped[[1, 0]], wanted) < 1e-10
+    swapped = state.resize(30).rows([1, 0])
+    logits, _ = model(follow.flip(0), swapped)
+    assert off(logits.flip(0), wanted) < 1e-10
 
     save_pretrained(nano.cast(model, "cpu", torch.bfloat16), tmp_path)
     saved = load_pretrained(tmp_path, dtype=torch.bfloat16)
