@@ -4966,6 +4966,8 @@ def test_a_signal_waits_for_the_end_of_a_step_however_often_it_comes(number, cap
 
 @pytest.mark.parametrize("script, flags, words", [
     (distill, ("--replace", 1, "--rank", "first", "--init", "identity", "--train", "mixers"), "no Mamba mixer"),
+    (distill, ("--lr", 0), "--lr must be above 0"),
+    (distill, ("--threads", 0), "--threads must be at least 1"),
     (train_sft, ("--steps", 0), "--steps must be at least 1"),
     (train_sft, ("--lr", 0), "--lr 0.0"),
     (train_sft, ("--lr-rest", -1), "--lr-rest -1.0"),
