@@ -4595,11 +4595,14 @@ def test_only_the_same_content_is_continued(traces, tmp_path, no_answers, interr
 
 
 def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_path, no_answers):
+    """Otherwise the run is refused; with --overwrite every stage is made again."""
     shutil.copytree(family, tmp_path, dirs_exist_ok=True)
     assert small_run(traces[0], tmp_path, "--stages", "1,2").out.count("finished already") == 2
     change_a_weight(tmp_path / "h1")
     with pytest.raises(UserError, match="h2 was made with content of --student"):
         small_run(traces[0], tmp_path, "--stages", "1,2")
+    small_run(traces[0], tmp_path, "--stages", "1,2", "--overwrite")
+    assert weights(tmp_path / "h2") == weights(family / "h2")
 
 
 def test_what_is_read_is_never_written_over(traces, family, tmp_path):
