@@ -2207,7 +2207,11 @@ def test_conversion_puts_every_row_where_the_table_says(init):
     assert len(mixer.out_proj.weight.unique(dim=0)) == 1 == x.unique(dim=1).shape[1]
 
 
-BEYOND = {"biases": {"qkv_bias": True}, "norms": {"qk_norm": True}, "both": {"qkv_bias": True, "qk_norm": True}}
+BEYOND = {
+    "biases": {"qkv_bias": True},
+    "norms": {"qk_norm": True},
+    "both": {"qkv_bias": True, "qk_norm": True},
+}
 
 
 @pytest.mark.parametrize("init", CHUNK_ORDER)
@@ -4464,9 +4468,10 @@ def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_
     lines[7] = {"messages": turns}
     data = tmp_path / "x.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report = last_report(run(distill, "--teacher", traces[0], "--data", data, "--replace", 2, "--steps", 2, "--batch",
-                             2, "--device", "cpu", "--out", tmp_path / "out"))
-    assert report["teacher_accuracy"] is report["student_accuracy"] is report["accuracy_by_family"] is None
+    flags = "--data", data, "--replace", 2, "--probe", 48
+    report = last_report(small_run(traces[0], tmp_path / "out", *flags))
+    for key in ("teacher_accuracy", "student_accuracy", "accuracy_by_family"):
+        assert report[key] is None
     assert report["kl_first"] > 0 and math.isfinite(report["kl_last"])
     stored = json.loads((tmp_path / "out" / "loo.json").read_text())
     kl = {}
@@ -4491,22 +4496,22 @@ def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces)
 
 def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces, tmp_path):
     before = weights(traces[0])
-
-    def go(*more):
-        return run(distill, "--teacher", traces[0], *SMALL, *more)
-
-    report = last_report(go("--stages", "1,2", "--out", tmp_path))
-    assert set(report) == {"replaced", "layout", "teacher_accuracy", "student_accuracy", "accuracy_by_family",
-                           "kl_first", "kl_last", "steps", "tokens", "seconds", "seed"}
+    report = last_report(small_run(traces[0], tmp_path, "--stages", "1,2"))
+    assert set(report) == {
+        "replaced", "layout", "teacher_accuracy", "student_accuracy", "accuracy_by_family",
+        "kl_first", "kl_last", "steps", "tokens", "seconds", "seed"}
     assert report["layout"].count("m2") == 2 == len(report["replaced"])
     assert load_pretrained(tmp_path / "h2").config.layout == tuple(report["layout"])
     assert weights(traces[0]) == before
-    with pytest.raises(UserError, match="overwrite"):                        # a finished result is not lost unasked
-        go("--replace", 2, "--out", tmp_path / "h2")
-    with pytest.raises(UserError, match="4 attention layers"):
-        go("--replace", 99, "--out", tmp_path / "new")
-    with pytest.raises(UserError, match="rank"):
-        go("--replace", 1, "--rank", "nonsense", "--out", tmp_path / "new")
+    # A finished result is not lost unasked, and a number that is reached already is no stage.
+    refused = {
+        "overwrite": ("h2", "--replace", 2),
+        "2 layers are replaced already": ("x", "--replace", 1, "--student", tmp_path / "h2"),
+        "4 attention layers": ("new", "--replace", 99),
+        "--rank nonsense": ("new", "--replace", 1, "--rank", "nonsense")}
+    for named, (out, *flags) in refused.items():
+        with pytest.raises(UserError, match=named):
+            small_run(traces[0], tmp_path / out, *flags)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4515,25 +4520,32 @@ def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces
 SMALL = ("--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1)
 
 
+def small_run(teacher, out, *flags):
+    """distill.py with little work. -> what it printed."""
+    return run(distill, "--teacher", teacher, *SMALL, "--out", out, *flags)
+
+
 @pytest.fixture(scope="module")
 def family(traces, tmp_path_factory):
     """A finished family of two members of the 4-layer teacher. -> the directory above them."""
     path = tmp_path_factory.mktemp("family")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "solve", lambda lm, enc, problems, **kw: [""] * len(problems))
-        run(distill, "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", path)
+        small_run(traces[0], path, "--stages", "1,2")
     return path
 
 
 @pytest.mark.parametrize("killed_after", [1, 3, 6])                          # of 2 steps, 3 trials of 1 step, 2 steps
 def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(
         traces, family, tmp_path, no_answers, interrupt_after, killed_after):
-    command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", tmp_path
+    def go():
+        small_run(traces[0], tmp_path, "--stages", "1,2")
+
     taken = interrupt_after(killed_after)
     with pytest.raises(KeyboardInterrupt):
-        run(distill, *command)
+        go()
     assert len(taken) == killed_after
-    run(distill, *command)
+    go()
     # What was done is not done again, but for a trial that was not over.
     assert len(taken) == 2 + 3 + 2 + (killed_after == 3)
     for member in ("h1", "h2"):
@@ -4546,18 +4558,23 @@ def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(
 
 def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(
         traces, family, tmp_path, no_answers, interrupt_after):
-    command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", family
-    assert run(distill, *command).out.count("finished already") == 2
+    def go(*more):
+        return small_run(traces[0], family, "--stages", "1,2", *more)
+
+    assert go().out.count("finished already") == 2
     changes = {"traces": "generic", "warmup": 3, "ctx": 99, "rank": "last", "probe_steps": 2}
     for flag, value in changes.items():
         with pytest.raises(UserError, match=flag):
-            run(distill, *command, "--" + flag.replace("_", "-"), value)
+            go("--" + flag.replace("_", "-"), value)
+
+    def one(*more):
+        small_run(traces[0], tmp_path, "--replace", 1, "--resume", "--rank", "first", *more)
+
     interrupt_after(1)
-    command = "--teacher", traces[0], "--replace", 1, *SMALL, "--resume", "--rank", "first", "--out", tmp_path / "x"
     with pytest.raises(KeyboardInterrupt):
-        run(distill, *command)
+        one()
     with pytest.raises(UserError, match="traces = reasoning, now traces = generic"):
-        run(distill, *command, "--traces", "generic")
+        one("--traces", "generic")
 
 
 FAMILY_SHAPES = {
@@ -4567,32 +4584,30 @@ FAMILY_SHAPES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILY_SHAPES)
-def test_every_family_is_converted_and_distilled(family, traces, tmp_path, no_answers):
+@pytest.mark.parametrize("kind", FAMILY_SHAPES)
+def test_every_family_is_converted_and_distilled(kind, traces, tmp_path, no_answers):
     """In two stages, so that a hybrid of it is read again; what was saved computes what the report says."""
     teacher = tmp_path / "teacher"
     shutil.copytree(traces[0], teacher)
-    shape = dataclasses.replace(train_sft.TEACHER, n_layer=3, layout=(), **FAMILY_SHAPES[family])
+    shape = dataclasses.replace(train_sft.TEACHER, n_layer=3, layout=(), **FAMILY_SHAPES[kind])
     torch.manual_seed(0)
     lm = HybridLM(shape)
     train_sft.init_weights(lm)
     save_pretrained(lm, teacher)
-    printed = run(distill, "--teacher", teacher, "--stages", "1,2", *SMALL, "--out", tmp_path)
+    printed = small_run(teacher, tmp_path, "--stages", "1,2")
     assert "not carried over: the softmax, the rotation" in printed.out
-    assert ("root mean square" in printed.out) == (family == "qwen3")
+    assert ("root mean square" in printed.out) == (kind == "qwen3")
     hybrid = load_pretrained(tmp_path / "h2")
-    assert hybrid.config.layout.count("m2") == 2 and hybrid.config.proj_bias == (family == "qwen2")
+    assert hybrid.config.layout.count("m2") == 2 and hybrid.config.proj_bias == (kind == "qwen2")
     report = last_report(printed)
-    assert report["kl_last"] > 0
-    kl = distill.mean_loss(hybrid, load_pretrained(teacher), [encoded((teacher, traces[1]), "dev", 16)],
-                           "reverse_kl", CPU, torch.float32)
-    assert kl == pytest.approx(report["kl_last"], rel=1e-4)
+    held_out = encoded((teacher, traces[1]), "dev", 16)
+    kl = distill.mean_loss(hybrid, lm, [held_out], "reverse_kl", CPU, torch.float32)
+    assert kl == pytest.approx(report["kl_last"], rel=1e-4) and kl > 0
 
 
 def test_what_cannot_be_converted_is_refused_before_the_ranking(traces, tmp_path):
-    command = "--teacher", traces[0], "--replace", 1, *SMALL, "--out", tmp_path / "x"
     with pytest.raises(UserError, match="--d-state 5 does not divide head_dim 32"):
-        run(distill, *command, "--d-state", 5)
+        small_run(traces[0], tmp_path / "x", "--replace", 1, "--d-state", 5)
     assert not (tmp_path / "x").exists()
 
 
@@ -4607,48 +4622,56 @@ def test_only_the_same_content_is_continued(traces, tmp_path, no_answers, interr
     teacher = tmp_path / "teacher"
     shutil.copytree(traces[0], teacher)
     data = tmp_path / "x.jsonl"
-    data.write_text("".join(f'{{"prompt": "a {i}", "response": "b</s>"}}\n' for i in range(9)))
-    command = "--data", data, *SMALL, "--out", tmp_path / "o", "--rank", "first", "--resume"
+    lines = "".join(f'{{"prompt": "a {i}", "response": "b</s>"}}\n' for i in range(9))
+    data.write_text(lines)
+
+    def go(teacher):
+        flags = "--replace", 1, "--data", data, "--rank", "first", "--resume"
+        return small_run(teacher, tmp_path / "o", *flags).out
+
     interrupt_after(1)
     with pytest.raises(KeyboardInterrupt):
-        run(distill, "--teacher", teacher, "--replace", 1, *command)
-
+        go(teacher)
     moved = tmp_path / "moved"
     shutil.copytree(teacher, moved)
     change_a_weight(teacher)
     with pytest.raises(UserError, match="content of --teacher"):
-        run(distill, "--teacher", teacher, "--replace", 1, *command)
-    lines = data.read_text()
+        go(teacher)
     data.write_text(lines.replace("a 3", "a 33"))
     with pytest.raises(UserError, match="content of --data"):
-        run(distill, "--teacher", moved, "--replace", 1, *command)
+        go(moved)
     data.write_text(lines)
-    run(distill, "--teacher", moved, "--replace", 1, *command)
-    assert "finished already" in run(distill, "--teacher", moved, "--replace", 1, *command).out
+    go(moved)
+    assert "finished already" in go(moved)
     with pytest.raises(UserError, match="content of --teacher"):
-        run(distill, "--teacher", teacher, "--replace", 1, *command)
+        go(teacher)
 
 
 def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_path, no_answers):
+    """Otherwise the run is refused; with --overwrite every stage is made again."""
     shutil.copytree(family, tmp_path, dirs_exist_ok=True)
-    command = "--teacher", traces[0], "--stages", "1,2", *SMALL, "--out", tmp_path
-    assert run(distill, *command).out.count("finished already") == 2
+    assert small_run(traces[0], tmp_path, "--stages", "1,2").out.count("finished already") == 2
     change_a_weight(tmp_path / "h1")
     with pytest.raises(UserError, match="h2 was made with content of --student"):
-        run(distill, *command)
+        small_run(traces[0], tmp_path, "--stages", "1,2")
+    small_run(traces[0], tmp_path, "--stages", "1,2", "--overwrite")
+    assert weights(tmp_path / "h2") == weights(family / "h2")
 
 
 def test_what_is_read_is_never_written_over(traces, family, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(family / "h1")
-    start = "--teacher", traces[0], "--replace", 2, "--overwrite"
-    for flags in (("--out", traces[0] + "/"), ("--student", family / "h1", "--out", link)):
-        with pytest.raises(UserError, match="which this run reads"):
-            run(distill, *start, *flags)
+    start = "--replace", 2, "--overwrite"
+    with pytest.raises(UserError, match="which this run reads"):
+        small_run(traces[0], traces[0] + "/", *start)
+    with pytest.raises(UserError, match="which this run reads"):
+        small_run(traces[0], link, *start, "--student", family / "h1")
 
 
-@pytest.mark.parametrize("text", ["{", "3", "[]x", '["a"]', "[0, 0]", "[9]", "[-1]", "[true]", "[1.0]", "[[0]]",
-                                  '{"order": 3}', "{}"])
+NO_ORDER = ["{", "3", "[]x", '["a"]', "[0, 0]", "[9]", "[-1]", "[true]", "[1.0]", "[[0]]", '{"order": 3}', "{}"]
+
+
+@pytest.mark.parametrize("text", NO_ORDER)
 def test_a_file_that_is_no_order_is_refused(text, tmp_path):
     path = tmp_path / "order.json"
     path.write_text(text)
@@ -4659,7 +4682,7 @@ def test_a_file_that_is_no_order_is_refused(text, tmp_path):
 
 
 def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(traces, family, tmp_path, no_answers):
-    printed = run(distill, "--teacher", family / "h1", "--replace", 1, *SMALL, "--out", tmp_path)
+    printed = small_run(family / "h1", tmp_path, "--replace", 1)
     assert "1 of its 4 layers have no attention" in printed.out
     assert last_report(printed)["layout"].count("m2") == 2
 
@@ -4691,7 +4714,7 @@ def test_the_teacher_never_changes_during_a_stage(traces, tmp_path, monkeypatch,
 
     monkeypatch.setattr(distill, "evaluate", evaluate)
     for train in ("all", "mixers"):                                          # mixers: the other weights are shared
-        run(distill, "--teacher", traces[0], "--replace", 2, *SMALL, "--train", train, "--out", tmp_path / train)
+        small_run(traces[0], tmp_path / train, "--replace", 2, "--train", train)
     assert hashes == [distill.weights_hash(load_pretrained(traces[0]))] * 2
 
 
@@ -4709,17 +4732,21 @@ def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces
 
 
 def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_path, no_answers):
-    command = "--teacher", traces[0], "--replace", 1, "--rank", "first", *SMALL, "--init", "aligned"
+    flags = "--replace", 1, "--rank", "first", "--init", "aligned"
     reports = {}
     for kind in ("reasoning", "generic"):
-        printed = run(distill, *command, "--traces", kind, "--out", tmp_path / kind).out
+        printed = small_run(traces[0], tmp_path / kind, *flags, "--traces", kind).out
         reports[kind] = json.loads((tmp_path / kind / "report.json").read_text())
-        assert (">>> " in printed and "[INST]" not in printed.split("problem ")[0]) == (kind == "generic")
-    assert reports["generic"]["args"]["traces"] == "generic"
-    assert reports["generic"]["kl_first"] == reports["reasoning"]["kl_first"]            # the same held-out batch
-    assert reports["generic"]["log"][0]["kl"] != reports["reasoning"]["log"][0]["kl"]    # other training texts
+        example, _, _ = printed.partition("problem ")
+        assert (">>> " in example) == (kind == "generic")
+        assert ("[INST]" in example) == (kind == "reasoning")
+    generic = reports["generic"]
+    reasoning = reports["reasoning"]
+    assert generic["args"]["traces"] == "generic"
+    assert generic["kl_first"] == reasoning["kl_first"]                      # the same held-out batch
+    assert generic["log"][0]["kl"] != reasoning["log"][0]["kl"]              # other training texts
     with pytest.raises(UserError, match="--traces"):
-        run(distill, "--teacher", traces[0], "--traces", "generic", "--data", "x.jsonl", "--out", tmp_path / "x")
+        small_run(traces[0], tmp_path / "x", "--traces", "generic", "--data", "x.jsonl")
 
 
 def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path):
@@ -4737,7 +4764,7 @@ def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path)
     assert order([])[:27] == nano.APRIEL15B[:25] + [3, 5]
     assert order([47, 24])[:3] == [39, 36, 31]
     with pytest.raises(UserError, match="50 layers"):
-        run(distill, "--teacher", traces[0], "--replace", 1, "--rank", "apriel15b", "--out", tmp_path / "x")
+        small_run(traces[0], tmp_path / "x", "--replace", 1, "--rank", "apriel15b")
 
 
 def test_a_stack_of_layers_becomes_deeper_or_shallower():
@@ -4995,6 +5022,8 @@ def test_a_signal_waits_for_the_end_of_a_step_however_often_it_comes(number, cap
 
 @pytest.mark.parametrize("script, flags, words", [
     (distill, ("--replace", 1, "--rank", "first", "--init", "identity", "--train", "mixers"), "no Mamba mixer"),
+    (distill, ("--lr", 0), "--lr must be above 0"),
+    (distill, ("--threads", 0), "--threads must be at least 1"),
     (train_sft, ("--steps", 0), "--steps must be at least 1"),
     (train_sft, ("--lr", 0), "--lr 0.0"),
     (train_sft, ("--lr-rest", -1), "--lr-rest -1.0"),
