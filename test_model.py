@@ -2598,7 +2598,7 @@ def train_merges(pattern, count):
     return merges
 
 
-SPECIAL = ("<s>", "</s>", "[INST]", "[/INST]", "<think>")
+ADDED = ("<s>", "</s>", "[INST]", "[/INST]", "<think>")
 
 
 def added_token(token, text, **change):
@@ -2615,7 +2615,7 @@ def bpe_model(vocab, merges, named=True, **change):
 
 
 def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merges=False,
-                   all_splits=False, as_strings=True, extra=(), merges=None, special=SPECIAL,
+                   all_splits=False, as_strings=True, extra=(), merges=None, special=ADDED,
                    normalizer=None, missing="", byte_regex=False, named=True):
     """The dict of a tokenizer.json. steps: names in PATTERNS, "digits", or a text to split by.
     byte_regex: ByteLevel splits, too. all_splits: list every way to make a token, as files converted
@@ -2988,7 +2988,7 @@ def template_processor(*before, after=()):
     def special(text):
         return {"SpecialToken": {"id": text, "type_id": 0}}
     single = [*map(special, before), {"Sequence": {"id": "A", "type_id": 0}}, *map(special, after)]
-    tokens = {text: {"id": text, "ids": [SPECIAL.index(text)], "tokens": [text]} for text in [*before, *after]}
+    tokens = {text: {"id": text, "ids": [ADDED.index(text)], "tokens": [text]} for text in [*before, *after]}
     return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens}
 
 
@@ -3011,7 +3011,7 @@ def test_begin_tokens_are_those_that_the_library_puts_before_a_text(processor, i
 # ----------------------------------------------------------------------------------------------------------------------
 # Chat templates.
 
-CHATML = """{% for message in messages %}
+CHATML_TEMPLATE = """{% for message in messages %}
     {%- if loop.first and message.role != 'system' %}
         {{- '<|im_start|>system\\nYou help.<|im_end|>\\n' }}
     {%- endif %}
@@ -3022,7 +3022,7 @@ CHATML = """{% for message in messages %}
 {%- endif %}
 """
 
-LLAMA3 = """{{- bos_token }}
+LLAMA3_TEMPLATE = """{{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system = messages[0]['content'] | trim %}
     {%- set messages = messages[1:] %}
@@ -3040,7 +3040,7 @@ LLAMA3 = """{{- bos_token }}
 {%- endif %}
 """
 
-MISTRAL = """{{ bos_token }}{% for message in messages %}
+MISTRAL_TEMPLATE = """{{ bos_token }}{% for message in messages %}
 {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
 {{- raise_exception('roles must alternate user/assistant') }}
 {%- endif %}
@@ -3048,7 +3048,7 @@ MISTRAL = """{{ bos_token }}{% for message in messages %}
 {%- else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}
 {%- endfor %}"""
 
-QWEN = """{%- for message in messages %}
+QWEN_TEMPLATE = """{%- for message in messages %}
     {%- set content = message.content %}
     {%- if message.role == 'assistant' and '</think>' in content and not loop.last %}
         {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
@@ -3063,9 +3063,9 @@ QWEN = """{%- for message in messages %}
 
 MARKS = ("<s>", "</s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
          "<|eot_id|>")
-NAMES = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False, "__type": "AddedToken"}}
-TEMPLATES = {"ChatML": (CHATML, "<|im_end|>"), "Llama 3": (LLAMA3, "<|eot_id|>"), "Mistral": (MISTRAL, "</s>"),
-             "Qwen": (QWEN, "<|im_end|>")}
+TOKEN_NAMES = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False, "__type": "AddedToken"}}
+TEMPLATES = {"ChatML": (CHATML_TEMPLATE, "<|im_end|>"), "Llama 3": (LLAMA3_TEMPLATE, "<|eot_id|>"),
+             "Mistral": (MISTRAL_TEMPLATE, "</s>"), "Qwen": (QWEN_TEMPLATE, "<|im_end|>")}
 TALKS = [[("user", " Hi\n")], [("user", "a"), ("assistant", "<think>t</think>\n\nb"), ("user", "c \u00e9 <s>")],
          [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")], [("assistant", "first")]]
 
@@ -3082,7 +3082,7 @@ def chat_from(path, special=MARKS, **config):
 
 
 def test_a_chatml_template_reads_as_it_is_written(tmp_path):
-    chat = chat_from(tmp_path, chat_template=CHATML, **NAMES)
+    chat = chat_from(tmp_path, chat_template=CHATML_TEMPLATE, **TOKEN_NAMES)
     text = chat.prompt(talk(("user", "Hi"), ("assistant", "Yes?"), ("user", "No")))
     assert text == ("<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
                     "Yes?<|im_end|>\n<|im_start|>user\nNo<|im_end|>\n<|im_start|>assistant\n")
@@ -3095,7 +3095,8 @@ def test_prompts_are_those_of_transformers(case, form, tmp_path):
     transformers = pytest.importorskip("transformers")
     template, end = TEMPLATES[case]
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
-    chat = chat_from(tmp_path, chat_template={"text": template, "list": named, "file": "not this"}[form], **NAMES)
+    in_config = {"text": template, "list": named, "file": "not this"}
+    chat = chat_from(tmp_path, chat_template=in_config[form], **TOKEN_NAMES)
     if form == "file":
         (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
         chat = nano.load_chat(tmp_path, load_tokenizer(tmp_path))
@@ -3127,7 +3128,7 @@ def test_the_built_in_form_needs_its_marks_as_single_tokens(tmp_path):
 
 def test_a_template_without_an_end_token_takes_the_checkpoints(tmp_path):
     silent = "{{ messages[-1].content }}"
-    assert chat_from(tmp_path, chat_template=silent, **NAMES).end == "</s>"
+    assert chat_from(tmp_path, chat_template=silent, **TOKEN_NAMES).end == "</s>"
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|eot_id|>"}')
     assert chat_from(tmp_path, chat_template=silent).end == "<|eot_id|>"
     chat = chat_from(tmp_path, chat_template=silent, eos_token="<end>")
@@ -3147,14 +3148,14 @@ def test_a_template_that_cannot_be_read_is_a_refusal_not_a_failure(config, words
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path):
-    chat = chat_from(tmp_path, chat_template="{{ messages.append(1) }}", **NAMES)
+    chat = chat_from(tmp_path, chat_template="{{ messages.append(1) }}", **TOKEN_NAMES)
     with pytest.raises(UserError, match="its chat template: .*SecurityError"):
         chat.prompt(talk(("user", "a")))
 
 
 def test_a_template_without_jinja2_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert chat_from(tmp_path, chat_template=CHATML).refusal.endswith("pip install jinja2")
+    assert chat_from(tmp_path, chat_template=CHATML_TEMPLATE).refusal.endswith("pip install jinja2")
     assert chat_from(tmp_path).end == "</s>"
 
 
@@ -5146,10 +5147,10 @@ def good_tokenizer(raw):
     def make(path):
         raw["post_processor"] = template_processor("<s>")
         (path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
-        config = NAMES | {"chat_template": [{"name": "default", "template": MISTRAL}]}
+        config = TOKEN_NAMES | {"chat_template": [{"name": "default", "template": MISTRAL_TEMPLATE}]}
         (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        (path / "special_tokens_map.json").write_text(json.dumps(NAMES), encoding="utf-8")
-        (path / "chat_template.jinja").write_text(LLAMA3, encoding="utf-8")
+        (path / "special_tokens_map.json").write_text(json.dumps(TOKEN_NAMES), encoding="utf-8")
+        (path / "chat_template.jinja").write_text(LLAMA3_TEMPLATE, encoding="utf-8")
     return make
 
 
