@@ -4338,7 +4338,7 @@ def test_a_damaged_progress_file_is_refused(hybrid, tmp_path):
     bad = [(tensors, other) for other in ("", "[]", "{}", "[" * 99_999, "3")]
     for key in meta:
         for value in (None, "x", [], {}, [3], -1, 10**30, [{"step": 1}], math.inf):
-            sound = {"extra": {}, "log": [], "loss": -1, "seconds": -1}
+            sound = {"log": [], "loss": -1, "seconds": -1}
             if key not in sound or value != sound[key]:
                 bad.append((tensors, meta | {key: value}))
     bad.append((tensors, meta | {"step": 10}))
