@@ -1144,7 +1144,6 @@ import json
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import unicodedata
@@ -2667,21 +2666,6 @@ def claim_out(path, inputs, overwrite, resume, done="report.json"):
 def same_place(path, other):
     """Do two paths name one directory: through a link, another spelling, a letter's case where the disk ignores it?"""
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
-
-
-@contextlib.contextmanager
-def uninterrupted():
-    """Ctrl-C inside waits until the block is done: a step that was taken in half must never be saved."""
-    pressed, usual = [], signal.getsignal(signal.SIGINT)
-    if usual not in (signal.SIG_IGN, None):                                  # nohup ignores it, and so do we then
-        signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        if usual is not None:
-            signal.signal(signal.SIGINT, usual)
-    if pressed:
-        raise KeyboardInterrupt
 
 
 # ======================================================================================================================

@@ -4179,6 +4179,7 @@ def test_a_step_moves_every_parameter(hybrid, optimizer):
     model, batch = hybrid
     before = copy.deepcopy(model)
     optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, weight_decay=0.0)
+    assert len(optimizers) == (2 if optimizer == "muon" else 1)
     loss, count = train_sft.cross_entropy(model, *batch)
     (loss / count).backward()
     train_sft.clipped_step(model, optimizers, 1e-3)
@@ -4255,7 +4256,7 @@ def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, no
     taken = interrupt_after(2)
     with pytest.raises(KeyboardInterrupt):
         run(program, *arguments("b"))
-    assert not (tmp_path / "b" / "model.safetensors").exists()
+    assert len(taken) == 2 and not (tmp_path / "b" / "model.safetensors").exists()
     run(program, *arguments("b"), "--resume")
     assert len(taken) == 4
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
@@ -4267,6 +4268,26 @@ def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, no
     assert not (tmp_path / "b" / "progress.safetensors").exists()
 
 
+def test_the_log_holds_means_over_the_tokens_since_its_last_entry(hybrid, tmp_path):
+    model, _ = hybrid
+    block = train_sft.list_block([([5] * n, [True] * n) for n in range(2, 9)], seed=0)
+    seen = []
+
+    def loss_of(model, tokens, targets):
+        loss, count = train_sft.cross_entropy(model, tokens, targets)
+        seen.append((loss.item(), count, tokens.numel()))
+        return loss, count
+    plan = train_sft.Plan(steps=5, lr=1e-3, warmup=1, every=9, log_every=2, name="loss")
+    progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
+    log = train_sft.fit(model, loss_of, block, 3, plan, progress, torch.device("cpu"), torch.float32)
+    assert [entry["step"] for entry in log] == [2, 4, 5]
+    for entry, part in zip(log, (seen[:2], seen[2:4], seen[4:])):
+        loss, count, _ = map(sum, zip(*part))
+        assert entry["loss"] == pytest.approx(loss / count, abs=1e-6)
+        assert entry["tokens"] == sum(tokens for _, _, tokens in seen[:entry["step"]])
+    assert not os.listdir(tmp_path)
+
+
 def test_ctrl_c_during_a_save_spoils_nothing(traces, tmp_path, monkeypatch, interrupt_after):
     real = nano.write_atomic
 
@@ -4274,13 +4295,13 @@ def test_ctrl_c_during_a_save_spoils_nothing(traces, tmp_path, monkeypatch, inte
         signal.raise_signal(signal.SIGINT)
         real(*args)
         signal.raise_signal(signal.SIGINT)
-    interrupt_after(2)
+    taken = interrupt_after(2)
     monkeypatch.setattr(nano, "write_atomic", write)
     with pytest.raises(KeyboardInterrupt):
         run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9))
     monkeypatch.setattr(nano, "write_atomic", real)
     run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9, "--resume"))
-    assert json.loads((tmp_path / "training.json").read_text())["log"][-1]["step"] == 4
+    assert len(taken) == 4
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_save(traces, tmp_path, interrupt_after):
@@ -4375,7 +4396,7 @@ def test_a_damaged_progress_file_is_refused(hybrid, tmp_path):
     bad = [(tensors, other) for other in ("", "[]", "{}", "[" * 99_999, "3")]
     for key in meta:
         for value in (None, "x", [], {}, [3], -1, 10**30, [{"step": 1}], math.inf):
-            sound = {"extra": {}, "log": [], "loss": -1, "seconds": -1}
+            sound = {"log": [], "loss": -1, "seconds": -1}
             if key not in sound or value != sound[key]:
                 bad.append((tensors, meta | {key: value}))
     bad.append((tensors, meta | {"step": 10}))
