@@ -48,7 +48,7 @@ from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate,
 #
 #       Mamba                  from attention       |       Mamba                            fresh
 #       in_proj rows z         fresh                |       dt_in_proj, dt_proj, dt bias     Mamba's own initialisation
-#       in_proj rows x         v_proj               |       conv1d                           U(+-1/sqrt(d_conv))
+#       in_proj rows u         v_proj               |       conv1d                           U(+-1/sqrt(d_conv))
 #       in_proj rows B         k_proj               |       A_log                            log(1 ... d_state)
 #       in_proj rows C         q_proj               |       D                                1
 #       out_proj columns       o_proj               |       norms, MLP                       kept
@@ -57,8 +57,8 @@ from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate,
 # format then asks for are zeros. Where queries and keys are normed (Qwen3), the norm's weight, one number per lane of
 # every head, is multiplied into the rows; its division by the root mean square cannot be, for it depends on the token.
 #
-# One thing does not fit. H has head_dim columns, a channel has d_state cells, 16 for a head of 128. The format cuts x,
-# B and C into chunks of d_state lanes: channel chunk j reads chunk j of C, and chunk j // r of x and B, where r is the
+# One thing does not fit. H has head_dim columns, a channel has d_state cells, 16 for a head of 128. The format cuts u,
+# B and C into chunks of d_state lanes: channel chunk j reads chunk j of C, and chunk j // r of u and B, where r is the
 # number of query heads that share a kv head. It knows no heads. Here are two query heads a and b that share one kv head
 # of four chunks, k0 to k3 (v0 to v3 likewise):
 #
@@ -111,7 +111,7 @@ def mil_mixer(attention, config, init="aligned"):
     v = rows_of(attention.v_proj)
     k = rows_of(attention.k_proj, attention.k_norm if qk_norm else None)
     q = rows_of(attention.q_proj, attention.q_norm if qk_norm else None)
-    rows = torch.cat([v, k, q[order]])                                       # x, B and C, in this order
+    rows = torch.cat([v, k, q[order]])                                       # u, B and C, in this order
     # Slices are views: filling them fills in_proj. Its first d_inner rows are z.
     fill(mixer.in_proj.weight[config.d_inner:], rows[:, :-1])
     fill(mixer.out_proj.weight, attention.o_proj.weight[:, order])
@@ -580,14 +580,14 @@ def trial_loss(args, run, student, layer, training, held_out):
     trial = clone(student, args.train)
     convert(trial, run.teacher, [layer], args.init, run.calibration)
     set_trained(trial, args.train)
-    # States of its own.
     optimizers = make_optimizers(trial, args.lr, args.optimizer, args.lr_rest)
 
     def loss_of(batch):
+        head = trial.lm_head
+        teacher_head = run.teacher.lm_head
         with autocast(run.device, run.dtype):
             x = trial.hidden(batch.tokens)[0][batch.targets >= 0]
-            heads = trial.lm_head, run.teacher.lm_head
-            loss = distillation_loss(x, batch.teacher_x, *heads, args.loss)
+            loss = distillation_loss(x, batch.teacher_x, head, teacher_head, args.loss)
         return loss / len(x)
 
     for step, batch in enumerate(training):
@@ -714,10 +714,10 @@ def depends_on(args, run, student):
     return flags | run.content | {"content of --student": start}
 
 
-def stage(args, run):
+def stage(args, run, began):
     """Replace up to args.replace layers, distil, evaluate, save args.out. Prints a table, then the report as JSON.
-    Raises UserError if the ranking does not name enough layers. The last line printed can be read by a machine."""
-    began = time.time()
+    began: when the work for this stage began, in seconds as time.time() gives them. The last line that is printed can
+    be read by a machine. Raises UserError if the ranking does not name enough layers."""
     torch.manual_seed(args.seed)
     student, done = first_student(args, run.teacher)
     depends = depends_on(args, run, student)
@@ -733,19 +733,19 @@ def stage(args, run):
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
 
     file = os.path.join(args.out, "progress.safetensors")
-    same = depends | {"replaced": done + new}
-    progress = Progress(file, same, args.resume, extra={"kl_first": held_out_kl(run, student)})
+    progress = Progress(file, depends | {"replaced": done + new}, args.resume)
+    # Also in a run that is continued: the student is made again, and its training loaded into it afterwards.
+    kl_first = held_out_kl(run, student)
     prepared = time.time()
     log = distill(args, run, student, progress)
     trained = time.time()
 
     student.eval()
-    kl_first = progress.extra["kl_first"]                                    # of an interrupted run, too
     kl_last = held_out_kl(run, student)
     result, table = evaluate(args, run, student)
     nano.save_pretrained(student, args.out, tokenizer_from=args.teacher)
     # progress.seconds is the time of all parts of an interrupted run.
-    seconds = args.set_up + prepared - began + progress.seconds + time.time() - trained
+    seconds = prepared - began + progress.seconds + time.time() - trained
     report = {
         "replaced": done + new, "layout": list(student.config.layout), **result,
         "kl_first": kl_first, "kl_last": kl_last, "steps": args.steps, "tokens": progress.tokens,
@@ -783,8 +783,10 @@ def choose_layers(args, run, student, done):
     missing = args.replace - len(done)
     if missing == 0:
         return [], None
+    if missing < 0:
+        raise UserError(f"--replace {args.replace}: {len(done)} layers are replaced already")
     order, scores = rank_layers(args, run, student)
-    if not 0 <= missing <= len(order):
+    if missing > len(order):
         raise UserError(f"--replace {args.replace}: {len(done)} layers are replaced already and "
                         f"{args.rank} names {len(order)} more")
     return order[:missing], scores
@@ -914,7 +916,8 @@ def plan_stages(args):
     for count in stage_counts(args.stages):
         out = os.path.join(above, f"h{count}{suffix}")
         rank = first_rank(args.rank, student)
-        stages.append(change(args, replace=count, student=student, out=out, rank=rank, resume=True))
+        again = not args.overwrite                                           # which starts afresh
+        stages.append(change(args, replace=count, student=student, out=out, rank=rank, resume=again))
         student = out                                                        # a stage starts from the one before it
     return stages
 
@@ -963,8 +966,7 @@ def main():
     calibration = calibration_batch(block, device)
     run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, {})
     for s in stages:
-        s.set_up = time.time() - began                                       # the first stage pays for loading
-        stage(s, run)
+        stage(s, run, began)                                                 # the first stage pays for loading
         began = time.time()
 
 

@@ -282,7 +282,6 @@ def tokenizer_json(ranks):
 # writes is trained, its end token included. The parts of a text are encoded one by one, so the border is exact by
 # construction, and what a part means is never searched for in a finished text.
 
-
 class Codec(NamedTuple):
     """How texts become ids."""
     enc: object                                          # the tokenizer
@@ -458,14 +457,17 @@ def parts_of(record, codec):
 
 def pair_parts(prompt, response, record, codec):
     """Two texts, taken as they are, but for the tokens that must begin and end them."""
-    refuse_keys(record, THOUGHTS, "thoughts beside a response; write them into it, or use messages")
+    refuse_keys(record, (*THOUGHTS, "system"), "more than a prompt and a response; write it into them, "
+                                               "or use messages")
     if not response.strip():
         raise UserError("an empty response")
     begin = codec.enc.decode(codec.begin)
+    if not prompt.startswith(begin):
+        prompt = begin + prompt
     # Without a template nobody knows how an answer ends.
-    end = "" if codec.chat.refusal else codec.chat.end
-    return [("" if prompt.startswith(begin) else begin, False), (prompt, False),
-            (response if response.endswith(end) else response + end, True)]
+    if not codec.chat.refusal and not response.rstrip().endswith(codec.chat.end):
+        response += codec.chat.end
+    return [(prompt, False), (response, True)]
 
 
 def either(record, key, other):
@@ -482,25 +484,28 @@ def refuse_keys(record, keys, what):
 
 def read_turns(record):
     """A record of messages -> [Turn]: maybe a system message, then user and assistant in turn, the assistant last."""
-    given = []
-    if isinstance(record.get("prompt"), list):
-        given = record["prompt"]
-        messages = either(record, "response", "completion")
-    elif "messages" in record:
-        messages = record["messages"]
-    elif "conversations" in record:
-        messages = record["conversations"]
-    else:
-        raise UserError(unknown_shape(record))
-    if not isinstance(messages, list):
-        raise UserError(f"messages that are not a list but {some_json(messages)}")
+    given, messages = find_messages(record)
     turns = [read_message(message)._replace(trained=False) for message in given]
     turns += [read_message(message) for message in messages]
     # Some ShareGPT files keep the system message beside the conversation.
-    if isinstance(record.get("system"), str) and record["system"]:
-        turns.insert(0, Turn("system", record["system"], False))
+    if record.get("system"):
+        turns.insert(0, Turn("system", text_of(record["system"]), False))
     check_order(turns)
     return turns
+
+
+def find_messages(record):
+    """-> two lists of messages: those that are only read, and those of which the assistant's are trained."""
+    prompt = record.get("prompt")
+    response = either(record, "response", "completion")
+    if isinstance(prompt, list) and isinstance(response, list):
+        return prompt, response
+    messages = either(record, "messages", "conversations")
+    if messages is None:
+        raise UserError(unknown_shape(record))
+    if not isinstance(messages, list):
+        raise UserError(f"messages that are not a list but {some_json(messages)}")
+    return [], messages
 
 
 def unknown_shape(record):
@@ -525,6 +530,7 @@ def read_message(message):
         raise UserError(f"the role {some_json(role)}; read are {', '.join(ROLES)}")
     text = text_of(either(message, "content", "value"))
     if ROLES[role] != "assistant":
+        refuse_keys(message, THOUGHTS, "thoughts of somebody else than the assistant")
         return Turn(ROLES[role], text, False)
     if not text.strip():
         raise UserError("an empty response")
@@ -823,6 +829,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class AdamW(torch.optim.AdamW):
+    """PyTorch's. STATE, here and in Muon: the names of what is kept for each parameter."""
     STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -838,7 +845,10 @@ def mamba_names(model):
 def make_optimizers(model, lr, optimizer="muon", lr_rest=None, weight_decay=0.05):
     """-> optimisers over the parameters that need a gradient: [Muon, AdamW], or [AdamW] alone with optimizer "adamw".
     lr_rest: the rate of everything but Mamba mixers; None: lr, too. Weight decay is for matrices inside the layers: not
-    for embeddings, norms and biases, and not for A_log (a matrix by shape, but not by meaning), D, dt bias and conv."""
+    for embeddings, norms and biases, and not for A_log (a matrix by shape, but not by meaning), D, dt bias and conv.
+    Raises UserError for rates that are none."""
+    if not 0 < lr < math.inf or not 0 <= (lr_rest or 0) < math.inf:
+        raise UserError(f"--lr {lr}, --lr-rest {lr_rest}: rates must be above 0, --lr-rest may be 0")
     mixers = mamba_names(model)
     groups = {}
     for name, p in model.named_parameters():
@@ -1120,11 +1130,14 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
                 entry = write_entry(progress, plan.name)
                 speed = progress.tokens / max(0.1, progress.seconds)
                 bar.set_postfix({plan.name: f"{entry[plan.name]:.4f}", "tok_s": f"{speed:.0f}"})
-            if noted or progress.step % plan.every == 0:
-                progress.save(model, optimizers)
             if noted:
                 break
-    if noted:
+            if progress.step % plan.every == 0:
+                progress.save(model, optimizers)
+        stopped = bool(noted)
+        if stopped:
+            progress.save(model, optimizers)
+    if stopped:
         print(f"saved step {progress.step}; run the same command with --resume to continue",
               file=sys.stderr)
         raise KeyboardInterrupt
@@ -1273,7 +1286,8 @@ def parse_args():
 
 def check_flags(args):
     """Fill in the default of --lr. Raises UserError for what can be seen to be wrong without any file."""
-    args.lr = args.lr or (0.005 if args.scratch else 0.0005)
+    if args.lr is None:
+        args.lr = 0.005 if args.scratch else 0.0005
     for name in ("steps", "batch", "ctx", "every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -1336,7 +1350,8 @@ def main():
     device, dtype = start_script(args)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     check_flags(args)
-    args.out = claim_out(args.out, [args.model, args.merge], args.overwrite, args.resume, done="training.json")
+    args.out = claim_out(args.out, [args.model, args.merge], args.overwrite, args.resume,
+                         done="training.json")
     model, codec = start_model(args)
     # Refused now, not after the training.
     other = merge_partner(args, model)
@@ -1351,7 +1366,8 @@ def main():
     log = fit(model, cross_entropy, block, args.batch, plan, progress, device, dtype)
     if other:
         merge(model, other, args.merge_weight)
-    nano.save_pretrained(model, args.out, tokenizer_from=args.model, dtype=getattr(torch, args.save_dtype))
+    save_dtype = getattr(torch, args.save_dtype)
+    nano.save_pretrained(model, args.out, tokenizer_from=args.model, dtype=save_dtype)
     # Evaluated as saved, rounding included.
     model = nano.load_pretrained(args.out, device)
     result = {**evaluate(args, model, codec), **provenance(device)}
