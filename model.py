@@ -1104,11 +1104,43 @@ def norm_on_cpu(norm, x):
 
 
 def mix_one_token(mixer, u, dt, B, C, z, state, place):
-    """Mamba.mix: one token on a GPU is the work of one kernel, see part 5."""
-    one = u.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
-    if one and scan_backend(u.device, 1, mixer.config.d_state, u.dtype) == "triton":
+    """Mamba.mix: one token is the work of one kernel on a GPU, see part 5, and of few operations elsewhere."""
+    if u.shape[1] > 1 or state is None or torch.is_grad_enabled():
+        return mix_by_definition(mixer, u, dt, B, C, z, state, place)
+    if scan_backend(u.device, 1, mixer.config.d_state, u.dtype) == "triton":
         return mamba_step(mixer, u, dt, B, C, z, state, place)
-    return mix_by_definition(mixer, u, dt, B, C, z, state, place)
+    return mix_in_few_operations(mixer, u, dt, B, C, z, state, place)
+
+
+def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
+    """Mamba.mix for one token. A small model's step costs what its operations cost to call, and with one token every
+    tap, group and cell has its place in one tensor: nothing is repeated, and no loop runs over taps."""
+    c = mixer.config
+    n = c.d_state
+    b = len(u)
+    wide = state.h.dtype
+    window = torch.cat([state.conv.to(u.dtype), u], dim=1)         # (b, d_conv, d_xb)
+    h = state.h
+    inputs = window
+    if place.position is not None:
+        distance = torch.arange(c.d_conv - 1, -1, -1, device=u.device)
+        inputs = window.masked_fill((place.position < distance)[..., None], 0)
+        h = h.masked_fill((place.position == 0)[..., None], 0)
+    share = c.d_inner // c.d_xb if c.expand_before_conv else 1
+    weight = mixer.conv1d.weight[:, 0].T.reshape(c.d_conv, -1, share, n)             # (d_conv, d_xb / n, share, n)
+    u = (inputs.view(b, c.d_conv, -1, 1, n) * weight).sum(1).view(b, 1, -1)          # (b, 1, channels of the conv)
+    u = F.silu(u if mixer.conv1d.bias is None else u + mixer.conv1d.bias)
+    if not c.expand_before_conv:
+        u = mixer.expand(u)
+    u = u[:, 0].to(wide)                                           # (b, d_inner)
+    dt = dt[:, 0].to(wide)
+    dt = F.softplus(dt if mixer.dt_proj.bias is None else dt + mixer.dt_proj.bias.to(wide))
+    decay = torch.exp(dt[..., None] * -torch.exp(mixer.A_log.to(wide)))              # (b, d_inner, n)
+    write = (dt * u).view(b, -1, c.d_inner // c.d_xb * n, 1) * B.reshape(b, -1, 1, n)
+    h = torch.addcmul(write.view(h.shape), decay, h)
+    y = (h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)).sum(-1).view(b, -1)           # (b, d_inner)
+    y = torch.addcmul(y, mixer.D.to(wide), u) * F.silu(z[:, 0].to(wide))
+    return y[:, None].to(z.dtype), SSM(window[:, 1:].contiguous(), h)
 
 
 # Where part 1 computes by definition, the model takes these forms. use(DEFINITIONS) takes them out again: to try

@@ -3611,7 +3611,7 @@ def test_chat_keeps_its_state_between_turns(checkpoint, monkeypatch, capsys):
 @pytest.mark.parametrize("name, args, words", [
     ("sample.py", ["--model", "no/such/dir"], "no such directory"), ("sample.py", ["--top-p", "0"], "--top-p"),
     ("sample.py", ["--prompt-file", "missing.txt", "--model", "CKPT"], "cannot read missing.txt"),
-    ("bench.py", ["--shape", "70b"], "known are 15b"), ("bench.py", ["--ctx", "many"], "whole numbers")])
+    ("bench.py", ["--shape", "70b"], "known are 15b")])
 def test_user_errors_are_one_line_and_exit_code_2(checkpoint, name, args, words):
     code, out, err = script(name, *(checkpoint if a == "CKPT" else a for a in args))
     assert code == 2 and out == "" and words in err and err.count("\n") == 1, err
@@ -3674,37 +3674,96 @@ def json_lines(path):
 BENCH = "--device", "cpu", "--seconds", 0, "--memory", 0.03
 
 
+@pytest.mark.parametrize("flags, words", [(("--ctx", "many"), "whole numbers"), (("--ctx", "9,4"), "starts at 8"),
+                                          (("--replace", "51"), "0 to 50"), (("--what", "all"), "known are prefill"),
+                                          (("--what", "transformers"), "needs --model"),
+                                          (("--json", "no/such/dir/x.jsonl"), "cannot write")])
+def test_flags_that_cannot_be_meant_are_named(flags, words):
+    with pytest.raises(UserError, match=words):
+        run(bench, *BENCH, *flags)
+
+
 def test_bench_measures_and_logs_every_row_it_plans(tmp_path):
     log = tmp_path / "rows.jsonl"
     out, _ = run(bench, *BENCH, "--ctx", 64, "--replace", "0,40", "--batch", "1,max",
                  "--prefill-tokens", 32, "--what", "prefill,decode,scan", "--json", log)
     rows = json_lines(log)
-    assert [row["row"] for row in rows] == ["H-0", "H-40", "scan loop", "scan chunk", "scan blelloch"]
-    assert out.index("limit (batch)") < out.index("measured, tokens/s") and "instead of prefilling" in out
+    assert [row["row"] for row in rows][:5] == ["H-0", "H-40", "scan loop", "scan chunk", "scan blelloch"]
+    assert out.index("decode limit (batch)") < out.index("measured, tokens/s") and "instead of prefilling" in out
     for row in rows[:2]:
         assert row["decode"][-1]["batch"] == row["largest_batch"] > 1 and row["prefill_tokens_per_s"] > 0
         for cell in row["decode"]:
             share = 100 * cell["tokens_per_s"] / cell["limit_tokens_per_s"]
             assert abs(cell["percent_of_limit"] - share) < 1e-6
+        share = 100 * row["prefill_tokens_per_s"] / row["prefill_limit_tokens_per_s"]
+        assert abs(row["prefill_percent_of_limit"] - share) < 1e-6
     ratio = rows[1]["decode"][-1]["tokens_per_s"] / rows[0]["decode"][-1]["tokens_per_s"]
     assert rows[1]["ratio_to_h0"] == ratio
     assert {"torch", "commit", "device", "dtype", "triton"} <= set(rows[0])
 
 
-def test_the_scans_that_are_compared_give_the_same():
-    """blelloch, too: values and gradients, at lengths that are no powers of two."""
-    config = bench.replace(bench.SHAPES["tiny"], d_inner=32, d_xb=16)
-    for t in (1, 7, 40):
-        inputs = [m.detach().double().requires_grad_() for m in
-                  bench.scan_inputs(config, 2, t, torch.device("cpu"), torch.float32)]
-        contestants = bench.scan_contestants(config, 64, torch.device("cpu"))
-        results = {}
-        for name, (scan, _) in contestants.items():
+@pytest.mark.parametrize("t", [1, 7, 40])
+def test_the_scans_that_are_compared_give_the_same(t):
+    """blelloch and, where it is installed, mambapy, too: values and gradients, at lengths that are no powers of two."""
+    config = bench.replace(bench.SHAPES["tiny"], d_inner=64, d_xb=32)
+    inputs = bench.scan_inputs(config, 2, t, torch.device("cpu"), torch.float32)
+    inputs = [m.detach().double().requires_grad_() for m in inputs]
+    results = {}
+    for runs in bench.scan_contestants(config, 64, torch.device("cpu")).values():
+        for name, scan in runs.items():
             y = scan(*inputs)
             results[name] = [y, *torch.autograd.grad(y.square().sum(), inputs)]
-        for name in contestants:
-            for ours, definition in zip(results[name], results["loop"]):
-                assert off(ours, definition) < 1e-10, (name, t)
+    assert {"loop", "chunk", "blelloch"} <= set(results)
+    for name, tensors in results.items():
+        for ours, definition in zip(tensors, results["loop"]):
+            assert off(ours, definition) < 1e-10, name
+
+
+def test_the_prefill_limit_counts_products_pairs_and_scans():
+    c = tiny("t m2 t n", sliding_window=5).config
+    model = tiny("t m2 t n", sliding_window=5)
+    weights = sum(linear.weight.numel() for linear in model.layers.modules() if isinstance(linear, torch.nn.Linear))
+    pairs = sum(min(i + 1, 5) for i in range(9))
+    products = 9 * weights + 61 * 24 + 2 * 2 * pairs * c.n_head * c.head_dim
+    never = 1e30
+    limit = bench.prefill_limit(c, 9, torch.float32, bench.Machine(never, 100.0, never))
+    assert limit == pytest.approx(9 / (2 * products / 100))
+    limit = bench.prefill_limit(c, 9, torch.float32, bench.Machine(never, never, 100.0))
+    assert limit == pytest.approx(9 / (9 * c.d_inner * (c.d_state + 4) / 100))
+
+
+def test_what_is_compared_is_measured_in_turn():
+    calls = []
+    runs = {name: functools.partial(calls.append, name) for name in "ab"}
+    times = bench.alternate(runs, torch.device("cpu"), 0, warmup=1, least=3)
+    assert "".join(calls) == "abababab" and [len(times[name]) for name in "ab"] == [3, 3]
+    assert bench.ratios("x", [2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"x": 2.0, "x_range": [1.0, 3.0]}
+
+
+def test_chunks_of_every_size_are_tried_and_the_rule_stays(monkeypatch, tmp_path):
+    rule = nano.chunk_size
+    sizes = []
+    monkeypatch.setattr(bench, "SCAN_SHAPES", [(2, 32, 5)])
+    apply = ChunkedScan.apply
+    monkeypatch.setattr(ChunkedScan, "apply", lambda *args: sizes.append(args[-1]) or apply(*args))
+    run(bench, *BENCH, "--what", "chunks", "--json", tmp_path / "rows.jsonl")
+    row, = json_lines(tmp_path / "rows.jsonl")
+    assert set(sizes) == {1, 2, 4, 8, rule(2, 32, 16)} == {int(size) for size in row["seconds"]}
+    assert row["taken"] == rule(2, 32, 16) and row["times_best"] >= 1 and nano.chunk_size is rule
+
+
+def test_generate_is_measured_against_that_of_transformers(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    save_pretrained(small_hybrid("t t"), tmp_path)
+    out = run(bench, *BENCH, "--what", "transformers", "--model", tmp_path, "--ctx", "9,20", "--json",
+              tmp_path / "rows.jsonl").out
+    assert "in turn" in out
+    for row, ctx in zip(json_lines(tmp_path / "rows.jsonl"), (9, 20)):
+        assert row["ctx"] == ctx and row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1]
+        assert row["decode_tokens_per_s"] > 0 and row["tokens_per_s"] > 0
+    monkeypatch.setitem(sys.modules, "transformers", None)                   # import fails
+    out = run(bench, *BENCH, "--what", "transformers", "--model", tmp_path).out
+    assert out.rstrip().endswith("pip install transformers")
 
 
 def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint):
