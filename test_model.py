@@ -41,7 +41,7 @@ import sample
 import train_sft
 from distill import INITS, convert
 from model import (Config, GPT2_PATTERN, HybridLM, KV, RopeScaling, SSM, UserError, choose, join_projections,
-                   load_pretrained, load_tokenizer, save_pretrained, scan_chunk, scan_loop,
+                   load_pretrained, load_tokenizer, save_pretrained, scan_chunk,
                    selective_scan)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -4002,8 +4002,8 @@ def test_chunks_of_every_size_are_tried_and_the_rule_stays(monkeypatch, tmp_path
     rule = nano.chunk_size
     sizes = []
     monkeypatch.setattr(bench, "SCAN_SHAPES", [(2, 32, 5)])
-    apply = ChunkedScan.apply
-    monkeypatch.setattr(ChunkedScan, "apply", lambda *args: sizes.append(args[-1]) or apply(*args))
+    apply = nano.ChunkedScan.apply
+    monkeypatch.setattr(nano.ChunkedScan, "apply", lambda *args: sizes.append(args[-1]) or apply(*args))
     run(bench, *BENCH, "--what", "chunks", "--json", tmp_path / "rows.jsonl")
     row, = json_lines(tmp_path / "rows.jsonl")
     assert set(sizes) == {1, 2, 4, 8, rule(2, 32, 16)} == {int(size) for size in row["seconds"]}
@@ -4280,7 +4280,7 @@ def test_a_pair_begins_as_the_tokenizer_begins_a_text_and_the_built_in_form_is_t
 def test_a_conversation_is_trained_as_the_checkpoints_template_writes_it(name, tmp_path):
     pytest.importorskip("jinja2")
     template, end = TEMPLATES[name]
-    chat = chat_from(tmp_path, chat_template=template, **NAMES)
+    chat = chat_from(tmp_path, chat_template=template, **TOKEN_NAMES)
     codec = train_sft.load_codec(tmp_path)
     messages = said("a", "b", "c", "d")
     [parts] = train_sft.parts_of({"messages": messages}, codec)
