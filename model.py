@@ -1104,11 +1104,43 @@ def norm_on_cpu(norm, x):
 
 
 def mix_one_token(mixer, u, dt, B, C, z, state, place):
-    """Mamba.mix: one token on a GPU is the work of one kernel, see part 5."""
-    one = u.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
-    if one and scan_backend(u.device, 1, mixer.config.d_state, u.dtype) == "triton":
+    """Mamba.mix: one token is the work of one kernel on a GPU, see part 5, and of few operations elsewhere."""
+    if u.shape[1] > 1 or state is None or torch.is_grad_enabled():
+        return mix_by_definition(mixer, u, dt, B, C, z, state, place)
+    if scan_backend(u.device, 1, mixer.config.d_state, u.dtype) == "triton":
         return mamba_step(mixer, u, dt, B, C, z, state, place)
-    return mix_by_definition(mixer, u, dt, B, C, z, state, place)
+    return mix_in_few_operations(mixer, u, dt, B, C, z, state, place)
+
+
+def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
+    """Mamba.mix for one token. A small model's step costs what its operations cost to call, and with one token every
+    tap, group and cell has its place in one tensor: nothing is repeated, and no loop runs over taps."""
+    c = mixer.config
+    n = c.d_state
+    b = len(u)
+    wide = state.h.dtype
+    window = torch.cat([state.conv.to(u.dtype), u], dim=1)         # (b, d_conv, d_xb)
+    h = state.h
+    inputs = window
+    if place.position is not None:
+        distance = torch.arange(c.d_conv - 1, -1, -1, device=u.device)
+        inputs = window.masked_fill((place.position < distance)[..., None], 0)
+        h = h.masked_fill((place.position == 0)[..., None], 0)
+    share = c.d_inner // c.d_xb if c.expand_before_conv else 1
+    weight = mixer.conv1d.weight[:, 0].T.reshape(c.d_conv, -1, share, n)             # (d_conv, d_xb / n, share, n)
+    u = (inputs.view(b, c.d_conv, -1, 1, n) * weight).sum(1).view(b, 1, -1)          # (b, 1, channels of the conv)
+    u = F.silu(u if mixer.conv1d.bias is None else u + mixer.conv1d.bias)
+    if not c.expand_before_conv:
+        u = mixer.expand(u)
+    u = u[:, 0].to(wide)                                           # (b, d_inner)
+    dt = dt[:, 0].to(wide)
+    dt = F.softplus(dt if mixer.dt_proj.bias is None else dt + mixer.dt_proj.bias.to(wide))
+    decay = torch.exp(dt[..., None] * -torch.exp(mixer.A_log.to(wide)))              # (b, d_inner, n)
+    write = (dt * u).view(b, -1, c.d_inner // c.d_xb * n, 1) * B.reshape(b, -1, 1, n)
+    h = torch.addcmul(write.view(h.shape), decay, h)
+    y = (h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)).sum(-1).view(b, -1)           # (b, d_inner)
+    y = torch.addcmul(y, mixer.D.to(wide), u) * F.silu(z[:, 0].to(wide))
+    return y[:, None].to(z.dtype), SSM(window[:, 1:].contiguous(), h)
 
 
 # Where part 1 computes by definition, the model takes these forms. use(DEFINITIONS) takes them out again: to try
@@ -1146,7 +1178,6 @@ import json
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import unicodedata
@@ -1224,6 +1255,7 @@ NEUTRAL = {
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
     "original_max_position_embeddings": (None,),
+    "rope_interleaved": (False, None),
 }
 
 # The same for the keys of rope_scaling (transformers 4) and rope_parameters (transformers 5). The type is spelled in
@@ -1347,8 +1379,8 @@ def whole(name, value, most=LARGEST):
 
 
 def number(name, value):
-    """value as a float, if it is a finite number above 0."""
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    """value as a float, if it is a number above 0, and no infinity."""
+    if type(value) not in (int, float) or not 0 < value < 1e300:
         refuse_value(name, value, "a number above 0")
     return float(value)
 
@@ -1489,7 +1521,7 @@ def window_of(raw, model_type):
         return None
     if types == ["sliding_attention"] * n_layer and window is not None:
         return window
-    raise UserError(f"layer_types = {brief(types)} with sliding_window = {window} is not implemented: "
+    raise UserError(f"layer_types = {brief(types)} with sliding_window = {brief(window)} is not implemented: "
                     f"either every layer has the window or none")
 
 
@@ -2896,21 +2928,6 @@ def claim_out(path, inputs, overwrite, resume, done="report.json"):
 def same_place(path, other):
     """Do two paths name one directory: through a link, another spelling, a letter's case where the disk ignores it?"""
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
-
-
-@contextlib.contextmanager
-def uninterrupted():
-    """Ctrl-C inside waits until the block is done: a step that was taken in half must never be saved."""
-    pressed, usual = [], signal.getsignal(signal.SIGINT)
-    if usual not in (signal.SIG_IGN, None):                                  # nohup ignores it, and so do we then
-        signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        if usual is not None:
-            signal.signal(signal.SIGINT, usual)
-    if pressed:
-        raise KeyboardInterrupt
 
 
 # ======================================================================================================================

@@ -756,9 +756,8 @@ class Progress:
     loss: float = 0.0                                    # summed since the last log entry ...
     count: int = 0                                       # ... over so many trained tokens
     log: list = field(default_factory=list)              # entries: step, the loss by its name, tokens, seconds
-    extra: dict = field(default_factory=dict)            # what a caller wants to find again
 
-    SAVED = ("step", "tokens", "seconds", "loss", "count", "log", "extra")
+    SAVED = ("step", "tokens", "seconds", "loss", "count", "log")
 
     def save(self, model, optimizers):
         """Write the file. Its tensors are named kind|parameter: parameter names hold dots, but no bar.
@@ -840,7 +839,7 @@ class Progress:
 
 
 def check_kind(key, value, kind):
-    """Raises ValueError unless a saved value is of its kind: int or float (a whole number is one), list or dict."""
+    """Raises ValueError unless a saved value is of its kind: a list, int or float (of which a whole number is one)."""
     if kind is float:
         good = isinstance(value, (int, float)) and abs(value) < 2**63
     elif kind is int:
