@@ -3782,22 +3782,29 @@ def test_traces_are_what_the_model_wrote_and_training_reads(talker, checkpoint, 
     assert "10 with half a character" in printed.err
 
 
-@pytest.mark.parametrize("where", ["before the batch", "before the note"])
+STOPS = {
+    "Ctrl-C": (sample, "write_answers", KeyboardInterrupt(), KeyboardInterrupt),
+    "between rows and note": (nano, "write_json", KeyboardInterrupt(), KeyboardInterrupt),
+    "full disk": (os, "fsync", OSError(28, "No space left"), UserError),
+}
+
+
+@pytest.mark.parametrize("where", STOPS)
 def test_traces_that_were_interrupted_go_on_and_end_the_same(talker, questions, tmp_path, monkeypatch, where):
     command = talker, *TRACES, "--prompt-file", questions, "--traces"
     ask(*command, tmp_path / "whole.jsonl")
-    owner, name = {"before the batch": (sample, "write_answers"), "before the note": (nano, "write_json")}[where]
+    owner, name, error, seen = STOPS[where]
     real = getattr(owner, name)
     left = [3]
 
     def stops(*args):
         left[0] -= 1
         if left[0] < 0:
-            raise KeyboardInterrupt
+            raise error
         return real(*args)
     file = tmp_path / "killed.jsonl"
     monkeypatch.setattr(owner, name, stops)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(seen):
         ask(*command, file)
     monkeypatch.setattr(owner, name, real)
     assert 0 < len(file.read_bytes()) < len((tmp_path / "whole.jsonl").read_bytes())
