@@ -3736,6 +3736,12 @@ def test_a_file_of_records_asks_what_training_would_read(checkpoint, tmp_path):
     for file in ("x.jsonl", "x.jsonl.gz"):
         rows = ask_json(checkpoint, "--prompt-file", tmp_path / file, "--max-new-tokens", 5)
         assert [row["ids"] for row in rows] == wanted
+    for text, flags, words in ((text, ["--raw"], "holds messages"), ("\n", [], "is empty"),
+                               ('{"messages": [{"role": "system", "content": "a"}]}', [], "line 1: there is no"),
+                               ('{"prompt": "a", "system": "b"}', [], "line 1: more than a prompt")):
+        (tmp_path / "x.jsonl").write_text(text)
+        with pytest.raises(UserError, match=words):
+            ask(checkpoint, "--prompt-file", tmp_path / "x.jsonl", *flags)
 
 
 TRACES = "--max-new-tokens", 30, "--batch", 2, "--num-samples", 2, "--temperature", 1
