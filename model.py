@@ -2405,11 +2405,6 @@ def begin_tokens(path, enc):
 # never to stop. What the model is to learn (the answer, and the token that ends it) is never searched for in rendered
 # text: a prompt ends where the answer begins, and answer + chat.end follows.
 
-def format_prompt(question):
-    """The template of Mistral's instruct models. [INST] and <s> are single tokens."""
-    return f"<s>[INST] {question} [/INST]"
-
-
 class Chat:
     """What load_chat returns. render(messages, add_generation_prompt) -> text; end: the text of the token that ends an
     answer; refusal: why there is no template, or None."""
