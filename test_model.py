@@ -4752,35 +4752,40 @@ def test_a_damaged_progress_file_is_refused(hybrid, tmp_path):
         train_sft.Progress(str(path), {"seed": 0}, resume=True).load(model, [], plan)
 
 
-@pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
-def test_a_loss_that_is_nan_exits_and_leaves_what_was_saved(program, traces, tmp_path, monkeypatch, capsys, no_answers,
-                                                            interrupt_after):
-    """Exit code 2, one line, and progress from before the accident, from which a lower rate could continue."""
+BOTH = pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
+
+
+@BOTH
+def test_a_loss_that_is_nan_leaves_what_was_saved(program, traces, tmp_path, monkeypatch, no_answers, interrupt_after):
+    """One line, and progress from before the accident, from which a lower rate could continue."""
     interrupt_after(2)
     with pytest.raises(KeyboardInterrupt):
         run(program, *short_run(program, traces, tmp_path))
-    before, files = (tmp_path / "progress.safetensors").read_bytes(), sorted(os.listdir(tmp_path))
+    before = (tmp_path / "progress.safetensors").read_bytes()
+    files = sorted(os.listdir(tmp_path))
     name = "cross_entropy" if program is train_sft else "batch_loss"
     real = getattr(program, name)
-    monkeypatch.setattr(program, name, lambda *a: (lambda loss, *rest: (loss * math.nan, *rest))(*real(*a)))
-    monkeypatch.setattr(sys, "argv", ["x", *map(str, short_run(program, traces, tmp_path, "--resume"))])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        nano.run_main(program.main)
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count("error: ") == 1 and "not finite" in err.splitlines()[-1]
-    assert (tmp_path / "progress.safetensors").read_bytes() == before and sorted(os.listdir(tmp_path)) == files
+
+    def broken(*args):
+        loss, count = real(*args)
+        return loss * math.nan, count
+    monkeypatch.setattr(program, name, broken)
+    with pytest.raises(UserError, match="not finite"):
+        run(program, *short_run(program, traces, tmp_path, "--resume"))
+    assert (tmp_path / "progress.safetensors").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == files
 
 
-@pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
-def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, monkeypatch, capsys):
+@BOTH
+def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, no_answers):
     """Products in bfloat16, weights kept in float32."""
-    out, _ = run(program, *short_run(program, traces, tmp_path, "--dtype", "bfloat16"))
-    report = json.loads(out.splitlines()[-1])
-    assert all(math.isfinite(report[key]) for key in {"loss", "kl_first", "kl_last"} & set(report))
-    weights = load_file(tmp_path / "model.safetensors")
-    assert all(torch.isfinite(w).all() for w in weights.values())
-    assert program is distill or {w.dtype for w in weights.values()} == {torch.float32}
+    printed = run(program, *short_run(program, traces, tmp_path, "--dtype", "bfloat16")).out
+    report = json.loads(printed.splitlines()[-1])
+    keys = ["loss"] if program is train_sft else ["kl_first", "kl_last"]
+    assert all(math.isfinite(report[key]) for key in keys)
+    weights = load_file(tmp_path / "model.safetensors").values()
+    assert all(torch.isfinite(w).all() for w in weights)
+    assert program is distill or {w.dtype for w in weights} == {torch.float32}
     with pytest.raises(UserError, match="float16"):
         nano.pick_dtype("float16", torch.device("cpu"))
 
@@ -5128,42 +5133,49 @@ def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path)
 
 def test_a_stack_of_layers_becomes_deeper_or_shallower():
     """As a whole: the old layers repeated in order, or the first of them; copies, so that each can be trained alone."""
-    old, tokens = tiny("t t t"), some_tokens(2, 9)
+    old = tiny("t t t")
+    tokens = some_tokens(2, 9)
     for n in (2, 3, 6):
         new = train_sft.resize(old, n)
-        assert new.config.layout == ("t",) * n == ("t",) * len(new.layers) and new.config.n_layer == n
+        assert new.config.layout == ("t",) * n == ("t",) * len(new.layers)
+        assert new.config.n_layer == n
         for i, block in enumerate(new.layers):
-            assert all(torch.equal(p, q.float()) for p, q in zip(block.parameters(), old.layers[i % 3].parameters()))
-        places = [p.data_ptr() for lm in (old, new) for p in lm.layers.parameters()]
-        assert len(set(places)) == len(places) and new.norm is old.norm and new.embed_tokens is old.embed_tokens
+            for p, q in zip(block.parameters(), old.layers[i % 3].parameters(), strict=True):
+                assert torch.equal(p, q.float()) and p.data_ptr() != q.data_ptr()
+        places = {p.data_ptr() for p in new.layers.parameters()}
+        assert len(places) == n * len(list(old.layers[0].parameters()))
+        assert new.norm is old.norm and new.embed_tokens is old.embed_tokens
     same = train_sft.resize(old.float(), 3)(tokens)[0]
     assert off(same, old(tokens)[0]) < 1e-6
-    for lm, n in ((old, 4), (old, 0), (old, -1), (tiny("t m2"), 2)):
+    for model, n in ((old, 4), (old, 0), (old, -1), (tiny("t m2"), 2)):
         with pytest.raises(UserError, match="only all-attention models"):
-            train_sft.resize(lm, n)
+            train_sft.resize(model, n)
 
 
 def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family, tmp_path, monkeypatch):
-    start, other = family / "h1", tmp_path / "other"
-    lm = load_pretrained(start)
-    for p in lm.parameters():
+    other = tmp_path / "other"
+    model = load_pretrained(family / "h1")
+    for p in model.parameters():
         p.data += torch.randn(p.shape) / 100
-    save_pretrained(lm, other)
-    sft = lambda out, *more: run(train_sft, "--model", start, "--steps", 2, "--batch", 2, "--eval", 0,
-                                        "--threads", 1,
-                                        "--out", tmp_path / out, *more)
-    sft("alone"), sft("merged", "--merge", other, "--merge-weight", 0.25)
-    places = tmp_path / "alone", tmp_path / "merged", other
-    alone, merged, lm = (load_file(path / "model.safetensors") for path in places)
-    assert all(torch.equal(w, 0.25 * alone[name] + 0.75 * lm[name]) for name, w in merged.items())
+    save_pretrained(model, other)
+
+    def tune(out, *more):
+        command = "--model", family / "h1", "--steps", 2, "--batch", 2, "--eval", 0, "--threads", 1
+        run(train_sft, *command, "--out", tmp_path / out, *more)
+    tune("alone")
+    tune("merged", "--merge", other, "--merge-weight", 0.25)
+    alone = load_file(tmp_path / "alone" / "model.safetensors")
+    added = load_file(other / "model.safetensors")
+    for name, w in load_file(tmp_path / "merged" / "model.safetensors").items():
+        assert torch.equal(w, 0.25 * alone[name] + 0.75 * added[name])
     args = json.loads((tmp_path / "merged" / "training.json").read_text())["args"]
     assert args["merge"] == str(other) and args["merge_weight"] == 0.25
-    monkeypatch.setattr(train_sft, "fit", lambda *a: pytest.fail("training began"))
-    for more, why in ((("--merge", family / "h2"), "layout"), (("--merge", tmp_path / "none"), "no such directory"),
-                      (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"),
-                      (("--merge-weight", -1), "between")):
-        with pytest.raises(UserError, match=why):
-            sft("refused", *more)
+    monkeypatch.setattr(train_sft, "fit", lambda *args: pytest.fail("training began"))
+    refused = [(("--merge", family / "h2"), "layout"), (("--merge", tmp_path / "none"), "no such directory"),
+               (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"), (("--merge-weight", -1), "between")]
+    for more, words in refused:
+        with pytest.raises(UserError, match=words):
+            tune("refused", *more)
 
 
 def fake_report(path, replaced, tokens, student, seed=0, before=None, scores=None, kind="m2"):

@@ -1180,6 +1180,7 @@ def main():
     nano.write_json(os.path.join(args.out, "training.json"), report)
     progress.remove()
     print(json.dumps({"loss": log[-1]["loss"], **result}))
+    print(f"next: python sample.py --model {args.out} --chat", file=sys.stderr)
 
 
 if __name__ == "__main__":
