@@ -2295,10 +2295,11 @@ def test_a_ridge_fit_finds_a_linear_map():
     assert distill.ridge_fit(a, a @ w.T, strength=10.0).norm() < w.norm() / 2   # the penalty pulls towards zero
 
 
-def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does():
+@pytest.mark.parametrize("shape", [{}, {"qkv_bias": True, "qk_norm": True}], ids=["plain", "biases and norms"])
+def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does(shape):
     """For the same input: aligned starts as far from the attention's output as writing nothing. Padding does not count:
     other ids there change nothing."""
-    teacher = tiny("t t t", torch.float32)
+    teacher = tiny("t t t", torch.float32, **shape)
     tokens = some_tokens(8, 40)
     real = torch.arange(40) < torch.randint(20, 41, (8, 1))
     place = teacher_place(teacher, tokens)
