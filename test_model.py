@@ -908,6 +908,16 @@ def test_definitions_equal_the_faster_forms(layout, change, chosen):
         assert off(a, b) < 1e-10
 
 
+@pytest.mark.parametrize("change", [{"expand_before_conv": False}, {"conv_bias": False, "dt_bias": False}, {"d_conv": 1}],
+                         ids=str)
+def test_definitions_equal_the_faster_forms_for_every_kind_of_mamba(change):
+    model = tiny("m2 t", **change)
+    with forms([]):
+        wanted = everything(model)
+    for a, b in zip(everything(model), wanted, strict=True):
+        assert off(a, b) < 1e-10
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("scale, offset", [(1, 0), (1e4, 0), (1e-4, 0), (1, 100)])
 def test_the_norm_of_generation_is_the_norm_of_training(dtype, tolerance, scale, offset):
