@@ -856,8 +856,9 @@ def parse_args():
         "--init other than the default adds its name)")
     add("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of "
         "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student (default auto)")
+    inits = "; ".join(f"{name}: {what}" for name, what in INITS.items())
     add("--init", default="calibrated", choices=tuple(INITS),
-        help="of a mixer (default calibrated)")
+        help=f"of a mixer. {inits} (default calibrated)")
     add("--d-state", type=int, help="memory cells per channel of the new mixers, a divisor of the "
         "teacher's head_dim (default 16, or the largest one below)")
     # What it learns from.
@@ -901,6 +902,8 @@ def plan_stages(args):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.lr <= 0 or (args.lr_rest or 0) < 0:
+        raise UserError("--lr must be above 0, and --lr-rest not below")
     if args.rank not in RANKS and not os.path.exists(args.rank):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
     if args.data and args.traces != "reasoning":
