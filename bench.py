@@ -78,6 +78,8 @@ def parse_args():
         help="length of the measured prefill (default: --ctx on a GPU, else 1024)")
     add("--seconds", type=float, default=2.0,
         help="time spent per measured cell, at least 3 runs (default: 2 s)")
+    add("--cpu-time", action="store_true",
+        help="count this thread's CPU time and not the clock: for a CPU shared with other programs")
     add("--memory", type=float,
         help="GB for weights and caches (default: 96 %% of what is free on a GPU, else 4 GB)")
     add("--graph", action="store_true",
@@ -222,6 +224,10 @@ def memory_for(args, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring.
 
+# --cpu-time makes it time.thread_time, which stands still while another program has the core.
+clock = time.perf_counter
+
+
 def alternate(runs, device, seconds, warmup=1, least=3, most=50):
     """runs: {name: function} -> {name: seconds of each round}. All in turn, so that another program's burst hits them
     all. The first rounds (allocation, kernel compilation) are not counted."""
@@ -230,8 +236,8 @@ def alternate(runs, device, seconds, warmup=1, least=3, most=50):
         for run in runs.values():
             run()
     rounds = 0
-    end = time.perf_counter() + seconds * len(runs)
-    while rounds < least or (time.perf_counter() < end and rounds < most):
+    end = clock() + seconds * len(runs)
+    while rounds < least or (clock() < end and rounds < most):
         rounds += 1
         for name, run in runs.items():
             times[name].append(time_once(run, device))
@@ -252,10 +258,10 @@ def median_of(values):
 def time_once(run, device):
     """Seconds that one call of run() takes."""
     sync(device)
-    start = time.perf_counter()
+    start = clock()
     run()
     sync(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 class Machine(NamedTuple):
@@ -855,14 +861,14 @@ def compare_generate(ours, theirs, prompt, count, rounds, device):
         def hook(*_):
             if first_logits[name][-1] is None:
                 sync(device)
-                first_logits[name][-1] = time.perf_counter()
+                first_logits[name][-1] = clock()
         return model.lm_head.register_forward_hook(hook)
     ends = {"ours": [], "theirs": []}
 
     def ending(name, run):
         run()
         sync(device)
-        ends[name].append(time.perf_counter())
+        ends[name].append(clock())
     hooks = [watch(ours, "ours"), watch(theirs, "theirs")]
     runs = {"ours": partial(ending, "ours", run_ours),
             "theirs": partial(ending, "theirs", run_theirs)}
@@ -1475,7 +1481,7 @@ def about_run(args, device, dtype, shape, machine):
             "dtype": str(dtype).removeprefix("torch."), "shape": shape,
             "scan": scan_backend(device), "copy_bytes_per_s": machine.copied,
             "product_flops": machine.products, "exponentials_per_s": machine.exponentials,
-            "graph": args.graph}
+            "graph": args.graph, "clock": clock.__name__}
 
 
 def measured_rows(args, config, device, dtype, machine):
@@ -1509,6 +1515,11 @@ def main():
         return
     if args.graph and device.type != "cuda":
         raise UserError("--graph needs a GPU with CUDA")
+    if args.cpu_time:
+        if device.type != "cpu" or torch.get_num_threads() > 1:
+            raise UserError("--cpu-time counts one thread on a CPU: --device cpu, and OMP_NUM_THREADS=1 before it")
+        global clock
+        clock = time.thread_time
     if args.json:
         # Fail now, not after the first row.
         append_line(args.json, None)
@@ -1519,7 +1530,7 @@ def main():
           f"{about['threads']} threads | {about['dtype']} | torch {about['torch']}, "
           f"triton {about['triton']} | commit {about['commit']}")
     print(nano.scan_backend_reason(device))
-    print(f"measured: copy {amount(machine.copied)}/s (read and write), matrix product "
+    print(f"measured ({clock.__name__}): copy {amount(machine.copied)}/s (read and write), matrix product "
           f"{amount(machine.products, 'flop')}/s, exp {amount(machine.exponentials, '')}/s")
     rows = []
     try:

@@ -951,6 +951,16 @@ def test_definitions_equal_the_faster_forms(layout, change, chosen):
         assert off(a, b) < 1e-10
 
 
+@pytest.mark.parametrize("change", [{"expand_before_conv": False}, {"conv_bias": False, "dt_bias": False}, {"d_conv": 1}],
+                         ids=str)
+def test_definitions_equal_the_faster_forms_for_every_kind_of_mamba(change):
+    model = tiny("m2 t", **change)
+    with forms([]):
+        wanted = everything(model)
+    for a, b in zip(everything(model), wanted, strict=True):
+        assert off(a, b) < 1e-10
+
+
 @pytest.mark.parametrize("dtype, tolerance", [
     (torch.float64, 1e-14),
     (torch.float32, 1e-6),
@@ -4017,6 +4027,15 @@ def test_what_is_compared_is_measured_in_turn():
     times = bench.alternate(runs, torch.device("cpu"), 0, warmup=1, least=3)
     assert "".join(calls) == "abababab" and [len(times[name]) for name in "ab"] == [3, 3]
     assert bench.ratios("x", [2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"x": 2.0, "x_range": [1.0, 3.0]}
+
+
+def test_cpu_time_stands_still_while_another_program_has_the_core(monkeypatch):
+    def another():
+        time.sleep(0.1)
+    wall = bench.time_once(another, torch.device("cpu"))
+    monkeypatch.setattr(bench, "clock", bench.clock)
+    run(bench, *BENCH, "--cpu-time", "--ctx", 8, "--replace", 0, "--batch", 1)
+    assert bench.time_once(another, torch.device("cpu")) < 0.05 < 0.1 <= wall
 
 
 def test_chunks_of_every_size_are_tried_and_the_rule_stays(monkeypatch, tmp_path):
