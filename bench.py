@@ -3,8 +3,10 @@ What the conversion buys: tokens/s of a transformer (H-0) and of its hybrids (H-
 
     python bench.py --ctx 32768                                 # GPU: largest shape that fits; CPU: tiny, 2 minutes
     python bench.py --shape 3b --replace 0,20 --batch 1,8 --json bench.jsonl --plot bench.png
+    python bench.py --ctx 1024,4096,16384,65536,131072 --what decode --batch 1,max --plot sweep.png
     python bench.py --what scan                                 # the selective scans that run here
-    python bench.py --table out/h25 out/h27                     # what distill.py and train_sft.py have saved, in a table
+    python bench.py --what transformers --model teacher         # against generate() of transformers
+    python bench.py --table out/h25 out/h27                     # what distill.py and train_sft.py saved, as a table
     python bench.py --figures results/ten.jsonl --out out/ten   # ... and in two pictures
 
 Weights are random (speed does not depend on them) unless --model names a checkpoint. All rows run the same code and the
@@ -27,6 +29,8 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,16 +56,17 @@ SHAPES = {
 # asked for. Speed depends on the count only.
 ORDER = [*nano.APRIEL15B, 2]
 
-WHAT = ("prefill", "decode", "scan")
+WHAT = ("prefill", "decode", "scan", "chunks", "transformers")
 
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--ctx", default="32768",
-        help="tokens of context; several, with commas, for --plot (default: 32768)")
-    add("--shape", help=f"{', '.join(SHAPES)} (default: the largest that fits on a GPU, tiny on a CPU)")
+    add("--ctx", help="tokens of context; several, with commas, for --plot "
+        "(default: 32768; with --what transformers: a short text)")
+    add("--shape", help=f"{', '.join(SHAPES)} (default: the largest "
+        "that fits on a GPU, tiny on a CPU)")
     add("--model", help="bench this checkpoint directory, beside an H-0 of its shape "
         "(default: random weights)")
     add("--replace", help="layers replaced, of 50; scaled to other depths "
@@ -73,26 +78,32 @@ def parse_args():
         help="length of the measured prefill (default: --ctx on a GPU, else 1024)")
     add("--seconds", type=float, default=2.0,
         help="time spent per measured cell, at least 3 runs (default: 2 s)")
+    add("--cpu-time", action="store_true",
+        help="count this thread's CPU time and not the clock: for a CPU shared with other programs")
     add("--memory", type=float,
         help="GB for weights and caches (default: 96 %% of what is free on a GPU, else 4 GB)")
     add("--graph", action="store_true",
         help="decode by replaying a CUDA graph of the steps (not measured yet)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
+    add("--device", default="auto",
+        help="cuda, mps or cpu (default: the first of these that is there)")
     add("--dtype", default="auto",
         help="float32 or bfloat16 (default: bfloat16 on cuda, else float32)")
     add("--seed", type=int, default=0, help="seed of weights and inputs (default: 0)")
     add("--json", metavar="FILE", help="append one JSON line per row; with --table or --figures: "
-        "write their results, one line each (such a file can be given to both instead of directories)")
+        "write their results, one line each (both read such a file instead of directories)")
     add("--plot", metavar="FILE.png",
         help="tokens/s against context and against Mamba layers (needs matplotlib)")
     # Results of distill.py and train_sft.py instead of measurements.
     add("--table", nargs="+", metavar="DIR",
         help="only print a table of these results (or those inside, or in a file of --json)")
     add("--figures", nargs="+", metavar="DIR", help="... and draw two pictures of them into --out")
-    add("--out", default="results", help="directory for the pictures of --figures (default: results)")
-    add("--speeds", metavar="FILE", help="for --figures: tokens/s from bench.py --model DIR --json FILE")
+    add("--out", default="results",
+        help="directory for the pictures of --figures (default: results)")
+    add("--speeds", metavar="FILE",
+        help="for --figures: tokens/s from bench.py --model DIR --json FILE")
     args = p.parse_args()
-    args.ctx = numbers("--ctx", args.ctx)
+    args.short_text = args.ctx is None
+    args.ctx = numbers("--ctx", args.ctx or "32768")
     default = "0" if args.model else "0,25,30,34,37,40"
     args.replace = numbers("--replace", args.replace or default, least=0)
     args.what = args.what.split(",")
@@ -124,6 +135,8 @@ def check_args(args):
         raise UserError("--ctx starts at 8")
     if args.prefill_tokens is not None and args.prefill_tokens < 1:
         raise UserError("--prefill-tokens starts at 1")
+    if "transformers" in args.what and not args.model:
+        raise UserError("--what transformers needs --model DIR, a checkpoint that both can read")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install matplotlib")
 
@@ -155,11 +168,45 @@ def sizes(config, dtype, ctx):
             "kv_bytes": kv_bytes, "state_bytes": state_bytes}
 
 
-def decode_limit(size, batch, bandwidth):
-    """Tokens/s if a step did nothing but move its bytes: weights and caches in, states in and out."""
+def decode_limit(size, batch, copied):
+    """Tokens/s if a step did nothing but move its bytes: weights and caches in, states in and out. A step reads far
+    more than it writes, and is held against the bandwidth of a copy all the same."""
     of_one_text = size["kv_bytes"] + 2 * size["state_bytes"]
-    seconds = (size["read_bytes"] + batch * of_one_text) / bandwidth
+    seconds = (size["read_bytes"] + batch * of_one_text) / copied
     return batch / seconds
+
+
+def prefill_limit(config, t, dtype, machine):
+    """Tokens/s if a prompt of t tokens cost only its matrix products, attention's two products over all pairs of tokens
+    that see each other, and the scans (scan_limits), each as fast as it can be and one after the other. Left out:
+    norms, rotary, softmax, activations, the embedding, and that small products are slower than large ones."""
+    c = config
+    with torch.device("meta"):
+        layers = HybridLM(c).layers
+    matrices = [p.numel() for name, p in layers.named_parameters() if name.endswith("_proj.weight")]
+    # The output head is asked for the last token alone.
+    products = 2 * t * sum(matrices) + 2 * c.d_model * c.vocab_size
+    window = min(t, c.sliding_window or t)
+    pairs = window * (window + 1) / 2 + (t - window) * window
+    attention = 4 * pairs * c.n_head * c.head_dim * c.layout.count("t")
+    scan, _ = scan_limits(1, t, c, dtype, machine)
+    seconds = (products + attention) / machine.products + scan * c.layout.count("m2")
+    return t / seconds
+
+
+def scan_limits(b, t, config, dtype, machine):
+    """-> seconds (forward, backward) that no kernel can beat. Bytes: forward reads u, dt, z, C and writes y (t, d_inner
+    each), B is d_xb wide; backward reads these with grad_y for y and writes four gradients and that of B. Or, where
+    they take longer, the exponentials: d_state per channel and step and 4 for softplus and SiLU; backward needs those
+    for rebuilding the states and for walking back, and 2 more."""
+    c = config
+    item = dtype.itemsize
+    forward = b * t * (5 * c.d_inner + c.d_xb) * item / machine.copied
+    backward = b * t * (9 * c.d_inner + 2 * c.d_xb) * item / machine.copied
+    channels = b * t * c.d_inner
+    forward = max(forward, channels * (c.d_state + 4) / machine.exponentials)
+    backward = max(backward, channels * (2 * c.d_state + 6) / machine.exponentials)
+    return forward, backward
 
 
 def memory_for(args, device):
@@ -177,35 +224,76 @@ def memory_for(args, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring.
 
-def measure(run, device, seconds, warmup=1, least=3, most=50):
-    """-> (median, spread) of run() in seconds; spread: half the distance between the quartiles,
-    relative. The first calls (allocation, kernel compilation) are not counted."""
+# --cpu-time makes it time.thread_time, which stands still while another program has the core.
+clock = time.perf_counter
+
+
+def alternate(runs, device, seconds, warmup=1, least=3, most=50):
+    """runs: {name: function} -> {name: seconds of each round}. All in turn, so that another program's burst hits them
+    all. The first rounds (allocation, kernel compilation) are not counted."""
+    times = {name: [] for name in runs}
     for _ in range(warmup):
-        run()
-    times = []
-    end = time.perf_counter() + seconds
-    while len(times) < least or (time.perf_counter() < end and len(times) < most):
-        times.append(time_once(run, device))
-    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+        for run in runs.values():
+            run()
+    rounds = 0
+    end = clock() + seconds * len(runs)
+    while rounds < least or (clock() < end and rounds < most):
+        rounds += 1
+        for name, run in runs.items():
+            times[name].append(time_once(run, device))
+    return times
+
+
+def measure(run, device, seconds, warmup=1, least=3):
+    """-> (median, spread) of run() in seconds, see median_of."""
+    return median_of(alternate({"": run}, device, seconds, warmup, least)[""])
+
+
+def median_of(values):
+    """-> the median and the spread: half the distance between the quartiles, relative to it."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return middle, (high - low) / 2 / middle
 
 
 def time_once(run, device):
     """Seconds that one call of run() takes."""
     sync(device)
-    start = time.perf_counter()
+    start = clock()
     run()
     sync(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def copy_bandwidth(device):
-    """Bytes/s of a large copy, read and write counted: what any kernel that streams memory can hope for."""
-    a = torch.empty(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
-    a.random_()
+class Machine(NamedTuple):
+    """What this machine can do at best, measured. A limit is a time that follows from these and from counting."""
+    copied: float        # bytes/s of a large copy, read and write counted
+    products: float      # floating point operations/s of a large matrix product in this dtype
+    exponentials: float  # exp/s
+
+
+def measure_machine(device, dtype, seconds):
+    """seconds: the time for each of the three. -> Machine. A GPU's exponentials are computed: 16 a cycle on each
+    multiprocessor's special function units."""
+    large = device.type == "cuda"
+    a = torch.empty(1 << (30 if large else 27), dtype=torch.uint8, device=device).random_()
     b = torch.empty_like(a)
-    seconds, _ = measure(lambda: b.copy_(a), device, 0.5, warmup=3, least=5)
-    return 2 * a.nbytes / seconds
+    copy_s, _ = measure(lambda: b.copy_(a), device, seconds, warmup=3, least=5)
+    n = 8192 if large else 1024
+    square = torch.randn(n, n, device=device).to(dtype)
+    product = torch.empty_like(square)
+    product_s, _ = measure(lambda: torch.mm(square, square, out=product), device, seconds,
+                           warmup=3, least=5)
+    if large:
+        gpu = torch.cuda.get_device_properties(device)
+        # clock_rate is in kHz.
+        exponentials = 16 * gpu.multi_processor_count * getattr(gpu, "clock_rate", 1.98e6) * 1e3
+    else:
+        # Few enough to stay in the cache.
+        few = torch.randn(1 << 14, device=device)
+        result = torch.empty_like(few)
+        exp_s, _ = measure(lambda: torch.exp(few, out=result), device, seconds, warmup=3, least=5)
+        exponentials = few.numel() / exp_s
+    return Machine(2 * a.nbytes / copy_s, 2 * n ** 3 / product_s, exponentials)
 
 
 def random_model(config, device, dtype):
@@ -307,7 +395,8 @@ def peak_memory(device):
     except ImportError:
         # Windows.
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -328,16 +417,17 @@ def batches_that_fit(args, device, largest):
     return sorted({b for b in wanted if 0 < b <= largest})
 
 
-def planned_rows(args, config, device, dtype, memory, bandwidth, ctx):
+def planned_rows(args, config, device, dtype, memory, machine, ctx):
     """-> [(row, its Config)]: the computed half of every row, printed before anything is measured."""
     configs = {f"H-{k}": hybrid(replace(config, layout=()), k) for k in args.replace}
     if args.model:
         configs["model"] = config
-    line = "{:>6} {:>5} {:>9} {:>9} {:>9} {:>10} {:>7}   {}"
+    length = prefill_length(args, ctx, device)
+    line = "{:>6} {:>5} {:>9} {:>9} {:>9} {:>10} {:>7} {:>9}   {}"
     print(f"\ncontext {ctx}: what is kept, how many texts fit into {amount(memory)}, "
-          "and the limit in tokens/s")
+          f"and the limits in tokens/s (prefill: {length} tokens)")
     print(line.format("model", "Mamba", "params", "weights", "KV/text", "state/text", "largest",
-                      "limit (batch)"))
+                      "prefill", "decode limit (batch)"))
     rows = []
     for name, c in configs.items():
         size = sizes(c, dtype, ctx)
@@ -345,14 +435,18 @@ def planned_rows(args, config, device, dtype, memory, bandwidth, ctx):
         largest = max(0, int((memory - size["weight_bytes"]) // of_one_text))
         cells = []
         for batch in batches_that_fit(args, device, largest):
-            cells.append({"batch": batch, "limit_tokens_per_s": decode_limit(size, batch, bandwidth)})
+            most = decode_limit(size, batch, machine.copied)
+            cells.append({"batch": batch, "limit_tokens_per_s": most})
         row = {"row": name, "mamba_layers": c.layout.count("m2"), "layers": c.n_layer, "ctx": ctx,
-               **size, "largest_batch": largest, "decode": cells}
+               **size, "largest_batch": largest, "decode": cells, "prefill_tokens": length,
+               "prefill_limit_tokens_per_s": prefill_limit(c, length, dtype, machine)}
         rows.append((row, c))
         limits = [f"{cell['limit_tokens_per_s']:.0f} ({cell['batch']})" for cell in cells]
         print(line.format(name, row["mamba_layers"], amount(size["params"], ""),
                           amount(size["weight_bytes"]), amount(size["kv_bytes"]),
-                          amount(size["state_bytes"]), largest, ", ".join(limits) or "does not fit"))
+                          amount(size["state_bytes"]), largest,
+                          f"{row['prefill_limit_tokens_per_s']:.0f}",
+                          ", ".join(limits) or "does not fit"))
     return rows
 
 
@@ -368,11 +462,11 @@ def measure_row(row, config, args, device, dtype):
         model = random_model(config, device, dtype)
     join_projections(model)
     if "prefill" in args.what:
-        length = prefill_length(args, row["ctx"], device)
-        seconds, spread = time_prefill(model, length, args, device)
-        row["prefill_tokens"] = length
-        row["prefill_tokens_per_s"] = length / seconds
+        seconds, spread = time_prefill(model, row["prefill_tokens"], args, device)
+        rate = row["prefill_tokens"] / seconds
+        row["prefill_tokens_per_s"] = rate
         row["prefill_spread"] = spread
+        row["prefill_percent_of_limit"] = 100 * rate / row["prefill_limit_tokens_per_s"]
     if "decode" in args.what and row["decode"]:
         # Smaller batches are views of the largest.
         state = filled_state(model, row["decode"][-1]["batch"], row["ctx"])
@@ -386,14 +480,14 @@ def measure_row(row, config, args, device, dtype):
     row["peak_bytes"] = peak_memory(device)
 
 
-ROW = "{:>6} {:>12}{} {:>8} {:>6} {:>9}"
+ROW = "{:>6} {:>12} {:>8}{} {:>8} {:>6} {:>9}"
 
 
 def print_header(columns):
     """columns: cells of the row that has most batches."""
     titles = ["decode/s (batch)"] * (columns - 1) + ["at its largest"]
     cells = "".join(f"{title:>20}" for title in titles)
-    print(ROW.format("model", "prefill/s", cells, "of limit", "x H-0", "peak"))
+    print(ROW.format("model", "prefill/s", "of limit", cells, "of limit", "x H-0", "peak"))
 
 
 def print_row(row, columns):
@@ -403,7 +497,8 @@ def print_row(row, columns):
     cells = []
     for cell in row["decode"]:
         if "tokens_per_s" in cell:
-            cells.append(f"{cell['tokens_per_s']:.1f} +-{100 * cell['spread']:.0f}% ({cell['batch']})")
+            noise = f"+-{100 * cell['spread']:.0f}%"
+            cells.append(f"{cell['tokens_per_s']:.1f} {noise} ({cell['batch']})")
         else:
             cells.append(missing)
     if not cells:
@@ -412,7 +507,9 @@ def print_row(row, columns):
     gap = [""] * (columns - len(cells))
     cells = cells[:-1] + gap + cells[-1:]
     prefill = ""
+    prefill_share = ""
     if "prefill_spread" in row:
+        prefill_share = f"{row['prefill_percent_of_limit']:.1f}%"
         prefill = f"{row['prefill_tokens_per_s']:.0f} +-{100 * row['prefill_spread']:.0f}%"
     share = ""
     if row["decode"] and "percent_of_limit" in row["decode"][-1]:
@@ -420,12 +517,13 @@ def print_row(row, columns):
     ratio = f"{row['ratio_to_h0']:.2f}" if "ratio_to_h0" in row else ""
     peak = amount(row["peak_bytes"]) if row.get("peak_bytes") else ""
     cells = "".join(f"{cell:>20}" for cell in cells)
-    print(ROW.format(row["row"], prefill, cells, share, ratio, peak), flush=True)
+    print(ROW.format(row["row"], prefill, prefill_share, cells, share, ratio, peak), flush=True)
 
 
 def ran_out_of_memory(error):
     """On a GPU that is an error of its own, on a CPU a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "allocate memory" in str(error)
 
 
 def best_rate(row):
@@ -433,21 +531,23 @@ def best_rate(row):
     return row["decode"][-1].get("tokens_per_s") if row.get("decode") else None
 
 
-def bench_models(args, config, device, dtype, bandwidth):
+def bench_models(args, config, device, dtype, machine):
     """Prefill and decode of every row at every context. Yields rows as they are measured."""
     memory = memory_for(args, device)
     for ctx in args.ctx:
-        rows = planned_rows(args, config, device, dtype, memory, bandwidth, ctx)
+        rows = planned_rows(args, config, device, dtype, memory, machine, ctx)
         columns = max(1, *(len(row["decode"]) for row, _ in rows))
-        print("\nmeasured, tokens/s: median, spread (half the distance between the quartiles), (batch)")
+        print("\nmeasured, tokens/s: median, spread (half the distance between the quartiles), "
+              "(batch)")
         if "decode" in args.what:
             print(f"decode: caches filled with random values as after {ctx} tokens, "
                   "instead of prefilling them")
         if "prefill" in args.what:
-            print(f"prefill: one prompt of {prefill_length(args, ctx, device)} tokens")
+            print("prefill: one prompt, in one pass, logits of its last token")
         print_header(columns)
         base = None
-        for row, c in tqdm(rows, desc=f"context {ctx}", leave=False, disable=not sys.stderr.isatty()):
+        quiet = not sys.stderr.isatty()
+        for row, c in tqdm(rows, desc=f"context {ctx}", leave=False, disable=quiet):
             try:
                 measure_row(row, c, args, device, dtype)
             except (RuntimeError, MemoryError) as e:
@@ -469,23 +569,6 @@ def bench_models(args, config, device, dtype, bandwidth):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The scan alone.
-
-def scan_limits(b, t, d, n, xb, dtype, bandwidth, device):
-    """-> seconds (forward, backward) that no kernel can beat. Bytes: forward reads u, dt, z, C and writes y (t, d
-    each), B is d_xb wide; backward reads these with dy for y and writes four gradients and that of B. On a GPU the
-    special function units may be slower: n exponentials per channel and step and 4 for softplus and SiLU, 16 a cycle
-    on each multiprocessor; backward needs those for rebuilding the states and for walking back, and 2 more."""
-    item = dtype.itemsize
-    forward = b * t * (5 * d + xb) * item / bandwidth
-    backward = b * t * (9 * d + 2 * xb) * item / bandwidth
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        # clock_rate is in kHz.
-        units = 16 * gpu.multi_processor_count * getattr(gpu, "clock_rate", 1.98e6) * 1e3
-        forward = max(forward, b * t * d * (n + 4) / units)
-        backward = max(backward, b * t * d * (2 * n + 6) / units)
-    return forward, backward
-
 
 def official_scan():
     """mamba_ssm's kernel in our argument order, or None. It wants time last and B and C with equally many groups."""
@@ -564,25 +647,52 @@ def blelloch_scan(u, dt, A, B, C, D, z, dt_bias):
     return ((h * C).sum(-1) + D * u) * F.silu(z)
 
 
+def mambapy_scan():
+    """mamba.py's scan (package mambapy, MambaBlock.selective_scan) in our argument order, or None. It knows one group
+    of B and C, so every group of C becomes a text of its own; softplus and gate are where mamba.py has them."""
+    try:
+        from mambapy.mamba import MambaBlock
+    except ImportError:
+        return None
+
+    def run(u, dt, A, B, C, D, z, dt_bias):
+        b, t, d = u.shape
+        groups = C.shape[2]
+        n = A.shape[1]
+
+        def apart(m):
+            # (b, t, groups * width) -> (b * groups, t, width)
+            return m.reshape(b, t, groups, -1).transpose(1, 2).flatten(0, 1)
+        A = A.view(groups, 1, d // groups, n).repeat(b, 1, 1, 1)
+        D = D.view(groups, 1, d // groups).repeat(b, 1, 1)
+        B = B.repeat_interleave(groups // B.shape[2], dim=2)
+        # self is not used in there.
+        y = MambaBlock.selective_scan(None, apart(u), apart(F.softplus(dt + dt_bias)), A, apart(B),
+                                      apart(C), D)
+        y = y.view(b, groups, t, -1).transpose(1, 2).reshape(u.shape)
+        return y * F.silu(z)
+    return run
+
+
 def own_scan(impl):
     """selective_scan with this implementation, as a function of its inputs alone."""
     return lambda *inputs: selective_scan(*inputs, impl=impl)[0]
 
 
 def scan_contestants(config, ctx, device):
-    """-> {name: (function, tokens at most)}. Backward of the loop keeps every state, that of Blelloch's scan a dozen
-    copies of all of them, which the limit keeps to some 1 GB."""
-    known = {"loop": (own_scan("loop"), 256),
-             "chunk": (own_scan("chunk"), ctx if device.type == "cuda" else 2048)}
-    best = scan_backend(device)
-    if best not in known:
-        known[best] = (own_scan(best), ctx)
-    if device.type != "cuda":
-        most = min(2048, (1 << 25) // (config.d_inner * config.d_state))
-        known["blelloch"] = (blelloch_scan, most)
-    elif official_scan():
-        known["mamba_ssm"] = (official_scan(), ctx)
-    return known
+    """-> {tokens: {name: function}}, what runs here. Those that are compared run over equally many tokens: as many as a
+    prefix sum over all states can hold (a dozen copies of them, some 1 GB), and the loop over few."""
+    auto = scan_backend(device)
+    if device.type == "cuda":
+        foreign = {"mamba_ssm": official_scan()}
+        t = ctx
+    else:
+        foreign = {"blelloch": blelloch_scan, "mambapy": mambapy_scan()}
+        t = min(ctx, 2048, (1 << 25) // (config.d_inner * config.d_state))
+    runs = {name: own_scan(name) for name in (auto, "chunk")}
+    runs |= {name: run for name, run in foreign.items() if run}
+    few = max(1, min(256, t // 2))
+    return {few: {"loop": own_scan("loop")}, t: runs}
 
 
 def scan_inputs(config, b, t, device, dtype):
@@ -599,30 +709,186 @@ def scan_inputs(config, b, t, device, dtype):
     return [m.requires_grad_() for m in inputs]
 
 
-def bench_scan(args, config, device, dtype, bandwidth):
-    """Forward and backward of every scan at the shape's width, batch 1. Yields rows."""
+def bench_scan(args, config, device, dtype, machine):
+    """Forward and backward of every scan at the shape's width, batch 1, in turn. Yields rows."""
     c = config
-    ctx = max(args.ctx)
-    print(f"\nselective scan, batch 1, d_inner {c.d_inner}, d_state {c.d_state}; "
-          f"auto takes: {scan_backend(device)}")
-    line = "{:>10} {:>7} {:>17} {:>8} {:>17} {:>8} {:>10}"
-    print(line.format("scan", "tokens", "forward ms", "limit", "backward ms", "limit", "ns/token"))
-    for name, (run, most) in scan_contestants(c, ctx, device).items():
-        t = min(ctx, most)
+    auto = scan_backend(device)
+    print(f"\nselective scan, batch 1, d_inner {c.d_inner}, d_state {c.d_state}, groups of B and C "
+          f"{c.d_xb // c.d_state} and {c.d_inner // c.d_state}; auto takes: {auto}")
+    line = "{:>10} {:>7} {:>17} {:>8} {:>17} {:>8} {:>10} {:>20}"
+    print(line.format("scan", "tokens", "forward ms", "limit", "backward ms", "limit", "ns/token",
+                      f"both, {auto} = 1"))
+    for t, runs in scan_contestants(c, max(args.ctx), device).items():
         inputs = scan_inputs(c, 1, t, device, dtype)
         grad_y = torch.randn_like(inputs[0])
-        with torch.no_grad():
-            forward, spread = measure(lambda: run(*inputs), device, args.seconds)
-        both, spread_both = measure(lambda: torch.autograd.grad(run(*inputs), inputs, grad_y),
-                                    device, args.seconds)
-        backward = both - forward
-        limits = scan_limits(1, t, c.d_inner, c.d_state, c.d_xb, dtype, bandwidth, device)
-        print(line.format(name, t, f"{1e3 * forward:.3f} +-{100 * spread:.0f}%", f"{1e3 * limits[0]:.3f}",
-                          f"{1e3 * backward:.3f} +-{100 * spread_both:.0f}%",
-                          f"{1e3 * limits[1]:.3f}", f"{1e9 * forward / t:.0f}"), flush=True)
-        yield {"row": f"scan {name}", "tokens": t, "forward_s": forward, "backward_s": backward,
-               "spread": spread, "forward_limit_s": limits[0], "backward_limit_s": limits[1],
-               "peak_bytes": peak_memory(device)}
+
+        def forward(run):
+            with torch.no_grad():
+                run(*inputs)
+
+        def both(run):
+            torch.autograd.grad(run(*inputs), inputs, grad_y)
+        forwards = {name: partial(forward, run) for name, run in runs.items()}
+        forwards = alternate(forwards, device, args.seconds)
+        boths = {name: partial(both, run) for name, run in runs.items()}
+        boths = alternate(boths, device, args.seconds)
+        limits = scan_limits(1, t, c, dtype, machine)
+        for name in runs:
+            row = scan_row(name, t, forwards[name], boths[name], boths.get(auto), limits)
+            forward_ms = f"{1e3 * row['forward_s']:.3f} +-{100 * row['spread']:.0f}%"
+            backward_ms = f"{1e3 * row['backward_s']:.3f} +-{100 * row['both_spread']:.0f}%"
+            print(line.format(name, t, forward_ms, f"{1e3 * limits[0]:.3f}", backward_ms,
+                              f"{1e3 * limits[1]:.3f}", f"{1e9 * row['forward_s'] / t:.0f}",
+                              with_range(row, "times_auto") if auto in runs else ""), flush=True)
+            yield row | {"peak_bytes": peak_memory(device)}
+
+
+def scan_row(name, t, forwards, boths, auto, limits):
+    """The times of all rounds -> one row. auto: the times of the scan that the model takes, in the same rounds."""
+    forward, spread = median_of(forwards)
+    both, both_spread = median_of(boths)
+    row = {"row": f"scan {name}", "tokens": t, "forward_s": forward, "backward_s": both - forward,
+           "spread": spread, "both_spread": both_spread, "rounds": len(boths),
+           "forward_limit_s": limits[0], "backward_limit_s": limits[1]}
+    if auto:
+        row |= ratios("times_auto", boths, auto)
+    return row
+
+
+def ratios(key, ours, theirs):
+    """Times of the same rounds -> {key: the median of ours / theirs, key_range: least and greatest}."""
+    all_rounds = sorted(a / b for a, b in zip(ours, theirs))
+    return {key: statistics.median(all_rounds), f"{key}_range": [all_rounds[0], all_rounds[-1]]}
+
+
+def with_range(row, key):
+    """What ratios has put into row, as text."""
+    low, high = row[f"{key}_range"]
+    return f"{row[key]:.2f} ({low:.2f} to {high:.2f})"
+
+
+# (batch, d_inner, tokens) that occur, from one layer of the shipped teacher to a wide layer and a large batch.
+SCAN_SHAPES = [(1, 64, 100), (1, 64, 2048), (1, 64, 32768), (64, 64, 100), (64, 64, 1024),
+               (24, 128, 256), (1, 576, 1024), (6, 576, 220), (1, 1024, 100), (1, 1024, 2048),
+               (8, 1024, 100), (64, 1024, 32), (1, 4096, 100), (1, 4096, 1024), (8, 4096, 64)]
+
+
+def bench_chunks(args, config, device, dtype, machine):
+    """Forward and backward of the chunked scan with the steps per chunk that model.chunk_size takes, and with others.
+    Yields a row per shape; the best of all rounds counts, since a burst only ever adds."""
+    rule = nano.chunk_size
+    print("\nchunked scan, forward and backward: time by steps per chunk, the best one = 1")
+    for b, d, t in SCAN_SHAPES:
+        shape = replace(config, d_inner=d, d_xb=max(config.d_state, d // 4))
+        inputs = scan_inputs(shape, b, t, device, dtype)
+        grad_y = torch.randn_like(inputs[0])
+        taken = rule(b, d, config.d_state)
+
+        def run(size):
+            nano.chunk_size = lambda *shape: size
+            torch.autograd.grad(own_scan("chunk")(*inputs), inputs, grad_y)
+        powers = [2 ** i for i in range(9) if 2 ** i < 2 * t]
+        runs = {size: partial(run, size) for size in sorted({taken, *powers})}
+        try:
+            times = alternate(runs, device, args.seconds / 10)
+        finally:
+            nano.chunk_size = rule
+        best = {size: min(rounds) for size, rounds in times.items()}
+        fastest = min(best.values())
+        shares = {size: seconds / fastest for size, seconds in best.items()}
+        cells = " ".join(f"{size}: {share:.2f}" for size, share in shares.items())
+        print(f"b {b}, d {d}, t {t}: {taken} taken, {shares[taken]:.2f}  | {cells}", flush=True)
+        yield {"row": "chunks", "batch": b, "d_inner": d, "tokens": t, "taken": taken,
+               "times_best": shares[taken], "seconds": best}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Against transformers, on a checkpoint that both read: its generate() and ours, as a user would call them.
+
+def bench_transformers(args, device, dtype):
+    """Greedy decoding, alternating. Yields a row per context. Both make exactly as many tokens; the first logits are
+    the end of the prefill."""
+    try:
+        import transformers
+    except ImportError:
+        print("transformers is not installed: pip install transformers")
+        return
+    transformers.logging.set_verbosity_error()
+    try:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    except (ValueError, KeyError, OSError) as e:
+        why = str(e).splitlines()[0]
+        raise UserError(f"transformers cannot load {args.model}: {why}") from None
+    theirs = theirs.to(device).eval()
+    theirs.generation_config.eos_token_id = None
+    ours = load_pretrained(args.model, device, dtype)
+    print(f"\ngreedy decoding, transformers {transformers.__version__} and ours in turn, "
+          "tokens/s: median, ratio (least to greatest)")
+    line = "{:>8} {:>7} {:>10} {:>10} {:>22} {:>10} {:>10} {:>22}"
+    print(line.format("context", "tokens", "decode", "theirs", "ratio",
+                      "in all", "theirs", "ratio"))
+    for ctx in [7] if args.short_text else args.ctx:
+        prompt = torch.randint(ours.config.vocab_size, (ctx,)).tolist()
+        # A long prompt takes minutes on a CPU.
+        count = 100 if ctx < 1000 else 32
+        rounds = 9 if ctx < 1000 else 3
+        row = compare_generate(ours, theirs, prompt, count, rounds, device)
+        decode = [f"{row[key]:.1f}" for key in ("decode_tokens_per_s", "theirs_decode_tokens_per_s")]
+        whole = [f"{row[key]:.1f}" for key in ("tokens_per_s", "theirs_tokens_per_s")]
+        print(line.format(ctx, count, *decode, with_range(row, "decode_ratio"),
+                          *whole, with_range(row, "ratio")), flush=True)
+        yield {"row": "transformers", "transformers": transformers.__version__, "ctx": ctx, **row}
+
+
+def compare_generate(ours, theirs, prompt, count, rounds, device):
+    """-> a row: tokens/s of both, of the whole call and from the first logits on, and the ratios of the rounds."""
+    ids = torch.tensor([prompt], device=device)
+    tokens = {}
+    first_logits = {"ours": [], "theirs": []}
+
+    def run_ours():
+        first_logits["ours"].append(None)
+        tokens["ours"] = ours.generate([prompt], count, stop=())[0]
+
+    def run_theirs():
+        first_logits["theirs"].append(None)
+        written = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
+                                  do_sample=False, pad_token_id=0)
+        tokens["theirs"] = written[0, len(prompt):].tolist()
+
+    def watch(model, name):
+        # The head's first call in a run ends the prefill.
+        def hook(*_):
+            if first_logits[name][-1] is None:
+                sync(device)
+                first_logits[name][-1] = clock()
+        return model.lm_head.register_forward_hook(hook)
+    ends = {"ours": [], "theirs": []}
+
+    def ending(name, run):
+        run()
+        sync(device)
+        ends[name].append(clock())
+    hooks = [watch(ours, "ours"), watch(theirs, "theirs")]
+    runs = {"ours": partial(ending, "ours", run_ours),
+            "theirs": partial(ending, "theirs", run_theirs)}
+    try:
+        times = alternate(runs, device, 0, least=rounds)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert tokens["ours"] == tokens["theirs"], f"not the same tokens: {tokens}"
+    decode = {}
+    for name in runs:
+        # Without the warm-up.
+        pairs = list(zip(ends[name], first_logits[name]))[-rounds:]
+        decode[name] = [end - first for end, first in pairs]
+    row = {"tokens": count, "rounds": rounds}
+    for prefix, name in (("", "ours"), ("theirs_", "theirs")):
+        row[f"{prefix}tokens_per_s"] = count / statistics.median(times[name])
+        row[f"{prefix}decode_tokens_per_s"] = (count - 1) / statistics.median(decode[name])
+    return row | ratios("ratio", times["theirs"], times["ours"]) | ratios(
+        "decode_ratio", decode["theirs"], decode["ours"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -632,8 +898,8 @@ def bench_scan(args, config, device, dtype, bandwidth):
 # has a row for each. A directory of train_sft.py is a member, too (H-30-SFT). Runs that differ in the seed alone are
 # named x-s0, x-s1, ... (or have one name in several directories); they share a row of the table and a point.
 
-NEEDED = ("layout", "replaced", "teacher_accuracy", "student_accuracy", "accuracy_by_family", "kl_first", "kl_last",
-          "tokens", "seconds", "seed")
+NEEDED = ("layout", "replaced", "teacher_accuracy", "student_accuracy", "accuracy_by_family",
+          "kl_first", "kl_last", "tokens", "seconds", "seed")
 
 
 @dataclass
@@ -671,7 +937,8 @@ class Result:
         report["replaced"] = [i for i, kind in enumerate(layout) if kind != "t"]
         report["student_accuracy"] = saved.get("accuracy")
         by_family = saved.get("accuracy_by_family", {})
-        report["accuracy_by_family"] = {family: [None, share] for family, share in by_family.items()}
+        pairs = {family: [None, share] for family, share in by_family.items()}
+        report["accuracy_by_family"] = pairs
         report["tokens"] = last_entry["tokens"]
         report["seconds"] = last_entry["seconds"]
         report["seed"] = saved["args"].get("seed")
@@ -774,7 +1041,8 @@ def results_in(path):
             results = [read_result(os.path.join(path, name)) for name in sorted(os.listdir(path))]
     results = [result for result in results if result]
     if not results:
-        raise UserError(f"{path}: no report.json of distill.py and no training.json of train_sft.py there")
+        raise UserError(f"{path}: no report.json of distill.py and no training.json of train_sft.py "
+                        "there")
     return results
 
 
@@ -954,8 +1222,9 @@ def draw_layers(plt, path, maps):
         heights.append(max(len(maps[key]) for key in maps if key[0] == removed) + 0.6)
     n_layer = max(len(rows[0][1]) for rows in maps.values())
     width = len(seeds) * max(3.6, min(10, 0.2 * n_layer))
-    figure, grid = plt.subplots(len(heights), len(seeds), figsize=(width, 0.9 + 0.62 * sum(heights)),
-                                height_ratios=heights, squeeze=False)
+    size = (width, 0.9 + 0.62 * sum(heights))
+    figure, grid = plt.subplots(len(heights), len(seeds), figsize=size, height_ratios=heights,
+                                squeeze=False)
     for row, removed in enumerate(kinds_of_map):
         for column, seed in enumerate(seeds):
             axes = grid[row][column]
@@ -1016,7 +1285,8 @@ def speeds_from_lines(file, paths):
             known[path] = best_rate(row)
     for path in paths:
         if os.path.realpath(path) not in known:
-            raise UserError(f"{file} has no line for {path}: python bench.py --model {path} --json {file}")
+            raise UserError(f"{file} has no line for {path}: "
+                            f"python bench.py --model {path} --json {file}")
     return [known[os.path.realpath(path)] for path in paths]
 
 
@@ -1031,7 +1301,8 @@ def measured_speeds(configs, device, dtype):
     shapes = [replace(config, layout=tuple(sorted(config.layout))) for config in configs]
     rates = {shape: [] for shape in shapes}
     # Three rounds over all, and the median: another program's burst then hits one round, not one member.
-    for shape in tqdm([*rates] * 3, desc=f"decoding {batch} texts after {ctx} tokens", unit="model"):
+    title = f"decoding {batch} texts after {ctx} tokens"
+    for shape in tqdm([*rates] * 3, desc=title, unit="model"):
         lm = join_projections(random_model(shape, device, dtype))
         seconds, _ = time_decode(lm, filled_state(lm, batch, ctx), batch, how, device)
         rates[shape].append(batch / seconds)
@@ -1053,11 +1324,13 @@ def places_of(members, args, device, dtype):
     else:
         given_up = [len(result.report["replaced"]) for result in firsts]
         return [0, *given_up], f"attention layers given up, of {len(firsts[0].layout)}"
-    return [rate / rates[0] for rate in rates], f"decoding speed, teacher = 1 ({rates[0]:.0f} tokens/s)"
+    label = f"decoding speed, teacher = 1 ({rates[0]:.0f} tokens/s)"
+    return [rate / rates[0] for rate in rates], label
 
 
 # By Result.removed: marker, colour, and what it is.
-LOOKS = {False: ("o", "#c03a2b", "Mamba in their place"), True: ("x", "#777777", "mixers removed (control)")}
+LOOKS = {False: ("o", "#c03a2b", "Mamba in their place"),
+         True: ("x", "#777777", "mixers removed (control)")}
 
 
 def draw_family(plt, path, members, places, x_label):
@@ -1157,19 +1430,26 @@ def show_results(args, device, dtype):
 
 
 def plot(rows, path):
-    """Two panels: tokens/s at the largest batch against context, and against the number of Mamba layers."""
+    """Two panels: tokens/s at the largest batch against context, and against the number of Mamba layers; both with
+    the limit."""
     plt = import_pyplot()
     rows = [row for row in rows if best_rate(row)]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for axes, key, group, label in ((left, "ctx", "row", "context, tokens"),
                                     (right, "mamba_layers", "ctx", "Mamba layers")):
         for value in dict.fromkeys(row[group] for row in rows):
-            line = sorted((row[key], best_rate(row)) for row in rows if row[group] == value)
-            axes.plot(*zip(*line), marker="o", label=value if group == "row" else f"{value} tokens")
+            line = sorted((row for row in rows if row[group] == value), key=lambda row: row[key])
+            x = [row[key] for row in line]
+            drawn, = axes.plot(x, [best_rate(row) for row in line], marker="o",
+                               label=value if group == "row" else f"{value} tokens")
+            limits = [row["decode"][-1]["limit_tokens_per_s"] for row in line]
+            axes.plot(x, limits, ":", color=drawn.get_color(), linewidth=1)
         axes.set_xlabel(label)
-        axes.legend()
+        axes.legend(fontsize=8)
     left.set_xscale("log", base=2)
-    left.set_ylabel("tokens/s at each model's largest batch")
+    # Down to a thousandth and up: a ratio is a distance, whatever the context.
+    left.set_yscale("log")
+    left.set_ylabel("tokens/s at each model's largest batch (dotted: limit)")
     save_figure(plt, figure, path)
 
 
@@ -1194,19 +1474,26 @@ def pick_config(args, dtype, device, memory):
     return SHAPES["tiny"], "tiny"
 
 
-def about_run(args, device, dtype, shape, bandwidth):
+def about_run(args, device, dtype, shape, machine):
     """What every JSON line says about the machine and the run."""
-    return {"date": datetime.datetime.now().isoformat(timespec="seconds"), "command": " ".join(sys.argv),
-            **provenance(device), "dtype": str(dtype).removeprefix("torch."), "shape": shape,
-            "scan": scan_backend(device), "copy_bytes_per_s": bandwidth, "graph": args.graph}
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    return {"date": now, "command": " ".join(sys.argv), **provenance(device),
+            "dtype": str(dtype).removeprefix("torch."), "shape": shape,
+            "scan": scan_backend(device), "copy_bytes_per_s": machine.copied,
+            "product_flops": machine.products, "exponentials_per_s": machine.exponentials,
+            "graph": args.graph, "clock": clock.__name__}
 
 
-def measured_rows(args, config, device, dtype, bandwidth):
+def measured_rows(args, config, device, dtype, machine):
     """All rows that --what asks for, as they are measured."""
     if "prefill" in args.what or "decode" in args.what:
-        yield from bench_models(args, config, device, dtype, bandwidth)
+        yield from bench_models(args, config, device, dtype, machine)
     if "scan" in args.what:
-        yield from bench_scan(args, config, device, dtype, bandwidth)
+        yield from bench_scan(args, config, device, dtype, machine)
+    if "chunks" in args.what:
+        yield from bench_chunks(args, config, device, dtype, machine)
+    if "transformers" in args.what:
+        yield from bench_transformers(args, device, dtype)
 
 
 def append_line(path, row):
@@ -1228,20 +1515,26 @@ def main():
         return
     if args.graph and device.type != "cuda":
         raise UserError("--graph needs a GPU with CUDA")
+    if args.cpu_time:
+        if device.type != "cpu" or torch.get_num_threads() > 1:
+            raise UserError("--cpu-time counts one thread on a CPU: --device cpu, and OMP_NUM_THREADS=1 before it")
+        global clock
+        clock = time.thread_time
     if args.json:
         # Fail now, not after the first row.
         append_line(args.json, None)
-    bandwidth = copy_bandwidth(device)
+    machine = measure_machine(device, dtype, min(0.5, args.seconds / 4))
     config, shape = pick_config(args, dtype, device, memory_for(args, device))
-    about = about_run(args, device, dtype, shape, bandwidth)
+    about = about_run(args, device, dtype, shape, machine)
     print(f"shape {shape}: {config.n_layer} layers, d_model {config.d_model} | {about['device']}, "
           f"{about['threads']} threads | {about['dtype']} | torch {about['torch']}, "
           f"triton {about['triton']} | commit {about['commit']}")
     print(nano.scan_backend_reason(device))
-    print(f"copy bandwidth {amount(bandwidth)}/s (measured, read and write)")
+    print(f"measured ({clock.__name__}): copy {amount(machine.copied)}/s (read and write), matrix product "
+          f"{amount(machine.products, 'flop')}/s, exp {amount(machine.exponentials, '')}/s")
     rows = []
     try:
-        for row in measured_rows(args, config, device, dtype, bandwidth):
+        for row in measured_rows(args, config, device, dtype, machine):
             rows.append(about | row)
             if args.json:
                 append_line(args.json, rows[-1])

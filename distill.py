@@ -836,7 +836,7 @@ def one_problem(problems, teacher_texts, student_texts):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line.
 #
-# Order matters in main: first what needs no file (plan), then the teacher, then the data, then the claim on every
+# Order matters in main: first what needs no file (plan_stages), then the teacher, the data, and the claim on every
 # directory of the run, and only then work. A mistake in the last of six stages is reported before the first one starts.
 
 RANKS = ("auto", "loo", "mmr", "first", "last", "random", "apriel15b")
@@ -856,8 +856,9 @@ def parse_args():
         "--init other than the default adds its name)")
     add("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of "
         "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student (default auto)")
+    inits = "; ".join(f"{name}: {what}" for name, what in INITS.items())
     add("--init", default="calibrated", choices=tuple(INITS),
-        help="of a mixer (default calibrated)")
+        help=f"of a mixer. {inits} (default calibrated)")
     add("--d-state", type=int, help="memory cells per channel of the new mixers, a divisor of the "
         "teacher's head_dim (default 16, or the largest one below)")
     # What it learns from.
@@ -901,6 +902,8 @@ def plan_stages(args):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.lr <= 0 or (args.lr_rest or 0) < 0:
+        raise UserError("--lr must be above 0, and --lr-rest not below")
     if args.rank not in RANKS and not os.path.exists(args.rank):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
     if args.data and args.traces != "reasoning":
@@ -956,17 +959,17 @@ def main():
     codec = load_codec(args.teacher)
     block, probe, fixed = load_texts(args, codec, teacher.config.vocab_size)
     size = sum(p.numel() for p in teacher.parameters())
-    for s in stages:
-        s.train = what_trains(args.train, size, device)
-        s.out = claim_out(s.out, [s.teacher, s.student], args.overwrite, s.resume)
+    for each in stages:
+        each.train = what_trains(args.train, size, device)
+        each.out = claim_out(each.out, [each.teacher, each.student], args.overwrite, each.resume)
     choose_threads(teacher, device, args.threads)
     print_start(args, stages[0].train, teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
     calibration = calibration_batch(block, device)
     run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, {})
-    for s in stages:
-        stage(s, run, began)                                                 # the first stage pays for loading
+    for each in stages:
+        stage(each, run, began)                                              # the first stage pays for loading
         began = time.time()
 
 

@@ -1105,11 +1105,43 @@ def norm_on_cpu(norm, x):
 
 
 def mix_one_token(mixer, u, dt, B, C, z, state, place):
-    """Mamba.mix: one token on a GPU is the work of one kernel, see part 5."""
-    one = u.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
-    if one and scan_backend(u.device, 1, mixer.config.d_state, u.dtype) == "triton":
+    """Mamba.mix: one token is the work of one kernel on a GPU, see part 5, and of few operations elsewhere."""
+    if u.shape[1] > 1 or state is None or torch.is_grad_enabled():
+        return mix_by_definition(mixer, u, dt, B, C, z, state, place)
+    if scan_backend(u.device, 1, mixer.config.d_state, u.dtype) == "triton":
         return mamba_step(mixer, u, dt, B, C, z, state, place)
-    return mix_by_definition(mixer, u, dt, B, C, z, state, place)
+    return mix_in_few_operations(mixer, u, dt, B, C, z, state, place)
+
+
+def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
+    """Mamba.mix for one token. A small model's step costs what its operations cost to call, and with one token every
+    tap, group and cell has its place in one tensor: nothing is repeated, and no loop runs over taps."""
+    c = mixer.config
+    n = c.d_state
+    b = len(u)
+    wide = state.h.dtype
+    window = torch.cat([state.conv.to(u.dtype), u], dim=1)         # (b, d_conv, d_xb)
+    h = state.h
+    inputs = window
+    if place.position is not None:
+        distance = torch.arange(c.d_conv - 1, -1, -1, device=u.device)
+        inputs = window.masked_fill((place.position < distance)[..., None], 0)
+        h = h.masked_fill((place.position == 0)[..., None], 0)
+    share = c.d_inner // c.d_xb if c.expand_before_conv else 1
+    weight = mixer.conv1d.weight[:, 0].T.reshape(c.d_conv, -1, share, n)             # (d_conv, d_xb / n, share, n)
+    u = (inputs.view(b, c.d_conv, -1, 1, n) * weight).sum(1).view(b, 1, -1)          # (b, 1, channels of the conv)
+    u = F.silu(u if mixer.conv1d.bias is None else u + mixer.conv1d.bias)
+    if not c.expand_before_conv:
+        u = mixer.expand(u)
+    u = u[:, 0].to(wide)                                           # (b, d_inner)
+    dt = dt[:, 0].to(wide)
+    dt = F.softplus(dt if mixer.dt_proj.bias is None else dt + mixer.dt_proj.bias.to(wide))
+    decay = torch.exp(dt[..., None] * -torch.exp(mixer.A_log.to(wide)))              # (b, d_inner, n)
+    write = (dt * u).view(b, -1, c.d_inner // c.d_xb * n, 1) * B.reshape(b, -1, 1, n)
+    h = torch.addcmul(write.view(h.shape), decay, h)
+    y = (h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)).sum(-1).view(b, -1)           # (b, d_inner)
+    y = torch.addcmul(y, mixer.D.to(wide), u) * F.silu(z[:, 0].to(wide))
+    return y[:, None].to(z.dtype), SSM(window[:, 1:].contiguous(), h)
 
 
 # Where part 1 computes by definition, the model takes these forms. use(DEFINITIONS) takes them out again: to try
@@ -1141,14 +1173,16 @@ use(FASTER)
 
 import contextlib
 import datetime
+import gzip
+import hashlib
 import json
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import unicodedata
+import zlib
 
 
 def cast(module, device, dtype):
@@ -1222,6 +1256,7 @@ NEUTRAL = {
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
     "original_max_position_embeddings": (None,),
+    "rope_interleaved": (False, None),
 }
 
 # The same for the keys of rope_scaling (transformers 4) and rope_parameters (transformers 5). The type is spelled in
@@ -1345,8 +1380,8 @@ def whole(name, value, most=LARGEST):
 
 
 def number(name, value):
-    """value as a float, if it is a finite number above 0."""
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    """value as a float, if it is a number above 0, and no infinity."""
+    if type(value) not in (int, float) or not 0 < value < 1e300:
         refuse_value(name, value, "a number above 0")
     return float(value)
 
@@ -1487,7 +1522,7 @@ def window_of(raw, model_type):
         return None
     if types == ["sliding_attention"] * n_layer and window is not None:
         return window
-    raise UserError(f"layer_types = {brief(types)} with sliding_window = {window} is not implemented: "
+    raise UserError(f"layer_types = {brief(types)} with sliding_window = {brief(window)} is not implemented: "
                     f"either every layer has the window or none")
 
 
@@ -2371,11 +2406,6 @@ def begin_tokens(path, enc):
 # never to stop. What the model is to learn (the answer, and the token that ends it) is never searched for in rendered
 # text: a prompt ends where the answer begins, and answer + chat.end follows.
 
-def format_prompt(question):
-    """The template of Mistral's instruct models. [INST] and <s> are single tokens."""
-    return f"<s>[INST] {question} [/INST]"
-
-
 class Chat:
     """What load_chat returns. render(messages, add_generation_prompt) -> text; end: the text of the token that ends an
     answer; refusal: why there is no template, or None."""
@@ -2541,6 +2571,213 @@ def end_of_answer(render, names, enc):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Records: texts of your own, to train on or to ask. A JSONL file, plain or .gz, one record a line, in any of the shapes
+# in which traces are published:
+#
+#   {"prompt": "...", "response": "..."}                two texts, taken to the letter
+#   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+#   {"prompt": [message, ...], "completion": [message, ...]}            TRL: messages, the completion is trained
+#   {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}              ShareGPT
+#
+# "completion" is the same as "response". An assistant message may bring its thoughts apart (reasoning_content,
+# reasoning or thinking): they become "<think>\nthoughts\n</think>\n\ncontent". Whatever else a line may hold is
+# refused by its number and by what was found: a shape that is half understood says half of what it means.
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+TOOLS = ("tool_calls", "function_call", "tools", "functions")
+
+
+class Turn(NamedTuple):
+    role: str                                # system, user or assistant
+    text: str
+    trained: bool                            # an assistant's turn, unless it has "weight": 0
+
+
+def read_records(path, use):
+    """Yields use(record) for each line of the file. Raises UserError, also one of use, with the line number."""
+    for number, line in read_lines(path):
+        try:
+            found = use(parse_record(line))
+        except UserError as e:
+            raise UserError(f"{path}, line {number}: {e}") from None
+        yield found
+
+
+def read_lines(path):
+    """Yields (number from 1, line) of a text file, plain or gzip; blank lines are left out."""
+    try:
+        with open(path, "rb") as f:
+            start = f.read(4)
+        if start == b"PAR1":
+            raise UserError(f"{path} is a parquet file; write its rows as lines of JSON")
+        opener = gzip.open if start[:2] == b"\x1f\x8b" else open
+        # utf-8-sig skips the mark with which some editors begin a file.
+        with opener(path, "rt", encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not a text in UTF-8: {e}") from None
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+
+
+def parse_record(line):
+    """A line -> its record, a dict. Raises UserError."""
+    if line.lstrip().startswith("["):
+        raise UserError("a JSON array; what is needed is one record {...} a line")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"not JSON ({getattr(e, 'msg', e)})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{some_json(record)} is no record {{...}}")
+    return record
+
+
+def some_json(value):
+    """A value for an error message, cut short."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:40] + " ..."
+
+
+def either(record, key, other):
+    """The value of the one key or of the other; None if neither holds anything."""
+    return record[key] if record.get(key) is not None else record.get(other)
+
+
+def refuse_keys(record, keys, what):
+    """Raises UserError if one of the keys holds something. null and [] are what a table writes for nothing."""
+    for key in keys:
+        if record.get(key):
+            raise UserError(f"{what} ({key})")
+
+
+def read_turns(record):
+    """A record of messages -> [Turn]: maybe a system message, then user and assistant in turn, the assistant last."""
+    given, messages = find_messages(record)
+    turns = [turn._replace(trained=False) for turn in read_messages(record, given)]
+    turns += [read_message(message) for message in messages]
+    check_order(turns)
+    if not turns or turns[-1].role != "assistant":
+        raise UserError("the last message is not the assistant's")
+    return turns
+
+
+def read_question(record):
+    """A record -> what it asks, whatever the answer: a text that is taken to the letter, or [Turn], the user's last."""
+    refuse_keys(record, TOOLS, "tool calls are not read")
+    prompt = record.get("prompt")
+    if isinstance(prompt, str) and either(record, "messages", "conversations") is None:
+        refuse_keys(record, ("system",), "more than a prompt; write it into the prompt, or use messages")
+        return prompt
+    messages = prompt if isinstance(prompt, list) else find_messages(record)[1]
+    turns = read_messages(record, messages)
+    while turns and turns[-1].role == "assistant":
+        turns.pop()
+    check_order(turns)
+    if not turns or turns[-1].role != "user":
+        raise UserError("there is no message of the user")
+    return turns
+
+
+def read_messages(record, messages):
+    turns = [read_message(message) for message in messages]
+    # Some ShareGPT files keep the system message beside the conversation.
+    if record.get("system"):
+        turns.insert(0, Turn("system", content_text(record["system"]), False))
+    return turns
+
+
+def find_messages(record):
+    """-> two lists of messages: those that are only read, and those of which the assistant's are trained."""
+    prompt = record.get("prompt")
+    response = either(record, "response", "completion")
+    if isinstance(prompt, list) and isinstance(response, list):
+        return prompt, response
+    messages = either(record, "messages", "conversations")
+    if messages is None:
+        raise UserError(unknown_shape(record))
+    if not isinstance(messages, list):
+        raise UserError(f"messages that are not a list but {some_json(messages)}")
+    return [], messages
+
+
+def unknown_shape(record):
+    """What to say of a record that is none of the known shapes."""
+    if "instruction" in record:
+        return "an Alpaca record (instruction, input, output); write it as messages"
+    if "chosen" in record:
+        return "a preference pair (chosen, rejected); only one response can be trained on"
+    if "prompt" in record:
+        return "a prompt without a response or completion of the same kind, text or messages"
+    return ("neither prompt and response nor messages nor conversations; "
+            f"keys: {some_json(sorted(record))}")
+
+
+def read_message(message):
+    """One message, {"role", "content"} or {"from", "value"} -> Turn. Raises UserError for what is not read."""
+    if not isinstance(message, dict):
+        raise UserError(f"a message that is {some_json(message)}")
+    refuse_keys(message, TOOLS, "tool calls are not read")
+    role = either(message, "role", "from")
+    if not isinstance(role, str) or role not in ROLES:
+        raise UserError(f"the role {some_json(role)}; read are {', '.join(ROLES)}")
+    text = content_text(either(message, "content", "value"))
+    if ROLES[role] != "assistant":
+        refuse_keys(message, THOUGHTS, "thoughts of somebody else than the assistant")
+        return Turn(ROLES[role], text, False)
+    if not text.strip():
+        raise UserError("an empty response")
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise UserError(f"the weight {some_json(weight)}; a turn is trained (1) or not (0)")
+    return Turn("assistant", with_thoughts(message, text), weight != 0)
+
+
+def content_text(content):
+    """The content of a message, a text or a list of text parts -> text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise UserError(f"the content {some_json(content)}; it must be a text")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"a content part of type {some_json(kind)}; only text is read")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def with_thoughts(message, text):
+    """The thoughts of an assistant message, wherever they stand, in front of its text: once."""
+    found = [message[key] for key in THOUGHTS if message.get(key)]
+    if not found:
+        return text
+    if not all(isinstance(thoughts, str) and thoughts == found[0] for thoughts in found):
+        raise UserError(f"thoughts that are no text, or two of them: {some_json(found)}")
+    inside, closed, _ = text.rpartition("</think>")
+    if not closed:
+        return f"<think>\n{found[0]}\n</think>\n\n{text}"
+    if inside.removeprefix("<think>").strip() != found[0].strip():
+        raise UserError("thoughts beside a content that has others in <think>")
+    return text
+
+
+def check_order(turns):
+    """Raises UserError unless a system message, if there is one, comes first, and user and assistant take turns."""
+    rest = turns[1:] if turns and turns[0].role == "system" else turns
+    for i, turn in enumerate(rest):
+        wanted = "assistant" if i % 2 else "user"
+        if turn.role == "system":
+            raise UserError("a second system message, or one that is not the first message")
+        if turn.role != wanted:
+            raise UserError(f"roles out of order: {turn.role} where {wanted} is expected")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Running a script: what all scripts share. Devices, errors, Ctrl-C, where a number comes from.
 
 def pick_device(name):
@@ -2621,6 +2858,26 @@ def provenance(device):
             "triton": getattr(triton, "__version__", None), "threads": torch.get_num_threads()}
 
 
+def weights_hash(model):
+    """A fingerprint of all weights: what was begun with a model is continued with that model only."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        # The names count, too: two equal layers may have changed places.
+        digest.update(name.encode())
+        # As bytes, because numpy has no bfloat16.
+        weights = p.detach().to("cpu").contiguous().view(torch.uint8)
+        digest.update(weights.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def file_hash(path):
+    """A fingerprint of a data file; None for no file."""
+    if not path:
+        return None
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()[:16]
+
+
 def run_main(main):
     """Run a script: a user's mistake is one line and exit code 2, Ctrl-C exit code 130, a bug keeps its traceback."""
     try:
@@ -2667,21 +2924,6 @@ def claim_out(path, inputs, overwrite, resume, done="report.json"):
 def same_place(path, other):
     """Do two paths name one directory: through a link, another spelling, a letter's case where the disk ignores it?"""
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
-
-
-@contextlib.contextmanager
-def uninterrupted():
-    """Ctrl-C inside waits until the block is done: a step that was taken in half must never be saved."""
-    pressed, usual = [], signal.getsignal(signal.SIGINT)
-    if usual not in (signal.SIG_IGN, None):                                  # nohup ignores it, and so do we then
-        signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        if usual is not None:
-            signal.signal(signal.SIGINT, usual)
-    if pressed:
-        raise KeyboardInterrupt
 
 
 # ======================================================================================================================

@@ -11,8 +11,6 @@ and the one training loop, `fit`.
 """
 import argparse
 import contextlib
-import gzip
-import hashlib
 import itertools
 import json
 import math
@@ -32,7 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as nano
-from model import UserError, autocast, claim_out, provenance, run_main, start_script
+from model import (THOUGHTS, TOOLS, UserError, autocast, claim_out, either, file_hash, provenance, read_records,
+                   read_turns, refuse_keys, run_main, some_json, start_script, weights_hash)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -337,44 +336,22 @@ def show_example(codec, example):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Texts of your own: a JSONL file, plain or .gz, a record a line, in any of the shapes in which traces are published:
-#
-#   {"prompt": "...", "response": "..."}                two texts, taken to the letter; the end token is added if the
-#                                                       response lacks it ("completion" is the same as "response")
-#   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-#   {"prompt": [message, ...], "completion": [message, ...]}            TRL: messages, the completion is trained
-#   {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}              ShareGPT
-#
-# Messages go through the template of the checkpoint. An assistant message may bring its thoughts apart
-# (reasoning_content, reasoning or thinking): they are written as "<think>\nthoughts\n</think>\n\ncontent", once. Every
+# Examples from texts of your own: a file of records, see model.read_records. The two texts of a pair are taken to the
+# letter, but for the tokens that must begin and end them. Messages go through the template of the checkpoint; every
 # turn of the assistant is trained, but for those with "weight": 0.
-#
-# Whatever else a line may hold is refused by its number and by what was found, before anything is trained: a shape that
-# is half understood trains on half of what it says.
-
-ROLES = {"system": "system", "user": "user", "human": "user",
-         "assistant": "assistant", "gpt": "assistant"}
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-TOOLS = ("tool_calls", "function_call", "tools", "functions")
-
-
-class Turn(NamedTuple):
-    role: str                                            # system, user or assistant
-    text: str
-    trained: bool
-
 
 def read_jsonl(path, codec, ctx, n_vocab):
     """A JSONL file -> (training examples, held-out examples: those of every 50th record). All of it is checked.
     Raises UserError with the line number; examples longer than ctx tokens are left out with a warning."""
     records = []
     n_long = 0
-    for number, line in read_lines(path):
-        try:
-            examples = [encode_parts(codec, parts) for parts in parts_of(parse(line), codec)]
-            check_examples(examples, n_vocab)
-        except UserError as e:
-            raise UserError(f"{path}, line {number}: {e}") from None
+
+    def checked(record):
+        examples = [encode_parts(codec, parts) for parts in parts_of(record, codec)]
+        check_examples(examples, n_vocab)
+        return examples
+
+    for examples in read_records(path, checked):
         short = [example for example in examples if len(example[0]) <= ctx]
         n_long += len(examples) - len(short)
         if short:
@@ -395,44 +372,6 @@ def read_jsonl(path, codec, ctx, n_vocab):
         else:
             held += record
     return train, held
-
-
-def read_lines(path):
-    """Yields (number from 1, line) of a text file, plain or gzip; blank lines are left out."""
-    try:
-        with open(path, "rb") as f:
-            start = f.read(4)
-        if start == b"PAR1":
-            raise UserError(f"{path} is a parquet file; write its rows as lines of JSON")
-        opener = gzip.open if start[:2] == b"\x1f\x8b" else open
-        # utf-8-sig skips the mark with which some editors begin a file.
-        with opener(path, "rt", encoding="utf-8-sig") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield number, line
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not a text in UTF-8: {e}") from None
-    except (OSError, EOFError, zlib.error) as e:
-        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
-
-
-def parse(line):
-    """A line -> its record, a dict. Raises UserError."""
-    if line.lstrip().startswith("["):
-        raise UserError("a JSON array; what is needed is one record {...} a line")
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"not JSON ({getattr(e, 'msg', e)})") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{some_json(record)} is no record {{...}}")
-    return record
-
-
-def some_json(value):
-    """A value for an error message, cut short."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:40] + " ..."
 
 
 def check_examples(examples, n_vocab):
@@ -468,119 +407,6 @@ def pair_parts(prompt, response, record, codec):
     if not codec.chat.refusal and not response.rstrip().endswith(codec.chat.end):
         response += codec.chat.end
     return [(prompt, False), (response, True)]
-
-
-def either(record, key, other):
-    """The value of the one key or of the other; None if neither holds anything."""
-    return record[key] if record.get(key) is not None else record.get(other)
-
-
-def refuse_keys(record, keys, what):
-    """Raises UserError if one of the keys holds something. null and [] are what a table writes for nothing."""
-    for key in keys:
-        if record.get(key):
-            raise UserError(f"{what} ({key})")
-
-
-def read_turns(record):
-    """A record of messages -> [Turn]: maybe a system message, then user and assistant in turn, the assistant last."""
-    given, messages = find_messages(record)
-    turns = [read_message(message)._replace(trained=False) for message in given]
-    turns += [read_message(message) for message in messages]
-    # Some ShareGPT files keep the system message beside the conversation.
-    if record.get("system"):
-        turns.insert(0, Turn("system", text_of(record["system"]), False))
-    check_order(turns)
-    return turns
-
-
-def find_messages(record):
-    """-> two lists of messages: those that are only read, and those of which the assistant's are trained."""
-    prompt = record.get("prompt")
-    response = either(record, "response", "completion")
-    if isinstance(prompt, list) and isinstance(response, list):
-        return prompt, response
-    messages = either(record, "messages", "conversations")
-    if messages is None:
-        raise UserError(unknown_shape(record))
-    if not isinstance(messages, list):
-        raise UserError(f"messages that are not a list but {some_json(messages)}")
-    return [], messages
-
-
-def unknown_shape(record):
-    """What to say of a record that is none of the known shapes."""
-    if "instruction" in record:
-        return "an Alpaca record (instruction, input, output); write it as messages"
-    if "chosen" in record:
-        return "a preference pair (chosen, rejected); only one response can be trained on"
-    if "prompt" in record:
-        return "a prompt without a response or completion of the same kind, text or messages"
-    return ("neither prompt and response nor messages nor conversations; "
-            f"keys: {some_json(sorted(record))}")
-
-
-def read_message(message):
-    """One message, {"role", "content"} or {"from", "value"} -> Turn. Raises UserError for what is not read."""
-    if not isinstance(message, dict):
-        raise UserError(f"a message that is {some_json(message)}")
-    refuse_keys(message, TOOLS, "tool calls are not read")
-    role = either(message, "role", "from")
-    if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"the role {some_json(role)}; read are {', '.join(ROLES)}")
-    text = text_of(either(message, "content", "value"))
-    if ROLES[role] != "assistant":
-        refuse_keys(message, THOUGHTS, "thoughts of somebody else than the assistant")
-        return Turn(ROLES[role], text, False)
-    if not text.strip():
-        raise UserError("an empty response")
-    weight = message.get("weight")
-    if weight not in (None, 0, 1):
-        raise UserError(f"the weight {some_json(weight)}; a turn is trained (1) or not (0)")
-    return Turn("assistant", with_thoughts(message, text), weight != 0)
-
-
-def text_of(content):
-    """The content of a message, a text or a list of text parts -> text."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise UserError(f"the content {some_json(content)}; it must be a text")
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else part
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise UserError(f"a content part of type {some_json(kind)}; only text is read")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def with_thoughts(message, text):
-    """The thoughts of an assistant message, wherever they stand, in front of its text: once."""
-    found = [message[key] for key in THOUGHTS if message.get(key)]
-    if not found:
-        return text
-    if not all(isinstance(thoughts, str) and thoughts == found[0] for thoughts in found):
-        raise UserError(f"thoughts that are no text, or two of them: {some_json(found)}")
-    inside, closed, _ = text.rpartition("</think>")
-    if not closed:
-        return f"<think>\n{found[0]}\n</think>\n\n{text}"
-    if inside.removeprefix("<think>").strip() != found[0].strip():
-        raise UserError("thoughts beside a content that has others in <think>")
-    return text
-
-
-def check_order(turns):
-    """Raises UserError unless a system message, if there is one, comes first, and user and assistant take turns."""
-    rest = turns[1:] if turns and turns[0].role == "system" else turns
-    for i, turn in enumerate(rest):
-        wanted = "assistant" if i % 2 else "user"
-        if turn.role == "system":
-            raise UserError("a second system message, or one that is not the first message")
-        if turn.role != wanted:
-            raise UserError(f"roles out of order: {turn.role} where {wanted} is expected")
-    if not rest or rest[-1].role != "assistant":
-        raise UserError("the last message is not the assistant's")
 
 
 # Where a template is no more than marks around the texts, a conversation is one example: the prompt of each turn begins
@@ -918,26 +744,6 @@ class Plan(NamedTuple):
 # What the run depends on stands in it, too: a run is continued only under the same flags and with the same content of
 # model and data, whatever became of the files that they were read from.
 
-def weights_hash(model):
-    """A fingerprint of all weights."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        # The names count, too: two equal layers may have changed places.
-        digest.update(name.encode())
-        # As bytes, because numpy has no bfloat16.
-        weights = p.detach().to("cpu").contiguous().view(torch.uint8)
-        digest.update(weights.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def file_hash(path):
-    """A fingerprint of a data file; None for no file."""
-    if not path:
-        return None
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()[:16]
-
-
 @dataclass
 class Progress:
     """How far a run has come. Everything from `step` on is saved, together with weights and optimiser states."""
@@ -950,9 +756,8 @@ class Progress:
     loss: float = 0.0                                    # summed since the last log entry ...
     count: int = 0                                       # ... over so many trained tokens
     log: list = field(default_factory=list)              # entries: step, the loss by its name, tokens, seconds
-    extra: dict = field(default_factory=dict)            # what a caller wants to find again
 
-    SAVED = ("step", "tokens", "seconds", "loss", "count", "log", "extra")
+    SAVED = ("step", "tokens", "seconds", "loss", "count", "log")
 
     def save(self, model, optimizers):
         """Write the file. Its tensors are named kind|parameter: parameter names hold dots, but no bar.
@@ -1034,7 +839,7 @@ class Progress:
 
 
 def check_kind(key, value, kind):
-    """Raises ValueError unless a saved value is of its kind: int or float (a whole number is one), list or dict."""
+    """Raises ValueError unless a saved value is of its kind: a list, int or float (of which a whole number is one)."""
     if kind is float:
         good = isinstance(value, (int, float)) and abs(value) < 2**63
     elif kind is int:
@@ -1375,6 +1180,7 @@ def main():
     nano.write_json(os.path.join(args.out, "training.json"), report)
     progress.remove()
     print(json.dumps({"loss": log[-1]["loss"], **result}))
+    print(f"next: python sample.py --model {args.out} --chat", file=sys.stderr)
 
 
 if __name__ == "__main__":
