@@ -1119,27 +1119,40 @@ def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
     c = mixer.config
     n = c.d_state
     b = len(u)
-    wide = state.h.dtype
-    window = torch.cat([state.conv.to(u.dtype), u], dim=1)         # (b, d_conv, d_xb)
     h = state.h
+    wide = h.dtype
+    window = torch.cat([state.conv.to(u.dtype), u], dim=1)         # (b, d_conv, d_xb)
     inputs = window
     if place.position is not None:
         distance = torch.arange(c.d_conv - 1, -1, -1, device=u.device)
         inputs = window.masked_fill((place.position < distance)[..., None], 0)
         h = h.masked_fill((place.position == 0)[..., None], 0)
-    share = c.d_inner // c.d_xb if c.expand_before_conv else 1
-    weight = mixer.conv1d.weight[:, 0].T.reshape(c.d_conv, -1, share, n)             # (d_conv, d_xb / n, share, n)
-    u = (inputs.view(b, c.d_conv, -1, 1, n) * weight).sum(1).view(b, 1, -1)          # (b, 1, channels of the conv)
-    u = F.silu(u if mixer.conv1d.bias is None else u + mixer.conv1d.bias)
+
+    # The conv: taps times inputs, each chunk of n lanes once for all channels that share it.
+    share = c.d_inner // c.d_xb
+    heads = share if c.expand_before_conv else 1
+    inputs = inputs.view(b, c.d_conv, -1, 1, n)
+    weight = mixer.conv1d.weight[:, 0].T.reshape(c.d_conv, -1, heads, n)
+    u = (inputs * weight).sum(1).view(b, 1, -1)                    # (b, 1, channels of the conv)
+    if mixer.conv1d.bias is not None:
+        u = u + mixer.conv1d.bias
+    u = F.silu(u)
     if not c.expand_before_conv:
         u = mixer.expand(u)
+
+    # The step of the scan, and the gate.
     u = u[:, 0].to(wide)                                           # (b, d_inner)
     dt = dt[:, 0].to(wide)
-    dt = F.softplus(dt if mixer.dt_proj.bias is None else dt + mixer.dt_proj.bias.to(wide))
-    decay = torch.exp(dt[..., None] * -torch.exp(mixer.A_log.to(wide)))              # (b, d_inner, n)
-    write = (dt * u).view(b, -1, c.d_inner // c.d_xb * n, 1) * B.reshape(b, -1, 1, n)
+    if mixer.dt_proj.bias is not None:
+        dt = dt + mixer.dt_proj.bias.to(wide)
+    dt = F.softplus(dt)
+    A = -torch.exp(mixer.A_log.to(wide))
+    decay = torch.exp(dt[..., None] * A)                           # (b, d_inner, n)
+    written = (dt * u).view(b, -1, share * n, 1)                   # (b, d_xb / n, channels that share B, 1)
+    write = written * B.reshape(b, -1, 1, n)
     h = torch.addcmul(write.view(h.shape), decay, h)
-    y = (h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)).sum(-1).view(b, -1)           # (b, d_inner)
+    read = h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)            # (b, d_inner / n, n channels, n cells)
+    y = read.sum(-1).view(b, -1)
     y = torch.addcmul(y, mixer.D.to(wide), u) * F.silu(z[:, 0].to(wide))
     return y[:, None].to(z.dtype), SSM(window[:, 1:].contiguous(), h)
 
