@@ -46,7 +46,7 @@ Upstream code is named by commit: Fast-LLM 7d61a1ba (Apriel), state-spaces/mamba
 """
 import math
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")    # waiting threads sleep: on a shared machine 10 times faster
@@ -236,7 +236,7 @@ def rotary(x, cos, sin):
 class LayerState:
     """What one layer remembers: a dataclass of tensors (b, ...). Part 2 has the operations."""
     def __iter__(self):
-        return iter([getattr(self, field.name) for field in fields(self)])
+        return iter(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -1011,7 +1011,7 @@ def scan_backend_reason(device):
 class Joined(NamedTuple):
     weight: torch.Tensor                     # (rows of all, d_model)
     bias: torch.Tensor | None
-    addresses: list                          # [(linear, "weight" or "bias", address of its rows)]
+    addresses: list                          # [(parameters of a linear layer, name, address of its rows)]
 
 
 @torch.no_grad()
@@ -1026,7 +1026,7 @@ def join(*linears):
         joined[name] = torch.cat([getattr(linear, name) for linear in linears])
         for linear, rows in zip(linears, joined[name].split(sizes)):
             getattr(linear, name).data = rows
-            addresses.append((linear, name, rows.data_ptr()))
+            addresses.append((linear._parameters, name, rows.data_ptr()))
     return Joined(joined["weight"], joined["bias"], addresses)
 
 
@@ -1034,8 +1034,8 @@ def usable(joined):
     """Is it there, are no gradients wanted, and are the weights and biases still its rows?"""
     if joined is None or torch.is_grad_enabled():
         return False
-    for linear, name, address in joined.addresses:
-        if getattr(linear, name).data_ptr() != address:
+    for parameters, name, address in joined.addresses:
+        if parameters[name].data_ptr() != address:
             return False
     return True
 
@@ -1065,7 +1065,7 @@ def mlp_joined(mlp, x):
     if not usable(mlp.joined):
         return mlp_by_definition(mlp, x)
     gate, up = F.linear(x, mlp.joined.weight).chunk(2, dim=-1)
-    return mlp.down_proj(F.silu(gate) * up)
+    return F.linear(F.silu(gate) * up, mlp.down_proj.weight)
 
 
 def rotary_rolled(x, cos, sin):
@@ -1081,12 +1081,12 @@ def project_joined(attention, x, place):
     b, t, _ = x.shape
     heads = F.linear(x, attention.joined.weight, attention.joined.bias)
     heads = heads.view(b, t, -1, c.head_dim).transpose(1, 2)       # (b, n_head + 2 n_kv_head, t, head_dim)
-    qk, v = heads.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+    qk, v = heads.split_with_sizes([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
     if c.qk_norm:
-        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+        q, k = qk.split_with_sizes([c.n_head, c.n_kv_head], dim=1)
         qk = torch.cat([attention.q_norm(q), attention.k_norm(k)], dim=1)
     qk = rotary_rolled(qk, place.cos, place.sin)
-    q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+    q, k = qk.split_with_sizes([c.n_head, c.n_kv_head], dim=1)
     return q, k, v
 
 
@@ -1111,11 +1111,12 @@ def norm_on_cpu(norm, x):
     # With more than a thousand numbers the work counts, not the calls, and rms_norm is faster.
     if not x.is_cpu or torch.is_grad_enabled() or x.numel() > 1024:
         return norm_by_definition(norm, x)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x
+    if x.dtype != torch.float32:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n = x.shape[-1]
-    both = torch.cat([wide, -wide], dim=-1)
-    y = F.layer_norm(both, (2 * n,), eps=norm.eps)[..., :n]
-    return y.to(x.dtype) * norm.weight
+    y = F.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=norm.eps)
+    return y.narrow(-1, 0, n).to(x.dtype) * norm.weight
 
 
 def mix_one_token(mixer, u, dt, B, C, z, state, place):
@@ -1133,27 +1134,40 @@ def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
     c = mixer.config
     n = c.d_state
     b = len(u)
-    wide = state.h.dtype
-    window = torch.cat([state.conv.to(u.dtype), u], dim=1)         # (b, d_conv, d_xb)
     h = state.h
+    wide = h.dtype
+    window = torch.cat([state.conv.to(u.dtype), u], dim=1)         # (b, d_conv, d_xb)
     inputs = window
     if place.position is not None:
         distance = torch.arange(c.d_conv - 1, -1, -1, device=u.device)
         inputs = window.masked_fill((place.position < distance)[..., None], 0)
         h = h.masked_fill((place.position == 0)[..., None], 0)
-    share = c.d_inner // c.d_xb if c.expand_before_conv else 1
-    weight = mixer.conv1d.weight[:, 0].T.reshape(c.d_conv, -1, share, n)             # (d_conv, d_xb / n, share, n)
-    u = (inputs.view(b, c.d_conv, -1, 1, n) * weight).sum(1).view(b, 1, -1)          # (b, 1, channels of the conv)
-    u = F.silu(u if mixer.conv1d.bias is None else u + mixer.conv1d.bias)
+
+    # The conv: taps times inputs, each chunk of n lanes once for all channels that share it.
+    share = c.d_inner // c.d_xb
+    heads = share if c.expand_before_conv else 1
+    inputs = inputs.view(b, c.d_conv, -1, 1, n)
+    weight = mixer.conv1d.weight[:, 0].T.reshape(c.d_conv, -1, heads, n)
+    u = (inputs * weight).sum(1).view(b, 1, -1)                    # (b, 1, channels of the conv)
+    if mixer.conv1d.bias is not None:
+        u = u + mixer.conv1d.bias
+    u = F.silu(u)
     if not c.expand_before_conv:
         u = mixer.expand(u)
+
+    # The step of the scan, and the gate.
     u = u[:, 0].to(wide)                                           # (b, d_inner)
     dt = dt[:, 0].to(wide)
-    dt = F.softplus(dt if mixer.dt_proj.bias is None else dt + mixer.dt_proj.bias.to(wide))
-    decay = torch.exp(dt[..., None] * -torch.exp(mixer.A_log.to(wide)))              # (b, d_inner, n)
-    write = (dt * u).view(b, -1, c.d_inner // c.d_xb * n, 1) * B.reshape(b, -1, 1, n)
+    if mixer.dt_proj.bias is not None:
+        dt = dt + mixer.dt_proj.bias.to(wide)
+    dt = F.softplus(dt)
+    A = -torch.exp(mixer.A_log.to(wide))
+    decay = torch.exp(dt[..., None] * A)                           # (b, d_inner, n)
+    written = (dt * u).view(b, -1, share * n, 1)                   # (b, d_xb / n, channels that share B, 1)
+    write = written * B.reshape(b, -1, 1, n)
     h = torch.addcmul(write.view(h.shape), decay, h)
-    y = (h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)).sum(-1).view(b, -1)           # (b, d_inner)
+    read = h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)            # (b, d_inner / n, n channels, n cells)
+    y = read.sum(-1).view(b, -1)
     y = torch.addcmul(y, mixer.D.to(wide), u) * F.silu(z[:, 0].to(wide))
     return y[:, None].to(z.dtype), SSM(window[:, 1:].contiguous(), h)
 

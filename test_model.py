@@ -939,8 +939,11 @@ def everything(model):
     return results + [logits, later, *state_tensors(state)]
 
 
+MAMBAS = [{"expand_before_conv": False}, {"conv_bias": False, "dt_bias": False}, {"d_conv": 1}, {"d_xb": 8}]
+
+
 @pytest.mark.parametrize("chosen", [nano.FASTER, *([form] for form in nano.FASTER)])
-@any_model
+@pytest.mark.parametrize("layout, change", MODELS + [("m2 t", change) for change in MAMBAS], ids=str)
 def test_definitions_equal_the_faster_forms(layout, change, chosen):
     model = join_projections(tiny(layout, **change))
     with forms([]):
