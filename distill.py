@@ -22,11 +22,11 @@ import time
 from dataclasses import fields, replace
 from typing import NamedTuple
 
+import model as nano         # before torch: it says how threads wait
 import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import model as nano
 from model import (UserError, autocast, choose_threads, claim_out, harm, provenance, run_main,
                    start_script)
 from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate, encode_problem,
@@ -670,7 +670,7 @@ def first_student(args, teacher):
 def check_student(args, student, teacher):
     """Raise UserError unless these configs differ in nothing but the layout and Mamba's own sizes: a transformer has
     none."""
-    free = {"layout", *(key for key, _ in nano.SSM_KEYS.values())}
+    free = {"layout", *(key for key, _ in nano.mixer_keys().values())}
     for field in fields(nano.Config):
         ours = getattr(student, field.name)
         theirs = getattr(teacher, field.name)

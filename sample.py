@@ -19,10 +19,10 @@ import sys
 import time
 from typing import NamedTuple
 
+import model as nano         # before torch: it says how threads wait
 import torch
 from tqdm import tqdm
 
-import model as nano
 from model import UserError, load_pretrained, load_tokenizer, run_main, start_script
 
 

@@ -25,11 +25,11 @@ import zlib
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
+import model as nano         # before torch: it says how threads wait
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import model as nano
 from model import (THOUGHTS, TOOLS, UserError, autocast, claim_out, either, file_hash, provenance, read_records,
                    read_turns, refuse_keys, run_main, some_json, start_script, weights_hash)
 
