@@ -720,9 +720,10 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, stop=None, top_k=0
 def draw(probs, top_p, rngs):
     """probs (b, m), rngs: a torch.Generator per row -> an index per row (b,)."""
     cumulative = probs.cumsum(dim=-1)
-    draws = torch.stack([torch.rand(1, device=probs.device, generator=rng) for rng in rngs])
-    # right: a token of probability 0 is never taken. draws are below 1, so the last sum is passed by none.
-    index = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)         # (b, 1)
+    draws = [torch.rand(1, device=probs.device, generator=rng) for rng in rngs]
+    # Draws are below 1, so the last sum stays above. right: a token of probability 0 is never taken.
+    passed = torch.stack(draws) * cumulative[:, -1:]               # (b, 1)
+    index = torch.searchsorted(cumulative, passed, right=True)
     if top_p >= 1:
         return index[:, 0]
     likelier = torch.where(probs > probs.gather(1, index), probs, 0)
@@ -1063,7 +1064,8 @@ def mlp_joined(mlp, x):
 
 def rotary_rolled(x, cos, sin):
     """rotary in three operations: rolling by half a head swaps the halves."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def project_joined(attention, x, place):
@@ -1161,8 +1163,10 @@ def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
     h = torch.addcmul(write.view(h.shape), decay, h)
     read = h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)            # (b, d_inner / n, n channels, n cells)
     y = read.sum(-1).view(b, -1)
-    y = torch.addcmul(y, mixer.D.to(wide), u) * F.silu(z[:, 0].to(wide))
-    return y[:, None].to(z.dtype), SSM(window[:, 1:].contiguous(), h)
+    y = torch.addcmul(y, mixer.D.to(wide), u)
+    y = y * F.silu(z[:, 0].to(wide))
+    conv = window[:, 1:].contiguous()
+    return y[:, None].to(z.dtype), SSM(conv, h)
 
 
 # Where part 1 computes by definition, the model takes these forms. use(DEFINITIONS) takes them out again: to try
