@@ -511,7 +511,7 @@ class HybridLM(nn.Module):
         layers = []
         for i, block in enumerate(self.layers):
             layer = None if state is None else state.layers[i]
-            texts = b if layer is None else len(next(iter(layer)))
+            texts = b if layer is None else next(iter(layer)).shape[0]
             if texts != b:
                 raise UserError(f"the state holds {texts} texts, the tokens {b}")
             if self.recompute and torch.is_grad_enabled():
@@ -1089,7 +1089,7 @@ def attend_fast(attention, q, k, v, mask):
     """Attention.attend, for the two cases in which PyTorch's kernels need help."""
     if q.shape[2] == 1:
         # The query heads that share a key stand in for tokens, so each key is read only once.
-        grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])    # (b, n_kv_head, heads per key, head_dim)
+        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])    # (b, n_kv_head, heads per key, head_dim)
         return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
     if q.is_cuda and mask is not None:
         # GPU kernels take a mask or groups, not both.
@@ -1110,7 +1110,7 @@ def norm_on_cpu(norm, x):
     if x.dtype != torch.float32:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n = x.shape[-1]
-    y = F.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=norm.eps)
+    y = torch.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=norm.eps)
     return y.narrow(-1, 0, n).to(x.dtype) * norm.weight
 
 
