@@ -221,8 +221,8 @@ def scan_inputs(b=2, t=9, d=6, n=3, groups=2, c_groups=3, dtype=torch.float64, r
 
 
 def run_scan(scan, inputs, dtype=None, **options):
-    """-> {name: tensor}: y, the last cells h, and the gradient of every input as grad_u, grad_dt, ...; dtype: compute in
-    this one. The gradients that enter at y and h are random: a plain sum would not see permuted or rescaled ones."""
+    """-> {name: tensor}: y, the last cells h, and the gradient of every input as grad_u, grad_dt, ...; dtype: compute
+    in this one. The gradients that enter at y and h are random: a plain sum would not see permuted or rescaled ones."""
     leaves = {}
     for name, value in inputs.items():
         if value is not None and value.is_floating_point():
@@ -783,7 +783,7 @@ def collect(model, prompts, max_new_tokens, stop, **sampling):
 @pytest.mark.parametrize("temperature", [0, 1])
 @any_model
 def test_every_answer_is_what_its_prompt_gives_alone(layout, change, temperature):
-    """Whatever stands beside it, whenever that ends and leaves the batch: greedy, and drawn from a stream of its own."""
+    """Whatever stands beside it, whenever that ends and leaves; greedy, and drawn from a stream of its own."""
     stop = tuple(range(9))
     model = tiny(layout, torch.float32, eos_ids=stop, **change)
     prompts = some_prompts(4, 1, 13, 2, 6, 3, 5, 8) + [[0]]                  # some shorter than the conv
