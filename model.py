@@ -1233,15 +1233,19 @@ def stored_dtype(name, dtype):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a directory with config.json and safetensors, in the Hugging Face layout.
 #
-# What a file asks for is implemented, or it changes nothing, or it is refused by name. A setting that is passed over
-# gives a model that is nearly right, and nobody would notice. The same for tensors: each parameter has exactly one
-# Source, and each tensor of the file is used, or follows from others (find_sources).
+# A setting that is passed over gives a model that is nearly right, and nobody would notice. So every setting that the
+# known families have, and those by which their relatives differ (NEUTRAL lists them), is implemented, or changes
+# nothing, or is refused by name; a key that is in none of these tables is passed over. In ssm_cfg and for the rotary
+# frequencies every unknown key is refused. The same for tensors: each parameter has exactly one Source, and each tensor
+# of the file is used, or follows from others (find_sources).
 #
-# An all-attention model is saved as its own family. A hybrid whose attention is Mistral's is saved in the format of
-# Apriel-H1. A hybrid whose attention has more (biases of q, k and v, norms of q and k, scaled rotary frequencies) must
-# not: readers of that format ignore keys that they do not know and would compute something else. It gets a model type
-# of its own, nanoh1_hybrid, which everybody else refuses: Apriel's format plus the keys base_model_type (the family of
-# the attention), qkv_bias, qk_norm (true or false) and rope_scaling (null, or Llama 3's object), none optional.
+# An all-attention model is saved as its own family. A hybrid whose attention computes what Mistral's does is saved in
+# the format of Apriel-H1, with base_model_type beside it if it came from another family. Models with more than their
+# format can say must not: readers ignore keys that they do not know and would compute something else. These are hybrids
+# with biases of q, k and v, norms of q and k or scaled rotary frequencies, and models of attention alone that differ
+# from their family (a Llama with a window). They get a model type of their own, nanoh1_hybrid, which everybody else
+# refuses: Apriel's format plus the keys base_model_type (the family of the attention), qkv_bias, qk_norm (true or
+# false) and rope_scaling (null, or Llama 3's object), none optional.
 
 class Family(NamedTuple):
     """A model type of transformers: how its attention differs, and what absent keys of config.json mean to it."""
@@ -1275,7 +1279,7 @@ SIZES = {
     "intermediate_size": "d_mlp",
 }
 
-# Settings that are read only to refuse them: key -> the values that change nothing. An absent key is one of them.
+# Settings that are read only to refuse them: key -> the values that change nothing. An absent key changes nothing.
 NEUTRAL = {
     "hidden_act": ("silu", "swish", None),
     "attention_bias": (False, None),
@@ -1284,6 +1288,22 @@ NEUTRAL = {
     "partial_rotary_factor": (1.0, None),
     "original_max_position_embeddings": (None,),
     "rope_interleaved": (False, None),
+    # Gemma.
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "query_pre_attn_scalar": (None,),
+    # Granite.
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (1.0, None),
+    "residual_multiplier": (1.0, None),
+    "logits_scaling": (1.0, None),
+    # Cohere, OLMo, MiniCPM, SmolLM 3.
+    "logit_scale": (1.0, None),
+    "use_qk_norm": (False, None),
+    "clip_qkv": (None,),
+    "scale_emb": (1.0, None),
+    "scale_depth": (None,),
+    "no_rope_layers": (None,),
 }
 
 # The same for the keys of rope_scaling (transformers 4) and rope_parameters (transformers 5). The type is spelled in
@@ -1369,8 +1389,9 @@ def refuse_pointer(file):
             raise UserError(f"{file} is a git LFS pointer, not the file itself: run git lfs pull")
 
 
-def read_json(path, kind=object):
-    """path -> the value in it. kind: the Python type it must have, dict for a JSON object."""
+def read_json(path, expected=object):
+    """path -> the value in it. expected: the Python type that it must have, dict for a JSON object.
+    Raises UserError for a file that cannot be read, is not JSON, or holds another type."""
     try:
         with open(path, encoding="utf-8") as f:
             value = json.load(f)
@@ -1381,8 +1402,8 @@ def read_json(path, kind=object):
     except ValueError as e:
         refuse_pointer(path)
         raise UserError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}")
+    if not isinstance(value, expected):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a {expected.__name__}")
     return value
 
 
@@ -1392,7 +1413,7 @@ def refuse_value(name, value, expected):
 
 
 def brief(value, most=200):
-    """A value of config.json as text for an error message, the beginning of it if it is long."""
+    """A value of a JSON file as text for an error message, its first `most` characters if it is longer."""
     try:
         shown = json.dumps(value)
     except RecursionError:
@@ -1400,8 +1421,10 @@ def brief(value, most=200):
     return shown if len(shown) <= most else shown[:most] + " ..."
 
 
+# Checks of one value of config.json: they give it back, or raise the UserError that names it.
+
 def whole(name, value, most=LARGEST):
-    """value, if it is a whole number from 1 to most. The name is for the error message, as in the next two."""
+    """value, if it is a whole number from 1 to most."""
     if type(value) is not int or not 1 <= value <= most:
         refuse_value(name, value, f"a whole number from 1 to {most}")
     return value
@@ -1501,15 +1524,15 @@ def refuse_settings(raw, neutral, where=None):
 def attention_fields(raw, family):
     """config.json -> heads and their width; what the family's attention has that Mistral's has not."""
     n_head = raw["num_attention_heads"]
-    kind = FAMILIES[family]
-    n_kv_head = raw.get("num_key_value_heads", kind.n_kv_head or n_head)
-    head_dim = raw.get("head_dim", kind.head_dim)
+    defaults = FAMILIES[family]
+    n_kv_head = raw.get("num_key_value_heads", defaults.n_kv_head or n_head)
+    head_dim = raw.get("head_dim", defaults.head_dim)
     fields = {
         "family": family,
         "n_kv_head": n_head if n_kv_head is None else whole("num_key_value_heads", n_kv_head),
         "head_dim": raw["hidden_size"] // n_head if head_dim is None else whole("head_dim", head_dim),
-        "qkv_bias": kind.qkv_bias,
-        "qk_norm": kind.qk_norm,
+        "qkv_bias": defaults.qkv_bias,
+        "qk_norm": defaults.qk_norm,
     }
     if raw["model_type"] == "nanoh1_hybrid":
         fields["qkv_bias"] = flag("qkv_bias", raw["qkv_bias"])
@@ -1603,12 +1626,12 @@ def rope_scaling_to_json(scaling):
     return {"rope_type": "llama3"} | numbers
 
 
-def token_fields(raw, family):
-    """config.json -> the tokens that begin and end a text, and the one that pads; family: the Family, for defaults.
+def token_fields(raw, defaults):
+    """config.json -> the tokens that begin and end a text, and the one that pads; defaults: a Family.
     Some files pad with -1, which is no token."""
     return {
-        "bos_id": token_id("bos_token_id", raw.get("bos_token_id", family.bos_id)),
-        "eos_ids": token_ids("eos_token_id", raw.get("eos_token_id", family.eos_id)),
+        "bos_id": token_id("bos_token_id", raw.get("bos_token_id", defaults.bos_id)),
+        "eos_ids": token_ids("eos_token_id", raw.get("eos_token_id", defaults.eos_id)),
         "pad_id": token_id("pad_token_id", raw.get("pad_token_id"), least=-1),
     }
 
@@ -1669,8 +1692,8 @@ def model_type_of(config):
     plain = not c.qkv_bias and not c.qk_norm and c.rope_scaling is None
     if any(kind != "t" for kind in c.layout):
         return "apriel_hybrid_ssm" if plain else "nanoh1_hybrid"
-    family = FAMILIES[c.family]
-    says_all = (family.qkv_bias, family.qk_norm) == (c.qkv_bias, c.qk_norm)
+    defaults = FAMILIES[c.family]
+    says_all = (defaults.qkv_bias, defaults.qk_norm) == (c.qkv_bias, c.qk_norm)
     if c.family == "llama" and c.sliding_window is not None:
         says_all = False
     return c.family if says_all else "nanoh1_hybrid"
@@ -1915,7 +1938,9 @@ def write_atomic(path, write):
 
 
 def write_together(writers):
-    """{path: write}, as write_atomic for several files. None is replaced before all of them are on the disk."""
+    """{path: write}, as write_atomic for several files. None is replaced before all of them are on the disk: a full
+    disk leaves all old ones. The renames come one after the other, so a crash between two leaves new files beside old.
+    Raises UserError."""
     from safetensors import SafetensorError
     # The umask can only be read by setting it.
     mask = os.umask(0)
@@ -1966,7 +1991,7 @@ def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30, dtype
     """Write model to the directory path: config.json and model.safetensors, or shards of at most shard_bytes with an
     index. dtype: of the weights in the file (None: the model's); A_log and D are float32 in any case.
     tokenizer_from: a directory whose tokenizer files are copied along.
-    Raises UserError where that fails; what was in the directory before is then still there."""
+    Raises UserError where that fails; unless a rename failed, what was in the directory before is then still there."""
     path = os.path.expanduser(os.fspath(path))
     dtype = dtype or model.embed_tokens.weight.dtype
     try:
@@ -2062,7 +2087,8 @@ def generation_writer(source, eos):
 #     decode(ids)                           text
 #     decode_single_token_bytes(id)         bytes, to print while generating; KeyError for an id without a token
 #     max_token_value                       the largest id
-#     special, begin                        {text: id} of the added tokens; the ids that belong before a raw text
+#     special                               {text: id} of the added tokens
+#     begin                                 ids that belong before a raw text: [] mostly, [128000] for Llama 3
 #
 # A text takes four steps. Added tokens ("<s>") are cut out; the rest is normalised; patterns cut it into pieces (words,
 # mostly); byte pair encoding turns the bytes of a piece into ids. ByteTokenizer leaves the last step to tiktoken, which
@@ -2135,12 +2161,12 @@ def steps_of(part, key):
 
 def is_composed(normalizer):
     """The normalizer of a tokenizer.json -> whether it turns letters and their accents into one character (NFC)."""
-    kinds = [step.get("type") for step in steps_of(normalizer, "normalizers")]
-    for kind in kinds:
+    forms = [step.get("type") for step in steps_of(normalizer, "normalizers")]
+    for form in forms:
         # The tables for other forms differ too much between Python and `tokenizers`.
-        if kind != "NFC":
-            raise Unfit(f"it has a normalizer ({kind})")
-    return len(kinds) > 0
+        if form != "NFC":
+            raise Unfit(f"it has a normalizer ({form})")
+    return len(forms) > 0
 
 
 def split_patterns(pre_tokenizer):
@@ -2151,15 +2177,17 @@ def split_patterns(pre_tokenizer):
         raise Unfit("the pre-tokenizer does not end with ByteLevel without a prefix space")
     patterns = []
     for step in splits:
-        kind = step.get("type")
-        if kind == "Digits":
+        action = step.get("type")
+        if action == "Digits":
             patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
-        elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        elif action == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
             pattern = step["pattern"]
             patterns.append(pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"]))
         else:
-            how = f", behavior {step.get('behavior')}, invert {step.get('invert')}" if kind == "Split" else ""
-            raise Unfit(f"the pre-tokenizer has a step {kind}{how}")
+            how = ""
+            if action == "Split":
+                how = f", behavior {step.get('behavior')}, invert {step.get('invert')}"
+            raise Unfit(f"the pre-tokenizer has a step {action}{how}")
     if level.get("use_regex", True):
         patterns.append(GPT2_PATTERN)
     try:
@@ -2246,8 +2274,8 @@ def check_merges(ranks, pairs, ignore_merges):
             raise Unfit(f"a token has {len(token)} bytes")
         letters = [token[i:i + 1] for i in range(len(token))]
         known = all(letter in ranks for letter in letters)
-        whole = ignore_merges and all(pair in rank for pair in ways_to_join(token, ranks))
-        if not known or not (whole or bpe(letters, rank) == [token]):
+        taken_whole = ignore_merges and all(pair in rank for pair in ways_to_join(token, ranks))
+        if not known or not (taken_whole or bpe(letters, rank) == [token]):
             raise Unfit(f"the token {token!r} is not what its merges give; "
                         "tiktoken would use it elsewhere")
 
@@ -2356,12 +2384,11 @@ class LibraryTokenizer:
         self.special = {token["content"]: token["id"] for token in added}
         self.find = find_longest(self.special)
         self.max_token_value = max(self.library.get_vocab().values())
-        steps = steps_of(raw.get("decoder"), "decoders")
-        kinds = [step.get("type") for step in steps]
-        if not {"ByteLevel", "ByteFallback", "Metaspace"}.intersection(kinds):
-            raise UserError(f"the decoder {kinds} does not say which bytes a token has")
-        self.table = byte_characters() if "ByteLevel" in kinds else {}
-        self.fallback = "ByteFallback" in kinds
+        steps = [step.get("type") for step in steps_of(raw.get("decoder"), "decoders")]
+        if not {"ByteLevel", "ByteFallback", "Metaspace"}.intersection(steps):
+            raise UserError(f"the decoder {steps} does not say which bytes a token has")
+        self.table = byte_characters() if "ByteLevel" in steps else {}
+        self.fallback = "ByteFallback" in steps
 
     def encode(self, text, allowed_special=()):
         text = valid_unicode(text)
@@ -2400,6 +2427,7 @@ def begin_ids(post_processor):
                 break
             name = item["SpecialToken"]["id"]
             ids += step["special_tokens"][name]["ids"]
+    # A set: the same token may stand there twice.
     check_ids([*set(ids)])
     return ids
 
@@ -2426,12 +2454,6 @@ def other_tokenizer(file, raw, reason):
         raise UserError(f"{reason}; it needs the package tokenizers: pip install tokenizers") from None
     with refusing(f"{reason}; with the package tokenizers"):
         return LibraryTokenizer(tokenizers.Tokenizer.from_file(file), raw)
-
-
-def begin_tokens(path, enc):
-    """Ids that the tokenizer of the checkpoint at path puts before a raw text: [] mostly, [128000] for Llama 3.
-    The end token that some append as well is left out."""
-    return list(enc.begin)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2669,14 +2691,8 @@ def parse_record(line):
     except (ValueError, RecursionError) as e:
         raise UserError(f"not JSON ({getattr(e, 'msg', e)})") from None
     if not isinstance(record, dict):
-        raise UserError(f"{some_json(record)} is no record {{...}}")
+        raise UserError(f"{brief(record)} is no record {{...}}")
     return record
-
-
-def some_json(value):
-    """A value for an error message, cut short."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:40] + " ..."
 
 
 def either(record, key, other):
@@ -2720,6 +2736,7 @@ def read_question(record):
 
 
 def read_messages(record, messages):
+    """The messages of a record -> [Turn], its system message first, wherever it stands."""
     turns = [read_message(message) for message in messages]
     # Some ShareGPT files keep the system message beside the conversation.
     if record.get("system"):
@@ -2737,7 +2754,7 @@ def find_messages(record):
     if messages is None:
         raise UserError(unknown_shape(record))
     if not isinstance(messages, list):
-        raise UserError(f"messages that are not a list but {some_json(messages)}")
+        raise UserError(f"messages that are not a list but {brief(messages)}")
     return [], messages
 
 
@@ -2750,17 +2767,17 @@ def unknown_shape(record):
     if "prompt" in record:
         return "a prompt without a response or completion of the same kind, text or messages"
     return ("neither prompt and response nor messages nor conversations; "
-            f"keys: {some_json(sorted(record))}")
+            f"keys: {brief(sorted(record))}")
 
 
 def read_message(message):
     """One message, {"role", "content"} or {"from", "value"} -> Turn. Raises UserError for what is not read."""
     if not isinstance(message, dict):
-        raise UserError(f"a message that is {some_json(message)}")
+        raise UserError(f"a message that is {brief(message)}")
     refuse_keys(message, TOOLS, "tool calls are not read")
     role = either(message, "role", "from")
     if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"the role {some_json(role)}; read are {', '.join(ROLES)}")
+        raise UserError(f"the role {brief(role)}; read are {', '.join(ROLES)}")
     text = content_text(either(message, "content", "value"))
     if ROLES[role] != "assistant":
         refuse_keys(message, THOUGHTS, "thoughts of somebody else than the assistant")
@@ -2769,7 +2786,7 @@ def read_message(message):
         raise UserError("an empty response")
     weight = message.get("weight")
     if weight not in (None, 0, 1):
-        raise UserError(f"the weight {some_json(weight)}; a turn is trained (1) or not (0)")
+        raise UserError(f"the weight {brief(weight)}; a turn is trained (1) or not (0)")
     return Turn("assistant", with_thoughts(message, text), weight != 0)
 
 
@@ -2778,12 +2795,12 @@ def content_text(content):
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise UserError(f"the content {some_json(content)}; it must be a text")
+        raise UserError(f"the content {brief(content)}; it must be a text")
     texts = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else part
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise UserError(f"a content part of type {some_json(kind)}; only text is read")
+        form = part.get("type") if isinstance(part, dict) else part
+        if form != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"a content part of type {brief(form)}; only text is read")
         texts.append(part["text"])
     return "".join(texts)
 
@@ -2794,7 +2811,7 @@ def with_thoughts(message, text):
     if not found:
         return text
     if not all(isinstance(thoughts, str) and thoughts == found[0] for thoughts in found):
-        raise UserError(f"thoughts that are no text, or two of them: {some_json(found)}")
+        raise UserError(f"thoughts that are no text, or two of them: {brief(found)}")
     inside, closed, _ = text.rpartition("</think>")
     if not closed:
         return f"<think>\n{found[0]}\n</think>\n\n{text}"
@@ -2819,23 +2836,28 @@ def check_order(turns):
 
 def pick_device(name):
     """"auto" -> cuda, mps or cpu, the first that is there. Raises UserError for a device that is not."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(device for device, there in found.items() if there) if name == "auto" else name
-    if not found.get(name.split(":")[0]):
-        raise UserError(f"device {name!r} is not available here; available: {', '.join(d for d in found if found[d])}")
+    found = ["cuda"] if torch.cuda.is_available() else []
+    found += ["mps"] if torch.backends.mps.is_available() else []
+    found += ["cpu"]
+    if name == "auto":
+        name = found[0]
+    if name.split(":")[0] not in found:
+        raise UserError(f"device {name!r} is not available here; available: {', '.join(found)}")
     return torch.device(name)
 
 
 def pick_dtype(name, device):
-    """"auto" -> bfloat16 on cuda, float32 elsewhere. Only matrix products use it: the rest is float32."""
-    name = ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name
+    """"auto" -> bfloat16 on cuda, float32 elsewhere: the dtype of matrix products, and of weights that do not train.
+    Weights that train, the cells of a scan and losses are float32 in any case."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
     if name not in ("float32", "bfloat16"):
         raise UserError(f"dtype {name!r} is not supported: use float32 or bfloat16")
     return getattr(torch, name)
 
 
 def start_script(args):
-    """args with device and dtype, as the flags of every script -> (torch.device, dtype of matrix products)."""
+    """args with device and dtype, as the flags of every script -> torch.device, dtype (see pick_dtype)."""
     torch.set_flush_denormal(True)           # a state that has decayed to 1e-40 costs 100 cycles an operation
     # A shell expands ~ in "--out ~/x", and not in "--out=~/x".
     for name in ("model", "teacher", "student", "merge", "data", "rank", "out"):
@@ -2873,8 +2895,9 @@ def harm(score):
 
 
 def autocast(device, dtype):
-    """Matrix products in dtype over float32 weights; nothing at all for float32.
-    The weights, their gradients and the optimiser stay float32: a step of 0.1 % would vanish in bfloat16's 8 bits."""
+    """A context: matrix products in dtype, whatever the dtype of the weights; nothing at all for float32.
+    Weights that train, their gradients and the optimiser stay float32: a step of 0.1 % would vanish in bfloat16's 8
+    bits."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 

@@ -146,7 +146,7 @@ def read_text(file):
 def make_prompt(asked, args, model, enc, chat):
     """An input -> Prompt. Before a text comes what this tokenizer puts before every text."""
     if isinstance(asked, str):
-        begin = enc.decode(nano.begin_tokens(args.model, enc))
+        begin = enc.decode(enc.begin)
         text = asked if asked.startswith(begin) else begin + asked
         return Prompt(asked, text, encode(enc, model.config, text))
     text = chat.prompt(asked)

@@ -1882,6 +1882,9 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "gelu": ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
     "attention bias": ({"attention_bias": True}, "attention_bias = true"),
     "MLP bias": ({"mlp_bias": True}, "mlp_bias = true"),
+    "Gemma's soft caps": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+    "Granite's multipliers": ({"residual_multiplier": 0.22}, "residual_multiplier = 0.22"),
+    "Cohere's scale": ({"logit_scale": 0.0625}, "logit_scale = 0.0625"),
     "quantisation": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
     "an unknown key of ssm_cfg": ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate"),
     "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "d_state 5"),
@@ -1921,7 +1924,8 @@ def test_settings_that_change_nothing_are_accepted(tmp_path):
     harmless = {"layer_types": ["mamba2", "full_attention", "mamba2"], "linear_attn_config": {}, "auto_map": {},
                 "use_cache": False, "attention_dropout": 0.1, "initializer_range": 0.5, "attention_bias": False,
                 "quantization_config": None, "rope_scaling": {"type": "default", "factor": 1.0},
-                "partial_rotary_factor": 1.0, "hidden_act": "swish",
+                "partial_rotary_factor": 1.0, "hidden_act": "swish", "residual_multiplier": 1.0,
+                "logit_scale": 1, "attn_logit_softcapping": None,
                 "ssm_cfg": {"activation": "silu", "n_v_heads": 32, "n_qk_heads": 32, "chunk_size": 128}}
     tokens = some_tokens(1, 9)
     plain = load_pretrained(write_checkpoint(tmp_path / "a", raw_config()))
@@ -3017,7 +3021,7 @@ def test_begin_tokens_are_those_that_the_library_puts_before_a_text(processor, i
     raw = make_tokenizer()
     raw["post_processor"] = processor
     enc = load_from(raw, tmp_path)
-    assert nano.begin_tokens(tmp_path, enc) == ids
+    assert enc.begin == ids
     library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert library.encode("a").ids[:len(ids) + 1] == [*ids, *enc.encode("a")]
 
@@ -5552,7 +5556,7 @@ def use_tokenizer(path):
     enc = load_tokenizer(path)
     ids = enc.encode(CORPUS + "<s>\x00\U0010ffff</s>", allowed_special="all")
     enc.decode(ids)
-    for token in [*ids, *nano.begin_tokens(path, enc), enc.max_token_value]:
+    for token in [*ids, *enc.begin, enc.max_token_value]:
         enc.decode_single_token_bytes(token)
 
 

@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (THOUGHTS, TOOLS, UserError, autocast, claim_out, either, file_hash, provenance, read_records,
-                   read_turns, refuse_keys, run_main, some_json, start_script, weights_hash)
+from model import (THOUGHTS, TOOLS, UserError, autocast, brief, claim_out, either, file_hash, provenance, read_records,
+                   read_turns, refuse_keys, run_main, start_script, weights_hash)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ class Codec(NamedTuple):
 def load_codec(path):
     """The Codec of a checkpoint directory. Raises UserError for a tokenizer that cannot be read."""
     enc = nano.load_tokenizer(path)
-    return Codec(enc, nano.load_chat(path, enc), nano.begin_tokens(path, enc))
+    return Codec(enc, nano.load_chat(path, enc), enc.begin)
 
 
 def encode_parts(codec, parts):
@@ -847,7 +847,7 @@ def check_kind(key, value, kind):
     else:
         good = isinstance(value, kind)
     if not good:
-        raise ValueError(f"{key} is {some_json(value)}")
+        raise ValueError(f"{key} is {brief(value)}")
 
 
 def load_tensors(f, model, optimizers):
