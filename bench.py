@@ -383,7 +383,7 @@ def prefill_length(args, ctx, device):
 def time_prefill(model, length, args, device):
     """-> seconds (median), spread, for one prompt of random tokens, in one pass, logits of the last position."""
     prompt = torch.randint(model.config.vocab_size, (length,)).tolist()
-    return measure(lambda: model.prefill([prompt], 1, chunk=length), device, args.seconds)
+    return measure(lambda: model.prefill([prompt], 1, piece=length), device, args.seconds)
 
 
 def peak_memory(device):

@@ -301,7 +301,7 @@ class Attention(nn.Module):
             k = k.narrow(2, 0, place.past + t)                     # (b, n_kv_head, past + t, head_dim)
             v = v.narrow(2, 0, place.past + t)
         y = self.attend(q, k, v, place.mask)
-        y = y.transpose(1, 2).reshape(b, t, -1)                    # heads side by side again
+        y = y.transpose(1, 2).reshape(b, t, -1)                    # (b, t, n_head * head_dim)
         return self.o_proj(y), state
 
 
@@ -401,10 +401,10 @@ class Mamba(nn.Module):
         return SSM(conv, conv.new_zeros(batch, c.d_inner, c.d_state, dtype=wide))
 
     def expand(self, u):
-        """(b, t, d_xb) -> (b, t, d_inner): each chunk of d_state lanes once for every query head that shares it."""
-        heads = self.config.d_inner // self.config.d_xb
+        """(b, t, d_xb) -> (b, t, d_inner): each chunk of d_state lanes d_inner / d_xb times in a row."""
+        repeat = self.config.d_inner // self.config.d_xb
         chunks = u.unflatten(-1, (-1, 1, self.config.d_state))     # (b, t, d_xb / n, 1, n)
-        return chunks.expand(-1, -1, -1, heads, -1).flatten(2)
+        return chunks.expand(-1, -1, -1, repeat, -1).flatten(2)
 
     def mix(self, u, dt, B, C, z, state, place):
         """The memory, between the projections. u, B (b, t, d_xb); dt, C, z (b, t, d_inner) -> y (b, t, d_inner), SSM"""
@@ -634,9 +634,10 @@ def pad_left(prompts, device):
 
 
 @torch.no_grad()
-def prefill(model, prompts, room, chunk=2048, state=None):
+def prefill(model, prompts, room, piece=2048, state=None):
     """prompts: a list of id lists, each at least one long; room: tokens that will follow -> logits (b, vocab_size)
-    of the last position only, and the State. With a state given, the prompts (of equal length) continue it."""
+    of the last position only, and the State. With a state given, the prompts (of equal length) continue it.
+    piece: tokens of a prompt that are computed at once. Raises UserError."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError("every prompt needs at least one token")
     tokens, reset = pad_left(prompts, model.embed_tokens.weight.device)
@@ -644,9 +645,9 @@ def prefill(model, prompts, room, chunk=2048, state=None):
         state = model.new_state(len(prompts), tokens.shape[1] + room)
     elif reset is not None:
         raise UserError("prompts that continue a state must have equal lengths")
-    for i in range(0, tokens.shape[1], chunk):
-        begins = None if reset is None else reset[:, i:i + chunk]
-        x, state = model.hidden(tokens[:, i:i + chunk], state, begins)
+    for i in range(0, tokens.shape[1], piece):
+        begins = None if reset is None else reset[:, i:i + piece]
+        x, state = model.hidden(tokens[:, i:i + piece], state, begins)
     return model.lm_head(x[:, -1]), state
 
 
@@ -675,7 +676,7 @@ def answers(model, logits, state, max_new_tokens, stop, **sampling):
     """Generator: one step of all rows that still write, as a list of (row, id), until every row has given a stop token
     (the last id of its row, then) or max_new_tokens. sampling: as decode takes it. Rows that have ended leave the
     batch once they are a quarter of it: a copy of the others' caches costs less than to go on computing them."""
-    batch = list(range(len(logits)))         # the row that stands in each place of the batch
+    batch = list(range(len(logits)))         # the row that stands in each slot of the batch
     writing = set(batch)
     steps = model.decode(logits, state, **sampling)
     rows = None
@@ -688,8 +689,8 @@ def answers(model, logits, state, max_new_tokens, stop, **sampling):
             break
         rows = None
         if len(writing) <= 0.75 * len(batch):
-            rows = [place for place, row in enumerate(batch) if row in writing]
-            batch = [batch[place] for place in rows]
+            rows = [slot for slot, row in enumerate(batch) if row in writing]
+            batch = [batch[slot] for slot in rows]
 
 
 def generate(model, prompts, max_new_tokens, temperature=0.0, stop=None, top_k=0, top_p=1.0, seed=0):
@@ -748,9 +749,9 @@ def choose(logits, temperature, top_k, top_p, rngs):
     cumulative = probs.cumsum(dim=-1)
     draws = [torch.rand(1, dtype=torch.double, device=probs.device, generator=rng) for rng in rngs]
     passed = torch.stack(draws) * cumulative[:, -1:]               # (b, 1)
-    place = torch.searchsorted(cumulative, passed, right=True)     # right: a token of probability 0 is never taken
-    place = place.clamp(max=probs.shape[-1] - 1)
-    return place[:, 0] if ids is None else ids.gather(1, place)[:, 0]
+    chosen = torch.searchsorted(cumulative, passed, right=True)    # right: a token of probability 0 is never taken
+    chosen = chosen.clamp(max=probs.shape[-1] - 1)
+    return chosen[:, 0] if ids is None else ids.gather(1, chosen)[:, 0]
 
 
 LayerState.rows = layer_rows
@@ -962,14 +963,14 @@ def scan_backend(device, t=2, n=16, dtype=torch.float32, impl="auto"):
         raise UserError(f"selective_scan: unknown impl {impl!r}; known: loop, chunk, triton, auto")
     if impl in ("loop", "chunk"):
         return impl
-    kind = torch.device(device).type                               # ROCm is "cuda", too
+    device_type = torch.device(device).type                        # ROCm is "cuda", too
     interpreted = triton is not None and triton.knobs.runtime.interpret
     if impl == "triton" and triton is None:
         raise UserError("impl='triton' needs Triton: pip install triton")
-    if impl == "triton" and kind != "cuda" and not (kind == "cpu" and interpreted):
+    if impl == "triton" and device_type != "cuda" and not (device_type == "cpu" and interpreted):
         raise UserError("impl='triton' needs a GPU, or TRITON_INTERPRET=1 set before the start; "
-                        f"the tensors are on {kind}")
-    if impl == "auto" and (triton is None or kind != "cuda"):
+                        f"the tensors are on {device_type}")
+    if impl == "auto" and (triton is None or device_type != "cuda"):
         return "loop" if t == 1 else "chunk"                       # one step needs no machinery
     if n > 64 or n & (n - 1) or dtype == torch.float64:
         # Python shows a warning once.
@@ -982,13 +983,13 @@ def scan_backend(device, t=2, n=16, dtype=torch.float32, impl="auto"):
 def scan_backend_reason(device):
     """One line for scripts to print: the scan that impl="auto" takes on this device, and why."""
     name = scan_backend(device)
-    kind = torch.device(device).type
+    device_type = torch.device(device).type
     if name == "triton":
         why = f"Triton {triton.__version__} on {torch.cuda.get_device_name(device)}"
-    elif kind == "cuda":
+    elif device_type == "cuda":
         why = "Triton is not installed"
     else:
-        why = f"pure PyTorch: Triton needs a GPU, this is {kind}"
+        why = f"pure PyTorch: Triton needs a GPU, this is {device_type}"
     return f"scan: {name} ({why})"
 
 
@@ -1079,9 +1080,9 @@ def project_joined(attention, x, place):
         return project_by_definition(attention, x, place)
     c = attention.config
     b, t, _ = x.shape
-    heads = F.linear(x, attention.joined.weight, attention.joined.bias)
-    heads = heads.view(b, t, -1, c.head_dim).transpose(1, 2)       # (b, n_head + 2 n_kv_head, t, head_dim)
-    qk, v = heads.split_with_sizes([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+    qkv = F.linear(x, attention.joined.weight, attention.joined.bias)
+    qkv = qkv.view(b, t, -1, c.head_dim).transpose(1, 2)           # (b, n_head + 2 n_kv_head, t, head_dim)
+    qk, v = qkv.split_with_sizes([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
     if c.qk_norm:
         q, k = qk.split_with_sizes([c.n_head, c.n_kv_head], dim=1)
         qk = torch.cat([attention.q_norm(q), attention.k_norm(k)], dim=1)
@@ -1144,10 +1145,10 @@ def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
         h = h.masked_fill((place.position == 0)[..., None], 0)
 
     # The conv: taps times inputs, each chunk of n lanes once for all channels that share it.
-    share = c.d_inner // c.d_xb
-    heads = share if c.expand_before_conv else 1
+    repeat = c.d_inner // c.d_xb
+    copies = repeat if c.expand_before_conv else 1
     inputs = inputs.view(b, c.d_conv, -1, 1, n)
-    weight = mixer.conv1d.weight[:, 0].T.reshape(c.d_conv, -1, heads, n)
+    weight = mixer.conv1d.weight[:, 0].T.reshape(c.d_conv, -1, copies, n)
     u = (inputs * weight).sum(1).view(b, 1, -1)                    # (b, 1, channels of the conv)
     if mixer.conv1d.bias is not None:
         u = u + mixer.conv1d.bias
@@ -1163,7 +1164,7 @@ def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
     dt = F.softplus(dt)
     A = -torch.exp(mixer.A_log.to(wide))
     decay = torch.exp(dt[..., None] * A)                           # (b, d_inner, n)
-    written = (dt * u).view(b, -1, share * n, 1)                   # (b, d_xb / n, channels that share B, 1)
+    written = (dt * u).view(b, -1, repeat * n, 1)                  # (b, d_xb / n, channels that share B, 1)
     write = written * B.reshape(b, -1, 1, n)
     h = torch.addcmul(write.view(h.shape), decay, h)
     read = h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)            # (b, d_inner / n, n channels, n cells)
@@ -1188,6 +1189,7 @@ DEFINITIONS = [(owner, name, vars(owner)[name]) for owner, name, _ in FASTER]
 
 
 def use(forms):
+    """forms: [(class, name of a method, the method to put there)]."""
     for owner, name, form in forms:
         setattr(owner, name, form)
 
@@ -2987,16 +2989,18 @@ def same_place(path, other):
 
 
 # ======================================================================================================================
-# Part 5. Triton: the same scan, and one token, as GPU kernels. You may stop reading here: nothing below changes a
-# result, it is only faster.
+# Part 5. Triton: the same scan, and one token, as GPU kernels. You may stop reading here: below, results are the same
+# up to rounding, only faster.
 #
-# One program (a single warp, so nothing to synchronise) takes a strip of channels of one text, keeps their cells in
-# registers and walks through time: scan_loop for a strip. A time step is read and written once, y needs one sum over
-# n, and grouped B and C are read where they lie. Names are those of the definition; these come on top:
+# One program, a single warp, takes a strip of channels of one text, keeps their cells in registers and walks through
+# time: scan_loop for a strip. Every cell stays with one thread, so nothing waits; a barrier stands only where threads
+# read memory that others wrote. A walk reads a time step once, y needs one sum over n, and grouped B and C are read
+# where they lie. Names are those of the definition; these come on top:
 #
 #       A2              A * log2(e), since exp2 is cheaper than exp
 #       decay, written  exp(dt A) and dt u: a step is h = decay * h + written B
 #       part, row       (text, segment) and (text, step) as one number each; int64, since b * t * d passes 2^31
+#       lane            0 ... n - 1: which cell of a channel, and which number of its group's B or C
 #       at              the steps and channels of a program, and where its rows of B and C lie
 #       later           the part of grad_h_t that comes from the step after: decay_{t+1} grad_h_{t+1}
 #
@@ -3018,7 +3022,7 @@ if triton is not None:
     SCAN_TILE = 16
     # Texts are cut into segments until there are so many programs (an H200 runs about 3000 at once) ...
     SCAN_PROGRAMS = 2048
-    # ... but into none shorter than this.
+    # ... but not into so many that t / segments falls below this.
     SCAN_SEGMENT = 64
     LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -3116,19 +3120,19 @@ if triton is not None:
         first = text * t + begin
         end = text * t + tl.minimum(begin + segment, t)
         i = tl.arange(0, WIDTH)
-        n = tl.arange(0, N)[None, :]
+        lane = tl.arange(0, N)[None, :]
         channel = strip * WIDTH + i % (WIDTH // PAIR) * PAIR + i // (WIDTH // PAIR)
         live = channel < d
         # Lines beyond d repeat the last channel and write nothing.
         channel = tl.minimum(channel, d - 1)
-        cell = channel[:, None] * N + n
-        B = (channel // share_B)[:, None] * N + n
-        C = (channel // share_C)[:, None] * N + n
+        cell = channel[:, None] * N + lane
+        B = (channel // share_B)[:, None] * N + lane
+        C = (channel // share_C)[:, None] * N + lane
         return Where(part, first, end, strip, channel, live, cell, B, C)
 
     @triton.jit
     def scan_step(inputs, stride, row, at, A2, bias):
-        """-> Step."""
+        """The time step `row` of the strip `at` (Where) -> Step. A2 (WIDTH, n), bias (WIDTH)."""
         u = load32(inputs.u + row * stride.u + at.channel)
         raw = load32(inputs.dt + row * stride.dt + at.channel) + bias
         B = load32(inputs.B + row * stride.B + at.B)
@@ -3185,13 +3189,13 @@ if triton is not None:
         (b, d, n) comes into the first one; BACK: into the last, and so on towards the first."""
         # Cells are independent here, whatever their channel.
         programs = tl.cdiv(d * N, CELLS)
-        b = (tl.program_id(0) // programs).to(tl.int64)
+        text = (tl.program_id(0) // programs).to(tl.int64)
         cell = tl.program_id(0) % programs * CELLS + tl.arange(0, CELLS)
         live = cell < d * N
         A2 = tl.load(A_ptr + cell, mask=live, other=0.0) * LOG2E
-        h = tl.load(outside_ptr + b * d * N + cell, mask=live, other=0.0)
+        h = tl.load(outside_ptr + text * d * N + cell, mask=live, other=0.0)
         for i in range(segments):
-            part = b * segments + (segments - 1 - i if BACK else i)
+            part = text * segments + (segments - 1 - i if BACK else i)
             total = tl.load(total_ptr + part * d + cell // N, mask=live, other=0.0)
             own = tl.load(own_ptr + part * d * N + cell, mask=live, other=0.0)
             tl.store(enter_ptr + part * d * N + cell, h, mask=live)
@@ -3207,7 +3211,7 @@ if triton is not None:
         bias = tl.load(inputs.dt_bias + at.channel)
         later = tl.zeros([WIDTH, N], tl.float32)
         for i in range(at.first, at.end):
-            row = at.first + at.end - 1 - i
+            row = at.first + at.end - 1 - i                        # from the last to the first
             step = scan_step(inputs, stride, row, at, A2, bias)
             grad_y = load32(grad_y_ptr + row * d + at.channel)
             if inputs.z is not None:
@@ -3243,12 +3247,15 @@ if triton is not None:
                    SUM: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, PAIR: tl.constexpr):
         """values (WIDTH, n), lines as in scan_place: sums over SUM neighbouring channels go to ptr (b, t, d / SUM, n).
         SUM divides d, so that no sum has lines from both sides of d."""
-        # First within a thread, c and c + 1, then across threads.
-        values = tl.sum(tl.reshape(values, [PAIR, WIDTH // PAIR, N]), axis=0)
-        values = tl.sum(tl.reshape(values, [WIDTH // SUM, SUM // PAIR, N]), axis=1)
+        # First within a thread: the lines of a pair of channels lie WIDTH / PAIR apart.
+        values = tl.reshape(values, [PAIR, WIDTH // PAIR, N])
+        values = tl.sum(values, axis=0)                            # (WIDTH / PAIR, n), pairs in the order of channels
+        # Then across threads.
+        values = tl.reshape(values, [WIDTH // SUM, SUM // PAIR, N])
+        values = tl.sum(values, axis=1)                            # (WIDTH / SUM, n)
         i = strip * (WIDTH // SUM) + tl.arange(0, WIDTH // SUM)[:, None]
-        n = tl.arange(0, N)[None, :]
-        tl.store(ptr + row * (d // SUM) * N + i * N + n, values, mask=i < d // SUM)
+        lane = tl.arange(0, N)[None, :]
+        tl.store(ptr + row * (d // SUM) * N + i * N + lane, values, mask=i < d // SUM)
 
     @triton.jit(do_not_specialize=["t", "segment", "segments"])
     def scan_backward(inputs, stride, t, d, segment, segments, share_B, share_C,
@@ -3275,7 +3282,7 @@ if triton is not None:
             # A thread may read what another one wrote.
             tl.debug_barrier()
             for j in range(low, high):
-                row = low + high - 1 - j
+                row = low + high - 1 - j                           # from the last to the first
                 step = scan_step(inputs, stride, row, at, A2, bias)
                 C = load32(inputs.C + row * stride.C + at.C)
                 grad_y = load32(grad_y_ptr + row * d + at.channel)
@@ -3311,7 +3318,7 @@ if triton is not None:
         tl.store(grad.D + at.part * d + at.channel, grad_D, mask=at.live)
         tl.store(grad.dt_bias + at.part * d + at.channel, grad_bias, mask=at.live)
 
-    class Plan(NamedTuple):
+    class ScanPlan(NamedTuple):
         """How a scan is cut into programs."""
         b: int
         t: int
@@ -3324,7 +3331,7 @@ if triton is not None:
         shared: dict                         # the arguments that all scan kernels take, by name
 
     def scan_plan(inputs, b):
-        """inputs: Inputs of b texts -> Plan."""
+        """inputs: Inputs of b texts -> ScanPlan."""
         d, n = inputs.A.shape
         t = len(inputs.u) // b
         width = min(64, max(1, SCAN_CELLS // n))
@@ -3344,7 +3351,7 @@ if triton is not None:
             inputs=inputs, stride=stride, t=t, d=d, segment=segment, segments=segments,
             share_B=d * n // inputs.B.shape[1], share_C=d * n // inputs.C.shape[1],
             N=n, WIDTH=width, num_warps=1)
-        return Plan(b, t, d, n, width, segment, segments, (b * segments * strips,), shared)
+        return ScanPlan(b, t, d, n, width, segment, segments, (b * segments * strips,), shared)
 
     class GroupSum:
         """The gradient of B or of C, a sum over the channels that read a group. The kernel adds up `width` of them, the
@@ -3369,7 +3376,7 @@ if triton is not None:
             return total.view(self.like.shape)
 
     def combine(plan, A, outside, total, own, back):
-        """Launch scan_combine -> what enters each segment, (b, segments, d, n)."""
+        """Arguments as in scan_combine -> what enters each segment, (b, segments, d, n)."""
         cells = 256
         grid = (plan.b * triton.cdiv(plan.d * plan.n, cells),)
         enter = torch.empty_like(own)
@@ -3477,8 +3484,9 @@ if triton is not None:
         return y.view(b, t, d), h
 
     # One token, the case of decoding, is the work of one kernel instead of some twenty: conv window, SiLU, softplus,
-    # cells, read-out, skip and gate. A program takes a chunk of d_xb and all the channels that repeat it: it alone
-    # reads this part of the conv window, and may write the next window over it.
+    # cells, read-out, skip and gate. A program takes a chunk of d_state lanes of d_xb and all the channels that repeat
+    # it: it alone reads this part of the conv window, and may write the next window over it. What follows the conv
+    # stays in float32; part 1 rounds u to the dtype of the model in between.
 
     class Token(NamedTuple):
         """What the projections say about the newest token. u, B, C, z are slices of one tensor."""
@@ -3506,49 +3514,50 @@ if triton is not None:
         not d_xb. SLOTS: a power of two, TAPS - 1 or more."""
         chunks = d_xb // N
         chunk = tl.program_id(0) % chunks
-        b = (tl.program_id(0) // chunks).to(tl.int64)
+        text = (tl.program_id(0) // chunks).to(tl.int64)
         d = d_xb * repeat
-        n = tl.arange(0, N)[None, :]
-        window = b * (TAPS - 1) * d_xb
+        lane = tl.arange(0, N)[None, :]
+        window = text * (TAPS - 1) * d_xb
         position = TAPS
         if token.position is not None:
-            position = tl.load(token.position + b)
+            position = tl.load(token.position + text)
         for low in range(0, repeat * N, WIDTH):
             i = low + tl.arange(0, WIDTH)
             live = i < repeat * N
             channel = chunk * repeat * N + tl.minimum(i, repeat * N - 1)
             source = chunk * N + i % N
-            tap = channel if EXPAND else source
-            u = load32(weights.conv + tap * TAPS + TAPS - 1) * load32(token.u + b * in_row + source)
+            conv_channel = channel if EXPAND else source
+            taps = weights.conv + conv_channel * TAPS
+            u = load32(taps + TAPS - 1) * load32(token.u + text * in_row + source)
             for j in tl.static_range(TAPS - 1):
                 # Inputs from before the document began count as zero.
                 earlier = load32(conv_ptr + window + j * d_xb + source)
                 earlier = tl.where(position < TAPS - 1 - j, 0.0, earlier)
-                u += load32(weights.conv + tap * TAPS + j) * earlier
+                u += load32(taps + j) * earlier
             if weights.conv_bias is not None:
-                u += load32(weights.conv_bias + tap)
+                u += load32(weights.conv_bias + conv_channel)
             u *= tl.sigmoid(u)
-            dt = load32(token.dt + b * d + channel)
+            dt = load32(token.dt + text * d + channel)
             if weights.dt_bias is not None:
                 dt += load32(weights.dt_bias + channel)
             dt = softplus(dt)
-            cell = channel[:, None] * N + n
+            cell = channel[:, None] * N + lane
             A = -tl.exp(load32(weights.A_log + cell))
-            B = load32(token.B + b * in_row + chunk * N + n)
-            h = tl.load(h_ptr + b * d * N + cell)
+            B = load32(token.B + text * in_row + chunk * N + lane)
+            h = tl.load(h_ptr + text * d * N + cell)
             h = tl.where(position == 0, 0.0, h)
             h = tl.exp(dt[:, None] * A) * h + (dt * u)[:, None] * B
-            C = load32(token.C + b * in_row + (channel // N)[:, None] * N + n)
-            z = load32(token.z + b * in_row + channel)
+            C = load32(token.C + text * in_row + (channel // N)[:, None] * N + lane)
+            z = load32(token.z + text * in_row + channel)
             y = tl.sum(h * C, axis=1) + load32(weights.D + channel) * u
-            tl.store(next_h_ptr + b * d * N + cell, h, mask=live[:, None])
-            tl.store(y_ptr + b * d + channel, y * z * tl.sigmoid(z), mask=live)
+            tl.store(next_h_ptr + text * d * N + cell, h, mask=live[:, None])
+            tl.store(y_ptr + text * d + channel, y * z * tl.sigmoid(z), mask=live)
         # The window moves on by one: (SLOTS, n), the newest input raw, before conv and SiLU.
         slot = tl.arange(0, SLOTS)[:, None]
-        source = chunk * N + n
+        source = chunk * N + lane
         slot_at = window + slot * d_xb + source
         older = tl.load(conv_ptr + slot_at + d_xb, mask=slot < TAPS - 2, other=0.0)
-        newest = tl.load(token.u + b * in_row + source)
+        newest = tl.load(token.u + text * in_row + source)
         value = tl.where(slot == TAPS - 2, newest, older)
         # All threads have read the window, before any overwrites it.
         tl.debug_barrier()

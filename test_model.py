@@ -533,8 +533,8 @@ def test_a_row_of_a_ragged_batch_gives_what_it_gives_alone(layout, change):
         logits, _ = model(torch.tensor([prompt + tokens]))
         alone.append(logits[0, -6:])                                         # from the prompt's last token
     _, whole = model.prefill(prompts, 5)
-    for chunk in (1, 3, 10, 2048):
-        logits, state = model.prefill(prompts, 5, chunk=chunk)
+    for piece in (1, 3, 10, 2048):
+        logits, state = model.prefill(prompts, 5, piece=piece)
         assert_same_state(state, whole)
         later, _ = in_pieces(model, follow, [1, 1, 3], state)
         together = torch.cat([logits[:, None], later], dim=1)
@@ -546,7 +546,7 @@ def test_prompts_may_continue_a_state():
     tokens = some_tokens(2, 9)
     wanted, _ = model.prefill(tokens.tolist(), 0)
     _, state = model.prefill(tokens[:, :4].tolist(), 5)
-    logits, state = model.prefill(tokens[:, 4:].tolist(), 0, chunk=2, state=state)
+    logits, state = model.prefill(tokens[:, 4:].tolist(), 0, piece=2, state=state)
     assert off(logits, wanted) < 1e-10
     with pytest.raises(UserError, match="equal lengths"):
         model.prefill([[1], [2, 3]], 0, state=state)
@@ -755,7 +755,7 @@ def test_only_the_last_position_gets_logits():
     def record(module, inputs, output):
         widths.append(inputs[0].shape)
     model.lm_head.register_forward_hook(record)
-    logits, state = model.prefill([[5] * 40, [6] * 30], 4, chunk=7)
+    logits, state = model.prefill([[5] * 40, [6] * 30], 4, piece=7)
     assert widths == [(2, 24)]
     assert logits.shape == (2, 61)
     assert state.position == 40
@@ -934,7 +934,7 @@ def everything(model):
     for size in (1, 5):
         logits, state = in_pieces(model, tokens, [size])
         results += [logits, *state_tensors(state)]
-    logits, state = model.prefill(some_prompts(1, 7, 3), 4, chunk=3)
+    logits, state = model.prefill(some_prompts(1, 7, 3), 4, piece=3)
     later, state = in_pieces(model, some_tokens(3, 4), [1, 3], state)
     return results + [logits, later, *state_tensors(state)]
 
