@@ -712,46 +712,40 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, stop=None, top_k=0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sampling. Sorting a vocabulary of 50,000 for every row costs more than the model, and is rarely needed: mostly a few
-# tokens hold top_p of the probability. A row draws one number in [0, 1) and takes the token at
-# which the sum of probabilities passes it; it draws from a generator of its own, so that what it draws does not depend
-# on which rows stand beside it in the batch.
+# Sampling. A row draws a number in [0, 1) and takes the token at which the sum of probabilities passes it. Its numbers
+# come from a generator of its own, so that its text does not depend on what stands beside it in the batch. top_p means
+# the smallest set of most likely tokens that holds so much: a token is outside if those likelier than it hold as much
+# already. To find the set one sorts 50,000 numbers a row, which costs more than a small model; to see whether a token
+# is in it, one adds. So draw from all, and where the token is outside, draw again among the likelier ones.
 
-def most_likely(logits, top_p):
-    """logits (b, vocab_size) -> the largest logits (b, m), falling, and their ids: enough to hold top_p of the mass."""
-    vocab_size = logits.shape[-1]
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    m = min(64, vocab_size)
-    while True:
-        largest, ids = logits.topk(m)
-        mass = (largest - total).exp().sum(dim=-1)
-        if m == vocab_size or bool((mass >= top_p).all()):
-            return largest, ids
-        m = min(16 * m, vocab_size)
+def draw(probs, top_p, rngs):
+    """probs (b, m), rngs: a torch.Generator per row -> an index per row (b,)."""
+    cumulative = probs.cumsum(dim=-1)
+    draws = [torch.rand(1, device=probs.device, generator=rng) for rng in rngs]
+    # Draws are below 1, so the last sum stays above. right: a token of probability 0 is never taken.
+    passed = torch.stack(draws) * cumulative[:, -1:]               # (b, 1)
+    index = torch.searchsorted(cumulative, passed, right=True)
+    if top_p >= 1:
+        return index[:, 0]
+    likelier = torch.where(probs > probs.gather(1, index), probs, 0)
+    mass = likelier.sum(dim=-1)
+    outside = (mass >= top_p) & (mass > 0)                         # (b,) the likeliest token is always in
+    rows = outside.nonzero()[:, 0].tolist()
+    if rows:
+        index[rows, 0] = draw(likelier[rows], top_p, [rngs[row] for row in rows])
+    return index[:, 0]
 
 
 def choose(logits, temperature, top_k, top_p, rngs):
-    """logits (b, vocab_size) -> one token per row (b,); rngs: a torch.Generator per row."""
+    """logits (b, vocab_size) -> one token per row (b,); rngs: a torch.Generator per row. top_p counts after top_k."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
-    total = logits.logsumexp(dim=-1, keepdim=True)                 # (b, 1)
-    ids = None                                                     # None: all tokens, in their own order
-    if top_k:
-        logits, ids = logits.topk(min(top_k, logits.shape[-1]))
-        total = logits.logsumexp(dim=-1, keepdim=True)
-    elif top_p < 1:
-        logits, ids = most_likely(logits, top_p)
-    probs = (logits - total).exp().double()                        # (b, m)
-    if top_p < 1:
-        before = probs.cumsum(dim=-1) - probs                      # mass of the tokens that are likelier
-        probs = probs.masked_fill(before >= top_p, 0)              # the smallest set that holds top_p of the mass
-    cumulative = probs.cumsum(dim=-1)
-    draws = [torch.rand(1, dtype=torch.double, device=probs.device, generator=rng) for rng in rngs]
-    passed = torch.stack(draws) * cumulative[:, -1:]               # (b, 1)
-    chosen = torch.searchsorted(cumulative, passed, right=True)    # right: a token of probability 0 is never taken
-    chosen = chosen.clamp(max=probs.shape[-1] - 1)
-    return chosen[:, 0] if ids is None else ids.gather(1, chosen)[:, 0]
+    if not top_k:
+        return draw(logits.softmax(dim=-1), top_p, rngs)
+    logits, ids = logits.topk(min(top_k, logits.shape[-1]))
+    index = draw(logits.softmax(dim=-1), top_p, rngs)
+    return ids.gather(1, index[:, None])[:, 0]
 
 
 LayerState.rows = layer_rows
@@ -1071,7 +1065,8 @@ def mlp_joined(mlp, x):
 
 def rotary_rolled(x, cos, sin):
     """rotary in three operations: rolling by half a head swaps the halves."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def project_joined(attention, x, place):
@@ -1169,8 +1164,10 @@ def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
     h = torch.addcmul(write.view(h.shape), decay, h)
     read = h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)            # (b, d_inner / n, n channels, n cells)
     y = read.sum(-1).view(b, -1)
-    y = torch.addcmul(y, mixer.D.to(wide), u) * F.silu(z[:, 0].to(wide))
-    return y[:, None].to(z.dtype), SSM(window[:, 1:].contiguous(), h)
+    y = torch.addcmul(y, mixer.D.to(wide), u)
+    y = y * F.silu(z[:, 0].to(wide))
+    conv = window[:, 1:].contiguous()
+    return y[:, None].to(z.dtype), SSM(conv, h)
 
 
 # Where part 1 computes by definition, the model takes these forms. use(DEFINITIONS) takes them out again: to try

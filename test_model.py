@@ -869,46 +869,55 @@ def test_temperature_top_k_and_top_p_shape_the_distribution(change, wanted):
     assert ((drawn > 0) == (wanted > 0)).all()
 
 
-def sorted_choice(logits, top_k, top_p, draws):
-    """What choose gives for one row of logits, from a full sort in float64 -> logits of the tokens at these draws."""
+@pytest.fixture
+def told_draws(monkeypatch):
+    """choose() takes lists of numbers as its generators, and draws these, one after another."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator, **rest: torch.tensor([generator.pop(0)]))
+
+
+@pytest.mark.parametrize("scale, top_p", [(8, 0.9), (4, 0.9), (1, 0.5), (1, 0.9), (0.01, 0.9), (0.01, 0.001)])
+@pytest.mark.parametrize("top_k", [0, 40, 2000])
+def test_top_p_keeps_the_set_that_a_full_sort_keeps(scale, top_p, top_k, told_draws):
+    """For peaked and flat logits: of 64 tokens around the border of the set and 64 anywhere, those inside are taken
+    when they are drawn; in place of one outside, the next draw, 0, takes the first of the likelier ones."""
+    logits = scale * torch.randn(50_000, generator=torch.Generator().manual_seed(0))
     probs, order = logits.double().softmax(-1).sort(descending=True)
     if top_k:
         probs = probs[:top_k] / probs[:top_k].sum()
     before = probs.cumsum(0) - probs
-    cumulative = probs[before < top_p].cumsum(0)
-    place = torch.searchsorted(cumulative, draws * cumulative[-1], right=True)
-    return logits[order[place]]
+    border = int((before < top_p).sum())                                     # so many are in the set
+    ranks = torch.arange(len(probs))
+    near = (ranks - border).abs() < 32
+    some = near | (ranks % 701 == 0)
+    ranks = ranks[some & (probs > 1e-6)].tolist()
+    # The number that draws a token lies where its share of the sum does, in the order of the ids, or of top_k.
+    places = torch.arange(len(probs)) if top_k else order
+    shares = torch.zeros_like(probs).scatter(0, places, probs)
+    middle = (shares.cumsum(0) - shares / 2)[places]
+    rngs = [[middle[rank].item()] + [0.0] * 20 for rank in ranks]
+    tokens = choose(logits.expand(len(ranks), -1), 1.0, top_k, top_p, rngs)
+    for rank, token, rng in zip(ranks, tokens, rngs):
+        inside = rank < border
+        assert (len(rng) == 20) == inside                                    # drawn once
+        assert logits[token] >= logits[order[rank if inside else border - 1]]
 
 
-@pytest.mark.parametrize("scale, top_p, found_in", [
-    (8, 0.9, 64),
-    (4, 0.9, 1024),
-    (1, 0.5, 16_384),
-    (1, 0.9, 50_000),
-    (0.01, 0.9, 50_000),
-    (0.01, 0.001, 64)])
-@pytest.mark.parametrize("top_k", [0, 40, 2000])
-def test_top_p_keeps_the_set_that_a_full_sort_keeps(scale, top_p, found_in, top_k, monkeypatch):
-    """From the likeliest token (draw 0) to the last one in the set, for peaked and flat logits; the set is searched
-    among few tokens first."""
-    logits = scale * torch.randn(50_000, generator=torch.Generator().manual_seed(0))
-    draws = torch.linspace(0, 1 - 1e-9, 32, dtype=torch.double)
-    # The "generators" are the numbers that they would draw.
-    monkeypatch.setattr(torch, "rand", lambda *shape, generator, **rest: generator.view(1))
-    tokens = choose(logits.expand(32, -1), 1.0, top_k, top_p, draws)
-    wanted = sorted_choice(logits, top_k, top_p, draws)
-    assert logits[tokens[0]] == wanted[0]
-    assert logits[tokens[-1]] == wanted[-1]
-    assert off(logits[tokens], wanted) < 1e-4
-    assert nano.most_likely(logits[None], top_p)[0].shape == (1, found_in)
+def test_rows_outside_draw_again_by_the_same_probabilities():
+    """4000 tokens in ten heaps of 10/55, 9/55, ... 1/55; the last three, a ninth, are drawn again."""
+    logits = torch.arange(10, 0, -1).float().log().repeat_interleave(400)
+    rngs = [torch.Generator().manual_seed(i) for i in range(4000)]
+    heaps = choose(logits.expand(4000, -1), 1.0, 0, 0.885, rngs) // 400
+    wanted = torch.arange(10, 0, -1).float()
+    wanted[7:] = 0
+    share = torch.bincount(heaps, minlength=10) / 4000
+    torch.testing.assert_close(share, wanted / wanted.sum(), atol=0.025, rtol=0)
 
 
-def test_a_token_of_probability_0_is_never_drawn(monkeypatch):
+def test_a_token_of_probability_0_is_never_drawn(told_draws):
     logits = torch.tensor([-999, -200.0, 1, -999, 0.5, -999]).expand(3, -1)
-    monkeypatch.setattr(torch, "rand", lambda *shape, generator, **rest: generator.view(1))
-    draws = torch.tensor([0, 0.5, 1 - 2 ** -53], dtype=torch.double)
-    for filters in ((0, 1.0), (5, 1.0), (0, 0.9999), (6, 0.9999)):
-        assert set(choose(logits, 1.0, *filters, draws).tolist()) == {2, 4}
+    for top_k, top_p in ((0, 1.0), (5, 1.0), (0, 0.9999), (6, 0.9999)):
+        draws = [[0.0], [0.5], [1 - 2 ** -24]]
+        assert set(choose(logits, 1.0, top_k, top_p, draws).tolist()) == {2, 4}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
