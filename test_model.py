@@ -5172,7 +5172,7 @@ def test_a_stack_of_layers_becomes_deeper_or_shallower():
     old = tiny("t t t")
     tokens = some_tokens(2, 9)
     for n in (2, 3, 6):
-        new = train_sft.resize(old, n)
+        new = train_sft.restack(old, n)
         assert new.config.layout == ("t",) * n == ("t",) * len(new.layers)
         assert new.config.n_layer == n
         for i, block in enumerate(new.layers):
@@ -5181,11 +5181,11 @@ def test_a_stack_of_layers_becomes_deeper_or_shallower():
         places = {p.data_ptr() for p in new.layers.parameters()}
         assert len(places) == n * len(list(old.layers[0].parameters()))
         assert new.norm is old.norm and new.embed_tokens is old.embed_tokens
-    same = train_sft.resize(old.float(), 3)(tokens)[0]
+    same = train_sft.restack(old.float(), 3)(tokens)[0]
     assert off(same, old(tokens)[0]) < 1e-6
     for model, n in ((old, 4), (old, 0), (old, -1), (tiny("t m2"), 2)):
         with pytest.raises(UserError, match="only all-attention models"):
-            train_sft.resize(model, n)
+            train_sft.restack(model, n)
 
 
 def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family, tmp_path, monkeypatch):
