@@ -4492,8 +4492,8 @@ def test_kl_in_pieces_is_the_same_in_value_and_gradients():
     x = torch.randn(23, 8, requires_grad=True)
     teacher_x = torch.randn(23, 8)
     results = []
-    for chunk in (None, 5):
-        loss = distill.distillation_loss(x, teacher_x, head, teacher_head, chunk=chunk)
+    for piece in (None, 5):
+        loss = distill.distillation_loss(x, teacher_x, head, teacher_head, piece=piece)
         results.append((loss, *torch.autograd.grad(loss, (x, head.weight))))
     for whole, pieces in zip(*results):
         torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
