@@ -4,7 +4,8 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")   # before Triton is imported: without a GPU it interprets its kernels
+    # Before Triton is imported: without a GPU it interprets its kernels.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import argparse
 import collections
@@ -221,8 +222,8 @@ def scan_inputs(b=2, t=9, d=6, n=3, groups=2, c_groups=3, dtype=torch.float64, r
 
 
 def run_scan(scan, inputs, dtype=None, **options):
-    """-> {name: tensor}: y, the last cells h, and the gradient of every input as grad_u, grad_dt, ...; dtype: compute in
-    this one. The gradients that enter at y and h are random: a plain sum would not see permuted or rescaled ones."""
+    """-> {name: tensor}: y, the last cells h, and the gradient of every input as grad_u, grad_dt, ...; dtype: compute
+    in this one. The gradients that enter at y and h are random: a plain sum would not see permuted or rescaled ones."""
     leaves = {}
     for name, value in inputs.items():
         if value is not None and value.is_floating_point():
@@ -774,7 +775,7 @@ def collect(model, prompts, max_new_tokens, stop, **sampling):
 @pytest.mark.parametrize("temperature", [0, 1])
 @any_model
 def test_every_answer_is_what_its_prompt_gives_alone(layout, change, temperature):
-    """Whatever stands beside it, whenever that ends and leaves the batch: greedy, and drawn from a stream of its own."""
+    """Whatever stands beside it, whenever that ends and leaves the batch: greedy, and drawn from its own stream."""
     stop = tuple(range(9))
     model = tiny(layout, torch.float32, eos_ids=stop, **change)
     prompts = some_prompts(4, 1, 13, 2, 6, 3, 5, 8) + [[0]]                  # some shorter than the conv
@@ -963,8 +964,8 @@ def test_definitions_equal_the_faster_forms(layout, change, chosen):
         assert off(a, b) < 1e-10
 
 
-@pytest.mark.parametrize("change", [{"expand_before_conv": False}, {"conv_bias": False, "dt_bias": False}, {"d_conv": 1}],
-                         ids=str)
+@pytest.mark.parametrize("change", [
+    {"expand_before_conv": False}, {"conv_bias": False, "dt_bias": False}, {"d_conv": 1}], ids=str)
 def test_definitions_equal_the_faster_forms_for_every_kind_of_mamba(change):
     model = tiny("m2 t", **change)
     with forms([]):
@@ -2444,7 +2445,8 @@ IMPOSSIBLE = {                               # layers, init, student, teacher (c
     "teacher with fewer layers": ([0], "aligned", {}, {"layout": "t t"}, "n_layer"),
     "teacher with other heads": ([0], "random", {}, {"n_kv_head": 4}, "n_kv_head"),
     "unknown init": ([0], "magic", {}, {}, "magic"),
-    "d_state that does not divide a head": ([0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "head_dim 8 .* d_state 16"),
+    "d_state that does not divide a head": (
+        [0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "head_dim 8 .* d_state 16"),
     "d_state that divides nothing": ([0], "random", {"d_state": 5}, {}, "head_dim 8 .* d_state 5"),
     "widths unlike the heads": ([0], "plain", {"d_inner": 64}, {}, "d_inner 64"),
     "Mamba layers without a place for biases": (
