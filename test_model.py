@@ -5716,6 +5716,8 @@ def run_mutations(name, folder, count):
 @pytest.mark.skipif(os.name != "posix", reason="the limits are POSIX")
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_loads_or_is_refused(name, tmp_path):
+    if name == "tokenizer.json, Llama 2":
+        pytest.importorskip("tokenizers")    # without it even the good file is refused
     counts, failed = run_mutations(name, tmp_path / "files", 200)
     assert not failed, failed[0]
     assert counts["loaded"] + counts["refused"] == 200
