@@ -110,7 +110,8 @@ def mil_mixer(attention, config, init="aligned"):
     v = rows_of(attention.v_proj)
     k = rows_of(attention.k_proj, attention.k_norm if qk_norm else None)
     q = rows_of(attention.q_proj, attention.q_norm if qk_norm else None)
-    rows = torch.cat([v, k, q[order]])                                       # u, B and C, in this order
+    # Rows u, B and C, in this order.
+    rows = torch.cat([v, k, q[order]])
     # Slices are views: filling them fills in_proj. Its first d_inner rows are z.
     fill(mixer.in_proj.weight[config.d_inner:], rows[:, :-1])
     fill(mixer.out_proj.weight, attention.o_proj.weight[:, order])
@@ -141,7 +142,8 @@ def init_dt(mixer):
     if mixer.dt_proj.bias is not None:
         dt = torch.empty(c.d_inner).uniform_(math.log(c.dt_min), math.log(c.dt_max)).exp()
         dt = dt.clamp(min=c.dt_init_floor)
-        bias = dt + torch.log(-torch.expm1(-dt))                             # the inverse of softplus
+        # The inverse of softplus.
+        bias = dt + torch.log(-torch.expm1(-dt))
         mixer.dt_proj.bias.copy_(bias / 2)
 
 
@@ -310,8 +312,9 @@ def convert(student, teacher, layers, init="aligned", batch=None):
 # With a large vocabulary the (tokens, vocabulary) logits are the largest tensors of the whole run (131072 x 16384 in
 # float32 is 8.6 GB): they are then made piece by piece from the hidden states, and made again in the backward pass.
 
-PIECES_ABOVE = 16384                                     # vocabulary size above which the loss works in pieces
-PIECE_TOKENS = 1024                                      # tokens per piece
+# The vocabulary size above which the loss works in pieces, and the tokens of a piece.
+PIECES_ABOVE = 16384
+PIECE_TOKENS = 1024
 
 
 def kl_divergence(student_logits, teacher_logits, divergence="reverse_kl"):
@@ -418,11 +421,12 @@ def scores_without_each(model, tokens, targets):
     for i, block in enumerate(model.layers):
         # Nothing to leave out where the mixer is Mamba already, or missing: the walk just goes on.
         if block.kind == "t":
-            y = x + block.mlp(block.post_attention_layernorm(x))             # this layer without its mixer ...
+            # This layer without its mixer, and then all that follow.
+            y = x + block.mlp(block.post_attention_layernorm(x))
             for later in model.layers[i + 1:]:
-                y, _ = later(y, None, place)                                 # ... and all that follows
+                y, _ = later(y, None, place)
             yield i, score(model.lm_head(model.norm(y)[trained]), intact, targets)
-        x, _ = block(x, None, place)                                         # the intact walk goes on
+        x, _ = block(x, None, place)
 
 
 def score(logits, intact, targets):
@@ -475,7 +479,7 @@ def rank_layers(args, run, student):
         order = attention[::-1]
     elif args.rank == "random":
         order = random.Random(args.seed).sample(attention, len(attention))
-    elif args.rank == "apriel15b":                                           # the order that the paper published
+    elif args.rank == "apriel15b":
         if len(student.layers) != 50:
             raise UserError(f"--rank apriel15b is an order of 50 layers; {args.teacher} has "
                             f"{len(student.layers)}")
@@ -548,7 +552,8 @@ def try_each_layer(args, run, student, key):
     Trials are kept in args.out/mmr-trials.json under key. The student itself stays as it is."""
     path = os.path.join(args.out, "mmr-trials.json")
     stored = nano.read_json(path, dict) if os.path.exists(path) else {}
-    trials = stored["trials"] if stored.get("key") == key else []            # of another run: forget them
+    # Trials of another run are forgotten.
+    trials = stored["trials"] if stored.get("key") == key else []
     known = [trial["layer"] for trial in trials]
     todo = [layer for layer in attention_layers(student.config) if layer not in known]
     *training, held_out = trial_batches(args, run)
@@ -575,7 +580,8 @@ def trial_batches(args, run):
 
 def trial_loss(args, run, student, layer, training, held_out):
     """Convert this layer of a copy of the student, distil it on the training batches -> its loss on held_out."""
-    torch.manual_seed(args.seed)                                             # the same fresh parts for every candidate
+    # The same fresh parts for every candidate.
+    torch.manual_seed(args.seed)
     trial = clone(student, args.train)
     convert(trial, run.teacher, [layer], args.init, run.calibration)
     set_trained(trial, args.train)
@@ -686,7 +692,8 @@ def check_student(args, student, teacher):
 # A few layers at a time keep the student close to the teacher, so that its scores mean something for the next choice.
 # A member costs the tokens of all stages before it, too: 137 billion for the paper's H-40, 26 billion for its H-25.
 
-class Run(NamedTuple):                                   # what all stages of a run have in common
+class Run(NamedTuple):
+    """What all stages of a run have in common."""
     teacher: nano.HybridLM
     codec: object                                        # tokenizer and template, see train_sft.Codec
     device: torch.device
@@ -726,7 +733,8 @@ def stage(args, run, began):
     attention = attention_layers(student.config)
     converted_config(student.config, run.teacher.config, attention[:1], args.init)
     new, scores = choose_layers(args, run, student, done)
-    torch.manual_seed(args.seed)                                             # fresh parts do not depend on the ranking
+    # Fresh parts do not depend on the ranking.
+    torch.manual_seed(args.seed)
     convert(student, run.teacher, new, args.init, run.calibration)
     set_trained(student, args.train).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
@@ -768,7 +776,8 @@ def is_finished(args, depends):
     report = nano.read_json(file, dict)
     made = report.get("run") or report.get("args") or {}
     for name, now in depends.items():
-        before = made.get(name, now)                                         # a flag may be newer than the report
+        # A flag may be newer than the report.
+        before = made.get(name, now)
         if before != now:
             raise UserError(f"{args.out} was made with {name} = {before}, now {name} = {now}; pass the same "
                             "flags, or --overwrite, or continue from it with --student")
@@ -800,7 +809,8 @@ def evaluate(args, run, student):
     """Let both solve the held-out problems. -> report entries, and the lines of a table.
     Problems of the test split, which neither training nor ranking ever sees; with --data no answer can be checked."""
     result = {"teacher_accuracy": None, "student_accuracy": None, "accuracy_by_family": None}
-    cache, state = run.teacher.new_state(1, 1).nbytes()                      # a state for one token
+    # States for one text of one token.
+    cache, state = run.teacher.new_state(1, 1).nbytes()
     student_cache, student_state = student.new_state(1, 1).nbytes()
     lines = [f"{'cache bytes per token':22}{cache:10}{student_cache:10}",
              f"{'state bytes per text':22}{state:10}{student_state:10}"]
@@ -808,7 +818,8 @@ def evaluate(args, run, student):
         return result, lines
 
     problems = problem_set("test", args.eval)
-    if args.eval not in run.solved:                                          # every stage asks the same problems
+    # Every stage asks the same problems.
+    if args.eval not in run.solved:
         run.solved[args.eval] = solve(run.teacher, run.codec, problems, note="teacher solves")
     teacher_texts = run.solved[args.eval]
     student_texts = solve(student, run.codec, problems, note="student solves")
@@ -919,9 +930,11 @@ def plan_stages(args):
     for count in stage_counts(args.stages):
         out = os.path.join(above, f"h{count}{suffix}")
         rank = first_rank(args.rank, student)
-        again = not args.overwrite                                           # which starts afresh
+        # --overwrite starts afresh.
+        again = not args.overwrite
         stages.append(change(args, replace=count, student=student, out=out, rank=rank, resume=again))
-        student = out                                                        # a stage starts from the one before it
+        # A stage starts from the one before it.
+        student = out
     return stages
 
 
@@ -969,7 +982,8 @@ def main():
     calibration = calibration_batch(block, device)
     run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, {})
     for each in stages:
-        stage(each, run, began)                                              # the first stage pays for loading
+        stage(each, run, began)
+        # Loading counts for the first stage.
         began = time.time()
 
 
@@ -1021,7 +1035,8 @@ def calibration_batch(block, device, count=48, most=16384):
     They are of the training split, block 0, whatever the stage: nothing held out is looked at."""
     examples = block(0, count)
     longest = max(len(ids) for ids, _ in examples)
-    examples = examples[:max(1, most // longest)]                            # long texts: fewer of them
+    # Fewer of them if they are long.
+    examples = examples[:max(1, most // longest)]
     lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
     tokens, _ = collate(examples, device)
     real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]

@@ -2052,7 +2052,8 @@ def old_weights(path):
             named = read_index(os.path.join(path, INDEX)).values()
             old |= {file for file in named if file.endswith(".safetensors")}
         except UserError:
-            pass                             # a broken one names nothing
+            # A broken one names nothing.
+            pass
     return files & old
 
 
@@ -2075,7 +2076,8 @@ def generation_writer(source, eos):
     try:
         raw = read_json(file, dict)
     except UserError:
-        raw = {}                             # nobody could read it, and a save must not fail for it
+        # Nobody could read it, and a save must not fail for it.
+        raw = {}
     return {GENERATION: json_writer(raw | {"eos_token_id": eos})}
 
 
@@ -2857,7 +2859,8 @@ def pick_dtype(name, device):
 
 def start_script(args):
     """args with device and dtype, as the flags of every script -> torch.device, dtype (see pick_dtype)."""
-    torch.set_flush_denormal(True)           # a state that has decayed to 1e-40 costs 100 cycles an operation
+    # Else a state that has decayed to 1e-40 costs 100 cycles an operation.
+    torch.set_flush_denormal(True)
     # A shell expands ~ in "--out ~/x", and not in "--out=~/x".
     for name in ("model", "teacher", "student", "merge", "data", "rank", "out"):
         if isinstance(getattr(args, name, None), str):
@@ -2903,14 +2906,17 @@ def autocast(device, dtype):
 def provenance(device):
     """Where a number comes from, for JSON: commit of this code ("-dirty" if it was changed, None outside git), machine,
     versions of torch and triton (None without it), CPU threads."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        here = os.path.dirname(os.path.abspath(__file__))
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=here,
-                                capture_output=True, text=True).stdout.strip() or None
-    except OSError:                                                          # there is no git
+        printed = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout
+        commit = printed.strip() or None
+    except OSError:
+        # There is no git.
         commit = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    if os.path.exists("/proc/cpuinfo") and device.type == "cpu":             # Linux: platform knows no more than x86_64
+    # On Linux, platform knows no more than x86_64.
+    if os.path.exists("/proc/cpuinfo") and device.type == "cpu":
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
     return {"commit": commit, "device": f"{device.type}: {name or platform.machine()}", "torch": torch.__version__,
@@ -3207,8 +3213,9 @@ if triton is not None:
         A2 = tl.load(inputs.A + at.cell) * LOG2E
         bias = tl.load(inputs.dt_bias + at.channel)
         later = tl.zeros([WIDTH, N], tl.float32)
+        # The loop counts up, the walk goes from the last row to the first.
         for i in range(at.first, at.end):
-            row = at.first + at.end - 1 - i                        # from the last to the first
+            row = at.first + at.end - 1 - i
             step = scan_step(inputs, stride, row, at, A2, bias)
             grad_y = load32(grad_y_ptr + row * d + at.channel)
             if inputs.z is not None:
@@ -3278,8 +3285,9 @@ if triton is not None:
             rebuild_tile(inputs, stride, at, A2, bias, h, low, high, history_at, d, N)
             # A thread may read what another one wrote.
             tl.debug_barrier()
+            # From the last row to the first.
             for j in range(low, high):
-                row = low + high - 1 - j                           # from the last to the first
+                row = low + high - 1 - j
                 step = scan_step(inputs, stride, row, at, A2, bias)
                 C = load32(inputs.C + row * stride.C + at.C)
                 grad_y = load32(grad_y_ptr + row * d + at.channel)
