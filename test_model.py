@@ -4,7 +4,8 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")   # before Triton is imported: without a GPU it interprets its kernels
+    # Before Triton is imported: without a GPU it interprets its kernels.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import argparse
 import collections
@@ -540,8 +541,8 @@ def test_a_row_of_a_ragged_batch_gives_what_it_gives_alone(layout, change):
         logits, _ = model(torch.tensor([prompt + tokens]))
         alone.append(logits[0, -6:])                                         # from the prompt's last token
     _, whole = model.prefill(prompts, 5)
-    for chunk in (1, 3, 10, 2048):
-        logits, state = model.prefill(prompts, 5, chunk=chunk)
+    for piece in (1, 3, 10, 2048):
+        logits, state = model.prefill(prompts, 5, chunk=piece)
         assert_same_state(state, whole)
         later, _ = in_pieces(model, follow, [1, 1, 3], state)
         together = torch.cat([logits[:, None], later], dim=1)
@@ -1900,6 +1901,9 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "gelu": ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
     "attention bias": ({"attention_bias": True}, "attention_bias = true"),
     "MLP bias": ({"mlp_bias": True}, "mlp_bias = true"),
+    "Gemma's soft caps": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+    "Granite's multipliers": ({"residual_multiplier": 0.22}, "residual_multiplier = 0.22"),
+    "Cohere's scale": ({"logit_scale": 0.0625}, "logit_scale = 0.0625"),
     "quantisation": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
     "an unknown key of ssm_cfg": ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate"),
     "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "d_state 5"),
@@ -1939,7 +1943,8 @@ def test_settings_that_change_nothing_are_accepted(tmp_path):
     harmless = {"layer_types": ["mamba2", "full_attention", "mamba2"], "linear_attn_config": {}, "auto_map": {},
                 "use_cache": False, "attention_dropout": 0.1, "initializer_range": 0.5, "attention_bias": False,
                 "quantization_config": None, "rope_scaling": {"type": "default", "factor": 1.0},
-                "partial_rotary_factor": 1.0, "hidden_act": "swish",
+                "partial_rotary_factor": 1.0, "hidden_act": "swish", "residual_multiplier": 1.0,
+                "logit_scale": 1, "attn_logit_softcapping": None,
                 "ssm_cfg": {"activation": "silu", "n_v_heads": 32, "n_qk_heads": 32, "chunk_size": 128}}
     tokens = some_tokens(1, 9)
     plain = load_pretrained(write_checkpoint(tmp_path / "a", raw_config()))
@@ -2449,7 +2454,8 @@ IMPOSSIBLE = {                               # layers, init, student, teacher (c
     "teacher with fewer layers": ([0], "aligned", {}, {"layout": "t t"}, "n_layer"),
     "teacher with other heads": ([0], "random", {}, {"n_kv_head": 4}, "n_kv_head"),
     "unknown init": ([0], "magic", {}, {}, "magic"),
-    "d_state that does not divide a head": ([0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "head_dim 8 .* d_state 16"),
+    "d_state that does not divide a head": (
+        [0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "head_dim 8 .* d_state 16"),
     "d_state that divides nothing": ([0], "random", {"d_state": 5}, {}, "head_dim 8 .* d_state 5"),
     "widths unlike the heads": ([0], "plain", {"d_inner": 64}, {}, "d_inner 64"),
     "Mamba layers without a place for biases": (
@@ -3035,7 +3041,7 @@ def test_begin_tokens_are_those_that_the_library_puts_before_a_text(processor, i
     raw = make_tokenizer()
     raw["post_processor"] = processor
     enc = load_from(raw, tmp_path)
-    assert nano.begin_tokens(tmp_path, enc) == ids
+    assert enc.begin == ids
     library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert library.encode("a").ids[:len(ids) + 1] == [*ids, *enc.encode("a")]
 
@@ -4497,8 +4503,8 @@ def test_kl_in_pieces_is_the_same_in_value_and_gradients():
     x = torch.randn(23, 8, requires_grad=True)
     teacher_x = torch.randn(23, 8)
     results = []
-    for chunk in (None, 5):
-        loss = distill.distillation_loss(x, teacher_x, head, teacher_head, chunk=chunk)
+    for piece in (None, 5):
+        loss = distill.distillation_loss(x, teacher_x, head, teacher_head, piece=piece)
         results.append((loss, *torch.autograd.grad(loss, (x, head.weight))))
     for whole, pieces in zip(*results):
         torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
@@ -5177,7 +5183,7 @@ def test_a_stack_of_layers_becomes_deeper_or_shallower():
     old = tiny("t t t")
     tokens = some_tokens(2, 9)
     for n in (2, 3, 6):
-        new = train_sft.resize(old, n)
+        new = train_sft.restack(old, n)
         assert new.config.layout == ("t",) * n == ("t",) * len(new.layers)
         assert new.config.n_layer == n
         for i, block in enumerate(new.layers):
@@ -5186,11 +5192,11 @@ def test_a_stack_of_layers_becomes_deeper_or_shallower():
         places = {p.data_ptr() for p in new.layers.parameters()}
         assert len(places) == n * len(list(old.layers[0].parameters()))
         assert new.norm is old.norm and new.embed_tokens is old.embed_tokens
-    same = train_sft.resize(old.float(), 3)(tokens)[0]
+    same = train_sft.restack(old.float(), 3)(tokens)[0]
     assert off(same, old(tokens)[0]) < 1e-6
     for model, n in ((old, 4), (old, 0), (old, -1), (tiny("t m2"), 2)):
         with pytest.raises(UserError, match="only all-attention models"):
-            train_sft.resize(model, n)
+            train_sft.restack(model, n)
 
 
 def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family, tmp_path, monkeypatch):
@@ -5570,7 +5576,7 @@ def use_tokenizer(path):
     enc = load_tokenizer(path)
     ids = enc.encode(CORPUS + "<s>\x00\U0010ffff</s>", allowed_special="all")
     enc.decode(ids)
-    for token in [*ids, *nano.begin_tokens(path, enc), enc.max_token_value]:
+    for token in [*ids, *enc.begin, enc.max_token_value]:
         enc.decode_single_token_bytes(token)
 
 
