@@ -32,12 +32,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import model as nano         # before torch: it says how threads wait
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import model as nano
 from model import (Config, HybridLM, State, UserError, claim_out, harm, join_projections,
                    load_pretrained, provenance, run_main, scan_backend, selective_scan,
                    start_script, sync)

@@ -22,11 +22,11 @@ import time
 from dataclasses import fields, replace
 from typing import NamedTuple
 
+import model as nano         # before torch: it says how threads wait
 import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import model as nano
 from model import (UserError, autocast, choose_threads, claim_out, harm, provenance, run_main,
                    start_script)
 from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate, encode_problem,
@@ -670,7 +670,7 @@ def first_student(args, teacher):
 def check_student(args, student, teacher):
     """Raise UserError unless these configs differ in nothing but the layout and Mamba's own sizes: a transformer has
     none."""
-    free = {"layout", *(key for key, _ in nano.SSM_KEYS.values())}
+    free = {"layout", *(key for key, _ in nano.mixer_keys().values())}
     for field in fields(nano.Config):
         ours = getattr(student, field.name)
         theirs = getattr(teacher, field.name)
@@ -836,7 +836,7 @@ def one_problem(problems, teacher_texts, student_texts):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line.
 #
-# Order matters in main: first what needs no file (plan), then the teacher, then the data, then the claim on every
+# Order matters in main: first what needs no file (plan_stages), then the teacher, the data, and the claim on every
 # directory of the run, and only then work. A mistake in the last of six stages is reported before the first one starts.
 
 RANKS = ("auto", "loo", "mmr", "first", "last", "random", "apriel15b")
@@ -959,17 +959,17 @@ def main():
     codec = load_codec(args.teacher)
     block, probe, fixed = load_texts(args, codec, teacher.config.vocab_size)
     size = sum(p.numel() for p in teacher.parameters())
-    for s in stages:
-        s.train = what_trains(args.train, size, device)
-        s.out = claim_out(s.out, [s.teacher, s.student], args.overwrite, s.resume)
+    for each in stages:
+        each.train = what_trains(args.train, size, device)
+        each.out = claim_out(each.out, [each.teacher, each.student], args.overwrite, each.resume)
     choose_threads(teacher, device, args.threads)
     print_start(args, stages[0].train, teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
     calibration = calibration_batch(block, device)
     run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, {})
-    for s in stages:
-        stage(s, run, began)                                                 # the first stage pays for loading
+    for each in stages:
+        stage(each, run, began)                                              # the first stage pays for loading
         began = time.time()
 
 

@@ -17,7 +17,7 @@ from them, and distil. Embeddings, norms and MLPs stay. This file holds the mode
           u  = silu(conv(W_u x))        value         W_v       (the conv is fresh)
           B  = W_B x                    write key     W_k
           C  = W_C x                    read query    W_q
-          dt = softplus(W_dt x + bias)  step size     fresh
+          dt = softplus(W_dt x + 2 b)   step size     fresh     (why 2 b: see the Mamba mixer)
           y  = scan(u, dt, A, B, C)     memory        A fresh: -1 ... -d_state
           out = W_o (y * silu(z))                     W_o
 
@@ -33,21 +33,20 @@ Contents                                     (read part 1 top to bottom: every n
       Part 5   Triton                        the scan and the one-token step as GPU kernels
 
 Glossary. Sizes are lower case; capitals are the papers' letters.
-      b, t      batch, tokens in this call             d_model    width of the residual stream (hidden_size)
-      x         residual stream, or a module's input   head_dim   n_head * head_dim need not equal d_model
-      q, k, v   query, key, value of attention         d_inner    channels of a Mamba layer; d in the scan
-      u         value that the scan writes             d_state    memory cells per channel; n in the scan
-      dt        step size of the scan                  d_xb       channels of u and B, before they are repeated for
-      A, B, C   decay rate, write key, read query                 all query heads (as k and v are in grouped attention)
-      D, z      skip weight, gate                      d_conv     taps of the short conv
-      h         memory cells (b, d, n)                 dt_rank    rank of the projection that makes dt
-      state     what is handed in and handed back: all that a model, or a layer, remembers of the texts so far
-      groups    channel c of d reads row c // (d / groups) of B (and of C), so nothing is repeated in memory
+      b, t                        batch, tokens in this call
+      x                           residual stream, or a module's input: (b, t, d_model)
+      q, k, v                     query, key, value of attention: n_head, n_kv_head heads of head_dim
+      u, dt, z                    value that the scan writes, step size, gate: (b, t, d_inner), d in the scan
+      A, B, C, D                  decay rate, write key, read query, skip weight
+      h                           memory cells (b, d_inner, d_state): n = d_state cells a channel
+      d_xb                        channels of u and B, before they are repeated for the query heads that share them
+      groups                      channel c of d reads row c // (d / groups) of B (and of C)
+      state                       what is handed in and handed back: all that a model, or a layer, remembers
 Upstream code is named by commit: Fast-LLM 7d61a1ba (Apriel), state-spaces/mamba e9594ce1, MambaInLlama 60d64dc6.
 """
 import math
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")    # waiting threads sleep: on a shared machine 10 times faster
@@ -81,11 +80,11 @@ class RopeScaling(NamedTuple):
 
 
 # ======================================================================================================================
-# Part 1. The model, by definition. First its shape; part 4 translates the fields to and from config.json.
+# Part 1. The model, by definition; part 3 has faster forms of six methods. First its shape, as in config.json (part 4).
 
 @dataclass(frozen=True)
 class Config:
-    """Frozen: a model of another shape has another Config. Raises UserError for one that cannot be built."""
+    """Frozen: a model of another shape has another Config. Raises UserError, and so do the layers."""
     vocab_size: int
     d_model: int                             # hidden_size
     n_layer: int
@@ -101,7 +100,7 @@ class Config:
     bos_id: int | None = 1                   # begin-of-text token
     eos_ids: tuple = (2,)                    # tokens that end a text
     max_length: int = 4096                   # trained context in tokens; informative, not a limit
-    # Mamba layers. None: the width that copying attention needs.
+    # Mamba layers. None: the width that copying attention needs, or Mamba's usual rank.
     d_inner: int | None = None               # n_head * head_dim
     d_xb: int | None = None                  # n_kv_head * head_dim
     d_state: int = 16
@@ -237,13 +236,13 @@ def rotary(x, cos, sin):
 class LayerState:
     """What one layer remembers: a dataclass of tensors (b, ...). Part 2 has the operations."""
     def __iter__(self):
-        return iter([getattr(self, field.name) for field in fields(self)])
+        return iter(vars(self).values())
 
 
 @dataclass(frozen=True)
 class KV(LayerState):
     """The cache of one attention layer."""
-    k: torch.Tensor                          # (b, n_kv_head, max_length, head_dim), filled up to the state's position
+    k: torch.Tensor                          # (b, n_kv_head, room for tokens, head_dim), filled up to the position
     v: torch.Tensor
 
 
@@ -276,7 +275,8 @@ class Attention(nn.Module):
         return KV(self.k_proj.weight.new_zeros(shape), self.k_proj.weight.new_zeros(shape))
 
     def project(self, x, place):
-        """x (b, t, d_model) -> q (b, n_head, t, head_dim), k and v (b, n_kv_head, t, head_dim); q and k rotated."""
+        """x (b, t, d_model) -> q (b, n_head, t, head_dim), k and v (b, n_kv_head, t, head_dim); q and k rotated.
+        Another norm goes here and into project_joined (part 3), another rotation into rotary_frequencies."""
         b, t, _ = x.shape
         heads = (b, t, -1, self.config.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
@@ -291,7 +291,7 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
 
     def forward(self, x, state, place):
-        """x (b, t, d_model), state KV or None, place Place -> (b, t, d_model), the cache with t more tokens."""
+        """x (b, t, d_model), state KV or None -> (b, t, d_model), the cache with t more tokens (None for None)."""
         b, t, _ = x.shape
         q, k, v = self.project(x, place)
         if state is not None:
@@ -363,10 +363,10 @@ def causal_conv(u, before, weight, bias, position):
 # ----------------------------------------------------------------------------------------------------------------------
 # The Mamba mixer ("m2" in the file format): Mamba-1 with grouped u and B, shaped so that attention weights fit into it.
 # in_proj makes [z, u, B, C] in one product; dt has a low-rank path of its own. Everything is cut into chunks of d_state
-# (not of head_dim). With n = d_state, chunk j = c // n, lane p = c % n and r = d_inner / d_xb, channel c reads
-# z row c, u row (j // r) n + p, B rows (j // r) n ... (j // r) n + n - 1 and C rows j n ... j n + n - 1.
-# The trap of this format: dt_proj adds its bias, and the scan adds it again, so dt = softplus(W r + 2 bias). Every
-# released checkpoint was trained that way and every reader must do it. New layers therefore store half a bias.
+# (not of head_dim): a channel of chunk j reads its own lane of z, all lanes of chunk j of C, and in chunk
+# j // (d_inner / d_xb) its own lane of u and all lanes of B.
+# The trap of this format: dt_proj adds its bias, and the scan adds it again, so dt = softplus(W_dt x + 2 b). Every
+# released checkpoint was trained that way and every reader must do it. A new layer stores half (distill.init_dt).
 @dataclass(frozen=True)
 class SSM(LayerState):
     """The state of one Mamba layer: its size does not depend on the number of tokens."""
@@ -412,8 +412,7 @@ class Mamba(nn.Module):
         if state is None:
             state = SSM(u.new_zeros(len(u), c.d_conv - 1, c.d_xb), None)
         before = state.conv.to(u.dtype)
-        # What the next call needs. A slice of all of u would keep all of u in memory.
-        newest = u[:, max(0, u.shape[1] - c.d_conv + 1):]
+        newest = u[:, max(0, u.shape[1] - c.d_conv + 1):]          # copied below: a view would keep all of u
         conv = torch.cat([before, newest], dim=1)[:, newest.shape[1]:].contiguous()
         if c.expand_before_conv:
             before = self.expand(before)
@@ -421,7 +420,7 @@ class Mamba(nn.Module):
         u = causal_conv(u, before, self.conv1d.weight[:, 0], self.conv1d.bias, place.position)
         u = F.silu(u)
         if not c.expand_before_conv:
-            u = self.expand(u)                                     # (b, t, d_inner)
+            u = self.expand(u)                                     # u (b, t, d_inner) in any case
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
         A = -torch.exp(self.A_log.to(wide))
         B = B.unflatten(-1, (-1, c.d_state))                       # (b, t, d_xb / n, n)
@@ -434,13 +433,13 @@ class Mamba(nn.Module):
     def forward(self, x, state, place):
         """x (b, t, d_model), state SSM or None, place Place -> (b, t, d_model), the state after t more tokens."""
         c = self.config
-        z, u, B, C = self.in_proj(x).split([c.d_inner, c.d_xb, c.d_xb, c.d_inner], dim=-1)
+        z, u, B, C = self.in_proj(x).split([c.d_inner, c.d_xb, c.d_xb, c.d_inner], dim=-1)       # (b, t, these)
         dt = self.dt_proj(self.dt_in_proj(x))                      # (b, t, d_inner), holds the bias once
         y, state = self.mix(u, dt, B, C, z, state, place)
         return self.out_proj(y), state
 
 
-# A new kind of mixer is entered here, and brings what these two bring.
+# A new kind of mixer: its class, its LayerState, a line here; for its settings, Config and format_keys (part 4).
 MIXERS = {"t": Attention, "m2": Mamba}
 
 
@@ -465,7 +464,7 @@ class Block(nn.Module):
             self.mlp = MLP(config)
 
     def forward(self, x, state, place):
-        """x (b, t, d_model), state LayerState or None -> the same of the next layer."""
+        """x (b, t, d_model), state LayerState or None -> x after this layer, and its state."""
         if self.mixer is not None:
             y, state = self.mixer(self.input_layernorm(x), state, place)
             x = x + y
@@ -476,11 +475,11 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class State:
-    """All that a model remembers of a batch of texts. A value: it belongs to the caller, and going on from it leaves it
-    as it is, unless it is given away. Two continuations share its key/value caches beyond its position, so clone()
-    before writing two texts in turns. Operations: part 2."""
+    """All that a model remembers of a batch of texts. It belongs to the caller. A token makes a new State: cells and
+    conv inputs are new tensors, keys and values stand behind the old State's in the same cache, so clone() to write two
+    texts in turns. Only what is given away (hidden's donate; decode) may be overwritten: by the kernel of one token."""
     position: int                            # tokens seen so far, padding included
-    max_length: int                          # tokens that fit into the key/value caches
+    max_length: int                          # tokens that there is room for
     layers: tuple                            # per layer: LayerState, or None without a mixer
     origin: torch.Tensor | None = None       # (b,) where each row's current document began; None: at 0
 
@@ -535,7 +534,7 @@ class HybridLM(nn.Module):
 # end of the part make them methods.
 #
 # A State is a value. rows picks, repeats and reorders texts; clone lets a text go two ways; resize makes room. Each
-# layer's part does its own share, so a new kind of mixer brings a LayerState and nothing here changes.
+# layer's part does its own share; a state of fixed size needs nothing beyond what LayerState has.
 
 def new_state(model, batch, max_length):
     """Empty caches for `batch` texts of at most `max_length` tokens, on the model's device and in its dtype."""
@@ -619,7 +618,8 @@ def state_nbytes(state):
 # ----------------------------------------------------------------------------------------------------------------------
 # Generation: prefill the prompts, then one forward with t = 1 per token. Rows never see each other: prompts of
 # different length are padded on the left, and a reset at each row's first real token hides the padding from
-# attention, conv and scan alike. With equal lengths (one prompt above all) there is no padding, no reset, no mask.
+# attention, conv and scan alike. With equal lengths (one prompt above all) there is no padding and no reset. (Training
+# pads on the right, where no token looks: it needs none either.)
 
 def pad_left(prompts, device):
     """prompts: lists of ids -> tokens (b, longest), and reset (b, longest), None if all are equally long."""
@@ -652,7 +652,8 @@ def prefill(model, prompts, room, chunk=2048, state=None):
 
 @torch.no_grad()
 def decode(model, logits, state, temperature=0.0, top_k=0, top_p=1.0, seed=0, streams=None):
-    """Endless generator: yields the next tokens (b,) int64 with the State that does not hold them yet, then feeds them.
+    """Generator without an end (but UserError when the state is full): yields the next tokens (b,) int64 with the State
+    that does not hold them yet, then feeds them.
     The State is given away and written over: clone() what shall last. Row i draws from a random stream of its
     own, seeded by (seed, streams[i]), with i itself for streams None. temperature 0 is greedy; top_k 0 and top_p 1
     switch those filters off. send(rows), a list of row numbers, in place of next(): go on with these rows only."""
@@ -693,7 +694,8 @@ def answers(model, logits, state, max_new_tokens, stop, **sampling):
 
 def generate(model, prompts, max_new_tokens, temperature=0.0, stop=None, top_k=0, top_p=1.0, seed=0):
     """prompts: a list of id lists of any lengths -> per prompt the list of new ids, at most max_new_tokens, without
-    the stop token that ended it (stop: ids; None: config.eos_ids). A row gives what it would give alone."""
+    the stop token that ended it (stop: ids; None: config.eos_ids). A row gives what it would give alone, if it
+    drew from the random stream of its row number."""
     stop = set(model.config.eos_ids if stop is None else stop)
     outputs = [[] for _ in prompts]
     join_projections(model)
@@ -709,46 +711,40 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, stop=None, top_k=0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sampling. Sorting a vocabulary of 50,000 for every row costs more than the model, and is never needed: the tokens that
-# hold top_p of the probability are a few of the most likely. A row draws one number in [0, 1) and takes the token at
-# which the sum of probabilities passes it; it draws from a generator of its own, so that what it draws does not depend
-# on which rows stand beside it in the batch.
+# Sampling. A row draws a number in [0, 1) and takes the token at which the sum of probabilities passes it. Its numbers
+# come from a generator of its own, so that its text does not depend on what stands beside it in the batch. top_p means
+# the smallest set of most likely tokens that holds so much: a token is outside if those likelier than it hold as much
+# already. To find the set one sorts 50,000 numbers a row, which costs more than a small model; to see whether a token
+# is in it, one adds. So draw from all, and where the token is outside, draw again among the likelier ones.
 
-def most_likely(logits, top_p):
-    """logits (b, vocab_size) -> the largest logits (b, m), falling, and their ids: enough to hold top_p of the mass."""
-    vocab_size = logits.shape[-1]
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    m = min(64, vocab_size)
-    while True:
-        largest, ids = logits.topk(m)
-        mass = (largest - total).exp().sum(dim=-1)
-        if m == vocab_size or bool((mass >= top_p).all()):
-            return largest, ids
-        m = min(16 * m, vocab_size)
+def draw(probs, top_p, rngs):
+    """probs (b, m), rngs: a torch.Generator per row -> an index per row (b,)."""
+    cumulative = probs.cumsum(dim=-1)
+    draws = [torch.rand(1, device=probs.device, generator=rng) for rng in rngs]
+    # Draws are below 1, so the last sum stays above. right: a token of probability 0 is never taken.
+    passed = torch.stack(draws) * cumulative[:, -1:]               # (b, 1)
+    index = torch.searchsorted(cumulative, passed, right=True)
+    if top_p >= 1:
+        return index[:, 0]
+    likelier = torch.where(probs > probs.gather(1, index), probs, 0)
+    mass = likelier.sum(dim=-1)
+    outside = (mass >= top_p) & (mass > 0)                         # (b,) the likeliest token is always in
+    rows = outside.nonzero()[:, 0].tolist()
+    if rows:
+        index[rows, 0] = draw(likelier[rows], top_p, [rngs[row] for row in rows])
+    return index[:, 0]
 
 
 def choose(logits, temperature, top_k, top_p, rngs):
-    """logits (b, vocab_size) -> one token per row (b,); rngs: a torch.Generator per row."""
+    """logits (b, vocab_size) -> one token per row (b,); rngs: a torch.Generator per row. top_p counts after top_k."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
-    total = logits.logsumexp(dim=-1, keepdim=True)                 # (b, 1)
-    ids = None                                                     # None: all tokens, in their own order
-    if top_k:
-        logits, ids = logits.topk(min(top_k, logits.shape[-1]))
-        total = logits.logsumexp(dim=-1, keepdim=True)
-    elif top_p < 1:
-        logits, ids = most_likely(logits, top_p)
-    probs = (logits - total).exp().double()                        # (b, m)
-    if top_p < 1:
-        before = probs.cumsum(dim=-1) - probs                      # mass of the tokens that are likelier
-        probs = probs.masked_fill(before >= top_p, 0)              # the smallest set that holds top_p of the mass
-    cumulative = probs.cumsum(dim=-1)
-    draws = [torch.rand(1, dtype=torch.double, device=probs.device, generator=rng) for rng in rngs]
-    passed = torch.stack(draws) * cumulative[:, -1:]               # (b, 1)
-    place = torch.searchsorted(cumulative, passed, right=True)     # right: a token of probability 0 is never taken
-    place = place.clamp(max=probs.shape[-1] - 1)
-    return place[:, 0] if ids is None else ids.gather(1, place)[:, 0]
+    if not top_k:
+        return draw(logits.softmax(dim=-1), top_p, rngs)
+    logits, ids = logits.topk(min(top_k, logits.shape[-1]))
+    index = draw(logits.softmax(dim=-1), top_p, rngs)
+    return ids.gather(1, index[:, None])[:, 0]
 
 
 LayerState.rows = layer_rows
@@ -769,8 +765,8 @@ HybridLM.generate = generate
 
 
 # ======================================================================================================================
-# Part 3. The same numbers, faster. Each form below names the definition that it equals, takes the same arguments, and
-# is tested against it. The list FASTER at the end of the part puts them in their places.
+# Part 3. The same numbers (but for the last digits), faster. Each form below names the definition that it equals and is
+# tested against it. The list FASTER at the end of the part puts them in their places.
 
 import warnings
 
@@ -783,9 +779,10 @@ except ImportError:                          # optional: without Triton the pure
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The chunked scan, equal to scan_loop. The exponentials and products of a chunk of steps are made at once, so that a
-# time step is a single multiply-add, and the read-out is one batched matrix product per chunk. Its backward keeps only
-# the cells at each chunk border and rebuilds the rest, so that (b, t, d, n), the history of all cells, never exists for
-# the whole length. It divides by nothing and takes no logarithm: any dt is safe.
+# time step is a single multiply-add, and the read-out is one batched matrix product per chunk. Its backward keeps,
+# beside the inputs, the cells at each chunk border and rebuilds the rest, so that (b, t, d, n), the history of all
+# cells, never exists for the whole length. It divides by nothing and takes no logarithm: any dt is safe.
+
 
 def chunk_states(u, dt, A, B, h, keep):
     """One chunk, time first: u, dt (t, b, d), A (d, n), B (t, b, groups, n), h (b, d, n), keep (t, b, 1, 1) or None.
@@ -798,7 +795,8 @@ def chunk_states(u, dt, A, B, h, keep):
     written = (dt * u).view(t, b, groups, d // groups, 1)
     states = (written * B[:, :, :, None]).view(t, b, d, n)
     for i in range(t):
-        h = states[i].addcmul_(decay[i], h)                        # in place: states[i] + decay[i] * h
+        states[i].addcmul_(decay[i], h)                            # states[i] += decay[i] * h
+        h = states[i]
     return decay, states
 
 
@@ -849,14 +847,13 @@ class ChunkedScan(torch.autograd.Function):
             part = slice(i, i + ctx.size)
             start = borders[i // ctx.size]
             kept = None if keep is None else keep[part]
-            # The same states once more.
             decay, states = chunk_states(u[part], dt[part], A, B[part], start, kept)
 
-            read = grad_y[part].view(-1, b, c_groups, d // c_groups, 1)
+            grad_read = grad_y[part].view(-1, b, c_groups, d // c_groups, 1)
             grouped = states.view(-1, b, c_groups, d // c_groups, n)
-            grad_C[part] = torch.matmul(read.transpose(-1, -2), grouped).squeeze(-2)
+            grad_C[part] = torch.matmul(grad_read.transpose(-1, -2), grouped).squeeze(-2)
 
-            grad_h = read * C[part][:, :, :, None]
+            grad_h = grad_read * C[part][:, :, :, None]
             grad_h = grad_h.view(states.shape)                     # (steps, b, d, n)
             grad_h[-1] += carry                                    # from the chunk after this one
             for j in reversed(range(len(grad_h) - 1)):
@@ -869,7 +866,8 @@ class ChunkedScan(torch.autograd.Function):
             grad_written = torch.matmul(grouped, B[part][..., None])
             grad_written = grad_written.view(-1, b, d)
 
-            previous = torch.cat([start[None], states[:-1]])
+            previous = torch.cat([start[None], states[:-1]])       # h_{t-1}
+            # In place, to save memory: grad_h * decay * previous, (steps, b, d, n).
             grad_rate = previous.mul_(grad_h).mul_(decay)
             grad_A += (grad_rate * dt[part][..., None]).sum((0, 1))
             grad_dt[part] = grad_written * u[part]
@@ -911,7 +909,7 @@ def scan_chunk(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The choice of the scan. scan_backend is the only place that decides.
+# The choice of the scan. scan_backend is the only place that knows when Triton can be used.
 
 def check_scan_shapes(u, dt, A, B, C, D, z, dt_bias, h, reset):
     b, t, d = u.shape
@@ -944,7 +942,9 @@ def selective_scan(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=N
     the returned cells. Raises UserError on shapes that do not fit together."""
     check_scan_shapes(u, dt, A, B, C, D, z, dt_bias, h, reset)
     name = scan_backend(u.device, u.shape[1], A.shape[1], u.dtype, impl)
-    scan = {"loop": scan_loop, "chunk": scan_chunk}.get(name) or scan_triton
+    scan = scan_loop if name == "loop" else scan_chunk
+    if name == "triton":
+        scan = scan_triton
     with torch.autocast(u.device.type, enabled=False):             # mixed precision must not touch it
         return scan(u, dt, A, B, C, D, z, dt_bias, h, reset)
 
@@ -977,17 +977,26 @@ def scan_backend_reason(device):
     """One line for scripts to print: the scan that impl="auto" takes on this device, and why."""
     name = scan_backend(device)
     kind = torch.device(device).type
-    why = f"pure PyTorch: Triton needs a GPU, this is {kind}"
-    if kind == "cuda":
-        why = "Triton is not installed"
     if name == "triton":
         why = f"Triton {triton.__version__} on {torch.cuda.get_device_name(device)}"
+    elif kind == "cuda":
+        why = "Triton is not installed"
+    else:
+        why = f"pure PyTorch: Triton needs a GPU, this is {kind}"
     return f"scan: {name} ({why})"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One token. Generating on a CPU is bound by the number of operations, on a GPU by the number of kernels: what follows
-# makes fewer of them.
+# makes fewer of them. A step of one token, from bottom to top:
+#
+#     hidden            embedding, place (no mask for one document a row), then for every block
+#       norm_on_cpu     on a GPU rms_norm as it is
+#       Attention       project_joined: one product, one rotation; append; attend_fast; o_proj
+#       Mamba           in_proj, dt_in_proj, dt_proj; mix_one_token (one kernel on a GPU, a few operations on a CPU);
+#                       out_proj
+#       norm, MLP       mlp_joined: two products
+#     lm_head           logits; choose
 #
 # Projections that read the same input (q, k, v; gate, up) become one product. The single weights become views of the
 # joined ones: no more memory, and the model can still be trained, saved and moved. A weight that has been replaced
@@ -996,7 +1005,7 @@ def scan_backend_reason(device):
 class Joined(NamedTuple):
     weight: torch.Tensor                     # (rows of all, d_model)
     bias: torch.Tensor | None
-    addresses: list                          # [(linear, "weight" or "bias", address of its rows)]
+    addresses: list                          # [(parameters of a linear layer, name, address of its rows)]
 
 
 @torch.no_grad()
@@ -1011,7 +1020,7 @@ def join(*linears):
         joined[name] = torch.cat([getattr(linear, name) for linear in linears])
         for linear, rows in zip(linears, joined[name].split(sizes)):
             getattr(linear, name).data = rows
-            addresses.append((linear, name, rows.data_ptr()))
+            addresses.append((linear._parameters, name, rows.data_ptr()))
     return Joined(joined["weight"], joined["bias"], addresses)
 
 
@@ -1019,14 +1028,14 @@ def usable(joined):
     """Is it there, are no gradients wanted, and are the weights and biases still its rows?"""
     if joined is None or torch.is_grad_enabled():
         return False
-    for linear, name, address in joined.addresses:
-        if getattr(linear, name).data_ptr() != address:
+    for parameters, name, address in joined.addresses:
+        if parameters[name].data_ptr() != address:
             return False
     return True
 
 
 def join_projections(model):
-    """For generation, which calls it. Does nothing where it is done already. -> the model."""
+    """For generation: generate() calls it. Does nothing where it is done already. -> the model."""
     with torch.inference_mode(False), torch.no_grad():             # the weights stay ordinary tensors
         for block in model.layers:
             mlp = block.mlp
@@ -1050,12 +1059,13 @@ def mlp_joined(mlp, x):
     if not usable(mlp.joined):
         return mlp_by_definition(mlp, x)
     gate, up = F.linear(x, mlp.joined.weight).chunk(2, dim=-1)
-    return mlp.down_proj(F.silu(gate) * up)
+    return F.linear(F.silu(gate) * up, mlp.down_proj.weight)
 
 
 def rotary_rolled(x, cos, sin):
     """rotary in three operations: rolling by half a head swaps the halves."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def project_joined(attention, x, place):
@@ -1066,17 +1076,17 @@ def project_joined(attention, x, place):
     b, t, _ = x.shape
     heads = F.linear(x, attention.joined.weight, attention.joined.bias)
     heads = heads.view(b, t, -1, c.head_dim).transpose(1, 2)       # (b, n_head + 2 n_kv_head, t, head_dim)
-    qk, v = heads.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+    qk, v = heads.split_with_sizes([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
     if c.qk_norm:
-        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+        q, k = qk.split_with_sizes([c.n_head, c.n_kv_head], dim=1)
         qk = torch.cat([attention.q_norm(q), attention.k_norm(k)], dim=1)
     qk = rotary_rolled(qk, place.cos, place.sin)
-    q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+    q, k = qk.split_with_sizes([c.n_head, c.n_kv_head], dim=1)
     return q, k, v
 
 
 def attend_fast(attention, q, k, v, mask):
-    """Attention.attend, where PyTorch's kernels would read keys more than once."""
+    """Attention.attend, for the two cases in which PyTorch's kernels need help."""
     if q.shape[2] == 1:
         # The query heads that share a key stand in for tokens, so each key is read only once.
         grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])    # (b, n_kv_head, heads per key, head_dim)
@@ -1093,14 +1103,15 @@ def attend_fast(attention, q, k, v, mask):
 def norm_on_cpu(norm, x):
     """RMSNorm.forward. rms_norm is nine operations on a CPU, layer_norm one; (x, -x) has mean 0 and the mean square of
     x as its variance, so layer_norm does the same to it."""
-    # Above a thousand numbers rms_norm is faster all the same: 36 times at 2500 rows of 64.
+    # With more than a thousand numbers the work counts, not the calls, and rms_norm is faster.
     if not x.is_cpu or torch.is_grad_enabled() or x.numel() > 1024:
         return norm_by_definition(norm, x)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x
+    if x.dtype != torch.float32:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n = x.shape[-1]
-    both = torch.cat([wide, -wide], dim=-1)
-    y = F.layer_norm(both, (2 * n,), eps=norm.eps)[..., :n]
-    return y.to(x.dtype) * norm.weight
+    y = F.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=norm.eps)
+    return y.narrow(-1, 0, n).to(x.dtype) * norm.weight
 
 
 def mix_one_token(mixer, u, dt, B, C, z, state, place):
@@ -1118,29 +1129,44 @@ def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
     c = mixer.config
     n = c.d_state
     b = len(u)
-    wide = state.h.dtype
-    window = torch.cat([state.conv.to(u.dtype), u], dim=1)         # (b, d_conv, d_xb)
     h = state.h
+    wide = h.dtype
+    window = torch.cat([state.conv.to(u.dtype), u], dim=1)         # (b, d_conv, d_xb)
     inputs = window
     if place.position is not None:
         distance = torch.arange(c.d_conv - 1, -1, -1, device=u.device)
         inputs = window.masked_fill((place.position < distance)[..., None], 0)
         h = h.masked_fill((place.position == 0)[..., None], 0)
-    share = c.d_inner // c.d_xb if c.expand_before_conv else 1
-    weight = mixer.conv1d.weight[:, 0].T.reshape(c.d_conv, -1, share, n)             # (d_conv, d_xb / n, share, n)
-    u = (inputs.view(b, c.d_conv, -1, 1, n) * weight).sum(1).view(b, 1, -1)          # (b, 1, channels of the conv)
-    u = F.silu(u if mixer.conv1d.bias is None else u + mixer.conv1d.bias)
+
+    # The conv: taps times inputs, each chunk of n lanes once for all channels that share it.
+    share = c.d_inner // c.d_xb
+    heads = share if c.expand_before_conv else 1
+    inputs = inputs.view(b, c.d_conv, -1, 1, n)
+    weight = mixer.conv1d.weight[:, 0].T.reshape(c.d_conv, -1, heads, n)
+    u = (inputs * weight).sum(1).view(b, 1, -1)                    # (b, 1, channels of the conv)
+    if mixer.conv1d.bias is not None:
+        u = u + mixer.conv1d.bias
+    u = F.silu(u)
     if not c.expand_before_conv:
         u = mixer.expand(u)
+
+    # The step of the scan, and the gate.
     u = u[:, 0].to(wide)                                           # (b, d_inner)
     dt = dt[:, 0].to(wide)
-    dt = F.softplus(dt if mixer.dt_proj.bias is None else dt + mixer.dt_proj.bias.to(wide))
-    decay = torch.exp(dt[..., None] * -torch.exp(mixer.A_log.to(wide)))              # (b, d_inner, n)
-    write = (dt * u).view(b, -1, c.d_inner // c.d_xb * n, 1) * B.reshape(b, -1, 1, n)
+    if mixer.dt_proj.bias is not None:
+        dt = dt + mixer.dt_proj.bias.to(wide)
+    dt = F.softplus(dt)
+    A = -torch.exp(mixer.A_log.to(wide))
+    decay = torch.exp(dt[..., None] * A)                           # (b, d_inner, n)
+    written = (dt * u).view(b, -1, share * n, 1)                   # (b, d_xb / n, channels that share B, 1)
+    write = written * B.reshape(b, -1, 1, n)
     h = torch.addcmul(write.view(h.shape), decay, h)
-    y = (h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)).sum(-1).view(b, -1)           # (b, d_inner)
-    y = torch.addcmul(y, mixer.D.to(wide), u) * F.silu(z[:, 0].to(wide))
-    return y[:, None].to(z.dtype), SSM(window[:, 1:].contiguous(), h)
+    read = h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)            # (b, d_inner / n, n channels, n cells)
+    y = read.sum(-1).view(b, -1)
+    y = torch.addcmul(y, mixer.D.to(wide), u)
+    y = y * F.silu(z[:, 0].to(wide))
+    conv = window[:, 1:].contiguous()
+    return y[:, None].to(z.dtype), SSM(conv, h)
 
 
 # Where part 1 computes by definition, the model takes these forms. use(DEFINITIONS) takes them out again: to try
@@ -1159,7 +1185,6 @@ DEFINITIONS = [(owner, name, vars(owner)[name]) for owner, name, _ in FASTER]
 
 
 def use(forms):
-    """forms: FASTER or DEFINITIONS."""
     for owner, name, form in forms:
         setattr(owner, name, form)
 
@@ -1185,7 +1210,7 @@ import zlib
 
 
 def cast(module, device, dtype):
-    """Move module to device and dtype, in place. A_log and D stay float32: the recurrence is sensitive to them."""
+    """Move module to device and dtype, in place. A_log and D stay float32 at least: the recurrence needs it."""
     for name, p in module.named_parameters():
         p.data = p.data.to(device, stored_dtype(name, dtype))
     return module
@@ -1207,7 +1232,7 @@ def stored_dtype(name, dtype):
 #
 # What a file asks for is implemented, or it changes nothing, or it is refused by name. A setting that is passed over
 # gives a model that is nearly right, and nobody would notice. The same for tensors: each parameter has exactly one
-# Source, and each tensor of the file is used.
+# Source, and each tensor of the file is used, or follows from others (find_sources).
 #
 # An all-attention model is saved as its own family. A hybrid whose attention is Mistral's is saved in the format of
 # Apriel-H1. A hybrid whose attention has more (biases of q, k and v, norms of q and k, scaled rotary frequencies) must
@@ -1275,8 +1300,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": "original_max_length",
 }
 
-# The keys of ssm_cfg -> (field of Config, default).
-SSM_KEYS = {
+# The settings of a kind of mixer in ssm_cfg: key -> (field of Config, default).
+Mamba.format_keys = {
     "d_state": ("d_state", 64),
     "d_inner": ("d_inner", 4096),
     "d_xb": ("d_xb", None),
@@ -1292,8 +1317,9 @@ SSM_KEYS = {
     "dt_init_floor": ("dt_init_floor", 1e-4),
 }
 
-# Keys of ssm_cfg that change nothing: expand is read where d_inner is null, dt_init is about new layers, and the rest
-# belongs to other mixers (m2 is always SiLU, whatever `activation` says). The first three are written.
+# Further keys of ssm_cfg. None changes what a checkpoint computes, but expand, where d_inner is null; dt_init is about
+# new layers, and the rest belongs to mixers that are not here (m2 is always SiLU, whatever `activation` says). The
+# first three are written.
 SSM_IGNORED = {"expand": 1, "dt_init": "random", "activation": "identity"}
 SSM_OTHERS = ("n_v_heads", "n_qk_heads", "chunk_size")
 
@@ -1597,6 +1623,14 @@ def token_ids(name, value):
     return tuple(token_id(name, token) for token in ids if token is not None)
 
 
+def mixer_keys():
+    """-> {key of ssm_cfg: (field of Config, default)} of all kinds of mixers that have any."""
+    keys = {}
+    for mixer in MIXERS.values():
+        keys |= getattr(mixer, "format_keys", {})
+    return keys
+
+
 def mamba_fields(raw):
     """config.json of a hybrid -> the layout, and the sizes of its Mamba layers from ssm_cfg."""
     layout = raw["hybrid_block_layout"]
@@ -1606,11 +1640,12 @@ def mamba_fields(raw):
     ssm = {} if ssm is None else ssm
     if not isinstance(ssm, dict):
         refuse_value("ssm_cfg", ssm, "a JSON object")
-    unknown = sorted(set(ssm) - set(SSM_KEYS) - set(SSM_IGNORED) - set(SSM_OTHERS))
+    known = mixer_keys()
+    unknown = sorted(set(ssm) - set(known) - set(SSM_IGNORED) - set(SSM_OTHERS))
     if unknown:
         raise UserError(f"ssm_cfg.{unknown[0]} is not known to this reader")
 
-    given = {key: ssm.get(key, default) for key, (_, default) in SSM_KEYS.items()}
+    given = {key: ssm.get(key, default) for key, (_, default) in known.items()}
     if given["d_inner"] is None:
         given["d_inner"] = raw["hidden_size"] * whole("ssm_cfg.expand", ssm.get("expand", 1))
     if given["d_xb"] is None:
@@ -1619,7 +1654,7 @@ def mamba_fields(raw):
         given["dt_rank"] = math.ceil(raw["hidden_size"] / 16)
     fields = {"layout": tuple(layout)}
     checks = {bool: flag, float: number}
-    for key, (field, default) in SSM_KEYS.items():
+    for key, (field, default) in known.items():
         check = checks.get(type(default), whole)
         fields[field] = check(f"ssm_cfg.{key}", given[key])
     return fields
@@ -1678,7 +1713,7 @@ def config_to_json(config, dtype):
         raw["attention_bias"] = False
     if model_type in HYBRIDS:
         raw["hybrid_block_layout"] = list(c.layout)
-        ssm = {key: getattr(c, field) for key, (field, _) in SSM_KEYS.items()}
+        ssm = {key: getattr(c, field) for key, (field, _) in mixer_keys().items()}
         raw["ssm_cfg"] = ssm | SSM_IGNORED
         if c.family != "mistral" or model_type == "nanoh1_hybrid":
             raw["base_model_type"] = c.family
@@ -2404,11 +2439,6 @@ def begin_tokens(path, enc):
 # answer</s>, if its tokenizer knows those marks: where they fall into letters, a model would learn to write letters and
 # never to stop. What the model is to learn (the answer, and the token that ends it) is never searched for in rendered
 # text: a prompt ends where the answer begins, and answer + chat.end follows.
-
-def format_prompt(question):
-    """The template of Mistral's instruct models. [INST] and <s> are single tokens."""
-    return f"<s>[INST] {question} [/INST]"
-
 
 class Chat:
     """What load_chat returns. render(messages, add_generation_prompt) -> text; end: the text of the token that ends an

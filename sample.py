@@ -19,10 +19,10 @@ import sys
 import time
 from typing import NamedTuple
 
+import model as nano         # before torch: it says how threads wait
 import torch
 from tqdm import tqdm
 
-import model as nano
 from model import UserError, load_pretrained, load_tokenizer, run_main, start_script
 
 
@@ -509,6 +509,10 @@ def main():
         # Whoever reads our output has enough, as in sample.py | head -1. The rest goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
+    except KeyboardInterrupt:
+        if args.traces:
+            print(f"\n{args.traces} is kept: the same command goes on", file=sys.stderr)
+        raise
     print(f"next: {next_command(args, model.config)}", file=sys.stderr)
 
 

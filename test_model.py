@@ -869,46 +869,55 @@ def test_temperature_top_k_and_top_p_shape_the_distribution(change, wanted):
     assert ((drawn > 0) == (wanted > 0)).all()
 
 
-def sorted_choice(logits, top_k, top_p, draws):
-    """What choose gives for one row of logits, from a full sort in float64 -> logits of the tokens at these draws."""
+@pytest.fixture
+def told_draws(monkeypatch):
+    """choose() takes lists of numbers as its generators, and draws these, one after another."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator, **rest: torch.tensor([generator.pop(0)]))
+
+
+@pytest.mark.parametrize("scale, top_p", [(8, 0.9), (4, 0.9), (1, 0.5), (1, 0.9), (0.01, 0.9), (0.01, 0.001)])
+@pytest.mark.parametrize("top_k", [0, 40, 2000])
+def test_top_p_keeps_the_set_that_a_full_sort_keeps(scale, top_p, top_k, told_draws):
+    """For peaked and flat logits: of 64 tokens around the border of the set and 64 anywhere, those inside are taken
+    when they are drawn; in place of one outside, the next draw, 0, takes the first of the likelier ones."""
+    logits = scale * torch.randn(50_000, generator=torch.Generator().manual_seed(0))
     probs, order = logits.double().softmax(-1).sort(descending=True)
     if top_k:
         probs = probs[:top_k] / probs[:top_k].sum()
     before = probs.cumsum(0) - probs
-    cumulative = probs[before < top_p].cumsum(0)
-    place = torch.searchsorted(cumulative, draws * cumulative[-1], right=True)
-    return logits[order[place]]
+    border = int((before < top_p).sum())                                     # so many are in the set
+    ranks = torch.arange(len(probs))
+    near = (ranks - border).abs() < 32
+    some = near | (ranks % 701 == 0)
+    ranks = ranks[some & (probs > 1e-6)].tolist()
+    # The number that draws a token lies where its share of the sum does, in the order of the ids, or of top_k.
+    places = torch.arange(len(probs)) if top_k else order
+    shares = torch.zeros_like(probs).scatter(0, places, probs)
+    middle = (shares.cumsum(0) - shares / 2)[places]
+    rngs = [[middle[rank].item()] + [0.0] * 20 for rank in ranks]
+    tokens = choose(logits.expand(len(ranks), -1), 1.0, top_k, top_p, rngs)
+    for rank, token, rng in zip(ranks, tokens, rngs):
+        inside = rank < border
+        assert (len(rng) == 20) == inside                                    # drawn once
+        assert logits[token] >= logits[order[rank if inside else border - 1]]
 
 
-@pytest.mark.parametrize("scale, top_p, found_in", [
-    (8, 0.9, 64),
-    (4, 0.9, 1024),
-    (1, 0.5, 16_384),
-    (1, 0.9, 50_000),
-    (0.01, 0.9, 50_000),
-    (0.01, 0.001, 64)])
-@pytest.mark.parametrize("top_k", [0, 40, 2000])
-def test_top_p_keeps_the_set_that_a_full_sort_keeps(scale, top_p, found_in, top_k, monkeypatch):
-    """From the likeliest token (draw 0) to the last one in the set, for peaked and flat logits; the set is searched
-    among few tokens first."""
-    logits = scale * torch.randn(50_000, generator=torch.Generator().manual_seed(0))
-    draws = torch.linspace(0, 1 - 1e-9, 32, dtype=torch.double)
-    # The "generators" are the numbers that they would draw.
-    monkeypatch.setattr(torch, "rand", lambda *shape, generator, **rest: generator.view(1))
-    tokens = choose(logits.expand(32, -1), 1.0, top_k, top_p, draws)
-    wanted = sorted_choice(logits, top_k, top_p, draws)
-    assert logits[tokens[0]] == wanted[0]
-    assert logits[tokens[-1]] == wanted[-1]
-    assert off(logits[tokens], wanted) < 1e-4
-    assert nano.most_likely(logits[None], top_p)[0].shape == (1, found_in)
+def test_rows_outside_draw_again_by_the_same_probabilities():
+    """4000 tokens in ten heaps of 10/55, 9/55, ... 1/55; the last three, a ninth, are drawn again."""
+    logits = torch.arange(10, 0, -1).float().log().repeat_interleave(400)
+    rngs = [torch.Generator().manual_seed(i) for i in range(4000)]
+    heaps = choose(logits.expand(4000, -1), 1.0, 0, 0.885, rngs) // 400
+    wanted = torch.arange(10, 0, -1).float()
+    wanted[7:] = 0
+    share = torch.bincount(heaps, minlength=10) / 4000
+    torch.testing.assert_close(share, wanted / wanted.sum(), atol=0.025, rtol=0)
 
 
-def test_a_token_of_probability_0_is_never_drawn(monkeypatch):
+def test_a_token_of_probability_0_is_never_drawn(told_draws):
     logits = torch.tensor([-999, -200.0, 1, -999, 0.5, -999]).expand(3, -1)
-    monkeypatch.setattr(torch, "rand", lambda *shape, generator, **rest: generator.view(1))
-    draws = torch.tensor([0, 0.5, 1 - 2 ** -53], dtype=torch.double)
-    for filters in ((0, 1.0), (5, 1.0), (0, 0.9999), (6, 0.9999)):
-        assert set(choose(logits, 1.0, *filters, draws).tolist()) == {2, 4}
+    for top_k, top_p in ((0, 1.0), (5, 1.0), (0, 0.9999), (6, 0.9999)):
+        draws = [[0.0], [0.5], [1 - 2 ** -24]]
+        assert set(choose(logits, 1.0, top_k, top_p, draws).tolist()) == {2, 4}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -939,8 +948,11 @@ def everything(model):
     return results + [logits, later, *state_tensors(state)]
 
 
+MAMBAS = [{"expand_before_conv": False}, {"conv_bias": False, "dt_bias": False}, {"d_conv": 1}, {"d_xb": 8}]
+
+
 @pytest.mark.parametrize("chosen", [nano.FASTER, *([form] for form in nano.FASTER)])
-@any_model
+@pytest.mark.parametrize("layout, change", MODELS + [("m2 t", change) for change in MAMBAS], ids=str)
 def test_definitions_equal_the_faster_forms(layout, change, chosen):
     model = join_projections(tiny(layout, **change))
     with forms([]):
@@ -2305,10 +2317,11 @@ def test_a_ridge_fit_finds_a_linear_map():
     assert distill.ridge_fit(a, a @ w.T, strength=10.0).norm() < w.norm() / 2   # the penalty pulls towards zero
 
 
-def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does():
+@pytest.mark.parametrize("shape", [{}, {"qkv_bias": True, "qk_norm": True}], ids=["plain", "biases and norms"])
+def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does(shape):
     """For the same input: aligned starts as far from the attention's output as writing nothing. Padding does not count:
     other ids there change nothing."""
-    teacher = tiny("t t t", torch.float32)
+    teacher = tiny("t t t", torch.float32, **shape)
     tokens = some_tokens(8, 40)
     real = torch.arange(40) < torch.randint(20, 41, (8, 1))
     place = teacher_place(teacher, tokens)
@@ -3538,11 +3551,10 @@ def talker(tmp_path_factory):
     """The same, but its answers are ASCII, and many end within 30 tokens."""
     path = tmp_path_factory.mktemp("talker")
     model = small_hybrid()
-    head = torch.randn(262, 32)
-    # The bytes from 128 on and the special tokens have the logit 0, far below the best of the others ...
+    head = torch.randn(262, model.config.d_model)
+    # The logit 0 is far below the best of the others.
     head[128:] = 0
-    # ... except </s>.
-    head[257] = 1.4 * torch.randn(32)
+    head[257] = 1.1 * torch.randn(model.config.d_model)
     model.lm_head.weight.data.copy_(head)
     save_pretrained(model, path)
     write_byte_tokenizer(path, SPECIAL)
@@ -3698,7 +3710,7 @@ def test_without_a_template_only_raw_text_is_continued(checkpoint, tmp_path):
         assert row["ids"] == wanted
 
 
-REWRITING = LETTERS.replace("{{ m.content }}", "{% if m.role == 'assistant' %}!{% endif %}{{ m.content }}")
+REWRITING = "{{ messages | length }}" + LETTERS
 
 
 @pytest.mark.parametrize("template, kept", [(None, True), (LETTERS, True), (REWRITING, False)])
@@ -3728,7 +3740,7 @@ def test_a_conversation_equals_one_prompt_that_holds_all_of_it(talker, tmp_path,
     assert printed == "".join(text + "\n" for text in texts)
     assert (read_in_chat == lengths) != kept
     if kept:
-        assert read_in_chat[1] < lengths[1] - lengths[0]
+        assert read_in_chat[1] <= lengths[1] - lengths[0]
 
 
 # Files of prompts, traces.
@@ -3747,6 +3759,12 @@ def test_a_file_of_records_asks_what_training_would_read(checkpoint, tmp_path):
     for file in ("x.jsonl", "x.jsonl.gz"):
         rows = ask_json(checkpoint, "--prompt-file", tmp_path / file, "--max-new-tokens", 5)
         assert [row["ids"] for row in rows] == wanted
+    for text, flags, words in ((text, ["--raw"], "holds messages"), ("\n", [], "is empty"),
+                               ('{"messages": [{"role": "system", "content": "a"}]}', [], "line 1: there is no"),
+                               ('{"prompt": "a", "system": "b"}', [], "line 1: more than a prompt")):
+        (tmp_path / "x.jsonl").write_text(text)
+        with pytest.raises(UserError, match=words):
+            ask(checkpoint, "--prompt-file", tmp_path / "x.jsonl", *flags)
 
 
 TRACES = "--max-new-tokens", 30, "--batch", 2, "--num-samples", 2, "--temperature", 1
@@ -3759,48 +3777,63 @@ def questions(tmp_path):
     return path
 
 
-def test_traces_are_what_the_model_wrote_and_training_reads(talker, questions, tmp_path):
-    enc = load_tokenizer(talker)
-    file = tmp_path / "new" / "traces.jsonl"
-    printed = ask(talker, *TRACES, "--prompt-file", questions, "--traces", file)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    answers = ask_json(talker, *TRACES, "--prompt-file", questions)
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_traces_are_what_the_model_wrote_and_training_reads(talker, checkpoint, questions, tmp_path):
+    command = *TRACES, "--prompt-file", questions
+    answers = ask_json(talker, *command)
     ended = [answer for answer in answers if answer["tokens"] < 30]
-    whole = [answer for answer in ended if "\ufffd" not in answer["text"]]
-    assert 2 < len(whole) < len(ended) < len(answers) == 10
-    assert [row["response"] for row in rows] == [answer["text"] + "</s>" for answer in whole]
-    assert [row["prompt"] for row in rows] == [f"<s>[INST] {answer['prompt']} [/INST]" for answer in whole]
+    assert 2 < len(ended) < len(answers) == 10
+    file = tmp_path / "new" / "traces.jsonl"
+    printed = ask(talker, *command, "--traces", file)
+    rows = rows_of(file)
+    assert [row["response"] for row in rows] == [answer["text"] + "</s>" for answer in ended]
+    assert [row["prompt"] for row in rows] == [f"<s>[INST] {answer['prompt']} [/INST]" for answer in ended]
     assert printed.out == ""
-    assert (f"{len(whole)} traces of 10 answers; left out: {10 - len(ended)} that --max-new-tokens cut, "
-            f"{len(ended) - len(whole)} with half a character") in printed.err
+    assert f"{len(ended)} traces of 10 answers; left out: {10 - len(ended)} that --max-new-tokens cut" in printed.err
     assert printed.err.splitlines()[-1] == f"next: python distill.py --teacher {talker} --data {file}"
-    train, held = train_sft.read_jsonl(file, train_sft.load_codec(talker), 64, 262)
+    # Training reads them back to the letter.
+    codec = train_sft.load_codec(talker)
+    train, held = train_sft.read_jsonl(file, codec, 64, 262)
+    assert len(train) + len(held) == len(rows)
     ids, trained = held[0]
-    assert enc.decode([token for token, flag in zip(ids, trained) if flag]) == rows[0]["response"]
-    assert len(train) + 1 == len(rows)
+    assert codec.enc.decode([token for token, flag in zip(ids, trained) if flag]) == rows[0]["response"]
     # With --keep-cut none is missing, and those that were cut have no </s>.
-    ask(talker, *TRACES, "--prompt-file", questions, "--traces", tmp_path / "all.jsonl", "--keep-cut")
-    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    ask(talker, *command, "--traces", tmp_path / "all.jsonl", "--keep-cut")
     texts = [answer["text"] + "</s>" * (answer in ended) for answer in answers]
-    assert [row["response"] for row in rows] == [text for text in texts if "\ufffd" not in text]
+    texts = [text for text in texts if "\ufffd" not in text]
+    assert [row["response"] for row in rows_of(tmp_path / "all.jsonl")] == texts
+    # A text that ends, or has gone on, in half a character cannot be read back.
+    printed = ask(checkpoint, *command, "--traces", tmp_path / "none.jsonl", "--keep-cut")
+    assert rows_of(tmp_path / "none.jsonl") == []
+    assert "10 with half a character" in printed.err
 
 
-@pytest.mark.parametrize("where", ["before the batch", "before the note"])
+STOPS = {
+    "Ctrl-C": (sample, "write_answers", KeyboardInterrupt(), KeyboardInterrupt),
+    "between rows and note": (nano, "write_json", KeyboardInterrupt(), KeyboardInterrupt),
+    "full disk": (os, "fsync", OSError(28, "No space left"), UserError),
+}
+
+
+@pytest.mark.parametrize("where", STOPS)
 def test_traces_that_were_interrupted_go_on_and_end_the_same(talker, questions, tmp_path, monkeypatch, where):
     command = talker, *TRACES, "--prompt-file", questions, "--traces"
     ask(*command, tmp_path / "whole.jsonl")
-    owner, name = {"before the batch": (sample, "write_answers"), "before the note": (nano, "write_json")}[where]
+    owner, name, error, seen = STOPS[where]
     real = getattr(owner, name)
     left = [3]
 
     def stops(*args):
         left[0] -= 1
         if left[0] < 0:
-            raise KeyboardInterrupt
+            raise error
         return real(*args)
     file = tmp_path / "killed.jsonl"
     monkeypatch.setattr(owner, name, stops)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(seen):
         ask(*command, file)
     monkeypatch.setattr(owner, name, real)
     assert 0 < len(file.read_bytes()) < len((tmp_path / "whole.jsonl").read_bytes())
@@ -4751,35 +4784,40 @@ def test_a_damaged_progress_file_is_refused(hybrid, tmp_path):
         train_sft.Progress(str(path), {"seed": 0}, resume=True).load(model, [], plan)
 
 
-@pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
-def test_a_loss_that_is_nan_exits_and_leaves_what_was_saved(program, traces, tmp_path, monkeypatch, capsys, no_answers,
-                                                            interrupt_after):
-    """Exit code 2, one line, and progress from before the accident, from which a lower rate could continue."""
+BOTH = pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
+
+
+@BOTH
+def test_a_loss_that_is_nan_leaves_what_was_saved(program, traces, tmp_path, monkeypatch, no_answers, interrupt_after):
+    """One line, and progress from before the accident, from which a lower rate could continue."""
     interrupt_after(2)
     with pytest.raises(KeyboardInterrupt):
         run(program, *short_run(program, traces, tmp_path))
-    before, files = (tmp_path / "progress.safetensors").read_bytes(), sorted(os.listdir(tmp_path))
+    before = (tmp_path / "progress.safetensors").read_bytes()
+    files = sorted(os.listdir(tmp_path))
     name = "cross_entropy" if program is train_sft else "batch_loss"
     real = getattr(program, name)
-    monkeypatch.setattr(program, name, lambda *a: (lambda loss, *rest: (loss * math.nan, *rest))(*real(*a)))
-    monkeypatch.setattr(sys, "argv", ["x", *map(str, short_run(program, traces, tmp_path, "--resume"))])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        nano.run_main(program.main)
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count("error: ") == 1 and "not finite" in err.splitlines()[-1]
-    assert (tmp_path / "progress.safetensors").read_bytes() == before and sorted(os.listdir(tmp_path)) == files
+
+    def broken(*args):
+        loss, count = real(*args)
+        return loss * math.nan, count
+    monkeypatch.setattr(program, name, broken)
+    with pytest.raises(UserError, match="not finite"):
+        run(program, *short_run(program, traces, tmp_path, "--resume"))
+    assert (tmp_path / "progress.safetensors").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == files
 
 
-@pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
-def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, monkeypatch, capsys):
+@BOTH
+def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, no_answers):
     """Products in bfloat16, weights kept in float32."""
-    out, _ = run(program, *short_run(program, traces, tmp_path, "--dtype", "bfloat16"))
-    report = json.loads(out.splitlines()[-1])
-    assert all(math.isfinite(report[key]) for key in {"loss", "kl_first", "kl_last"} & set(report))
-    weights = load_file(tmp_path / "model.safetensors")
-    assert all(torch.isfinite(w).all() for w in weights.values())
-    assert program is distill or {w.dtype for w in weights.values()} == {torch.float32}
+    printed = run(program, *short_run(program, traces, tmp_path, "--dtype", "bfloat16")).out
+    report = json.loads(printed.splitlines()[-1])
+    keys = ["loss"] if program is train_sft else ["kl_first", "kl_last"]
+    assert all(math.isfinite(report[key]) for key in keys)
+    weights = load_file(tmp_path / "model.safetensors").values()
+    assert all(torch.isfinite(w).all() for w in weights)
+    assert program is distill or {w.dtype for w in weights} == {torch.float32}
     with pytest.raises(UserError, match="float16"):
         nano.pick_dtype("float16", torch.device("cpu"))
 
@@ -5127,42 +5165,49 @@ def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path)
 
 def test_a_stack_of_layers_becomes_deeper_or_shallower():
     """As a whole: the old layers repeated in order, or the first of them; copies, so that each can be trained alone."""
-    old, tokens = tiny("t t t"), some_tokens(2, 9)
+    old = tiny("t t t")
+    tokens = some_tokens(2, 9)
     for n in (2, 3, 6):
         new = train_sft.resize(old, n)
-        assert new.config.layout == ("t",) * n == ("t",) * len(new.layers) and new.config.n_layer == n
+        assert new.config.layout == ("t",) * n == ("t",) * len(new.layers)
+        assert new.config.n_layer == n
         for i, block in enumerate(new.layers):
-            assert all(torch.equal(p, q.float()) for p, q in zip(block.parameters(), old.layers[i % 3].parameters()))
-        places = [p.data_ptr() for lm in (old, new) for p in lm.layers.parameters()]
-        assert len(set(places)) == len(places) and new.norm is old.norm and new.embed_tokens is old.embed_tokens
+            for p, q in zip(block.parameters(), old.layers[i % 3].parameters(), strict=True):
+                assert torch.equal(p, q.float()) and p.data_ptr() != q.data_ptr()
+        places = {p.data_ptr() for p in new.layers.parameters()}
+        assert len(places) == n * len(list(old.layers[0].parameters()))
+        assert new.norm is old.norm and new.embed_tokens is old.embed_tokens
     same = train_sft.resize(old.float(), 3)(tokens)[0]
     assert off(same, old(tokens)[0]) < 1e-6
-    for lm, n in ((old, 4), (old, 0), (old, -1), (tiny("t m2"), 2)):
+    for model, n in ((old, 4), (old, 0), (old, -1), (tiny("t m2"), 2)):
         with pytest.raises(UserError, match="only all-attention models"):
-            train_sft.resize(lm, n)
+            train_sft.resize(model, n)
 
 
 def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family, tmp_path, monkeypatch):
-    start, other = family / "h1", tmp_path / "other"
-    lm = load_pretrained(start)
-    for p in lm.parameters():
+    other = tmp_path / "other"
+    model = load_pretrained(family / "h1")
+    for p in model.parameters():
         p.data += torch.randn(p.shape) / 100
-    save_pretrained(lm, other)
-    sft = lambda out, *more: run(train_sft, "--model", start, "--steps", 2, "--batch", 2, "--eval", 0,
-                                        "--threads", 1,
-                                        "--out", tmp_path / out, *more)
-    sft("alone"), sft("merged", "--merge", other, "--merge-weight", 0.25)
-    places = tmp_path / "alone", tmp_path / "merged", other
-    alone, merged, lm = (load_file(path / "model.safetensors") for path in places)
-    assert all(torch.equal(w, 0.25 * alone[name] + 0.75 * lm[name]) for name, w in merged.items())
+    save_pretrained(model, other)
+
+    def tune(out, *more):
+        command = "--model", family / "h1", "--steps", 2, "--batch", 2, "--eval", 0, "--threads", 1
+        run(train_sft, *command, "--out", tmp_path / out, *more)
+    tune("alone")
+    tune("merged", "--merge", other, "--merge-weight", 0.25)
+    alone = load_file(tmp_path / "alone" / "model.safetensors")
+    added = load_file(other / "model.safetensors")
+    for name, w in load_file(tmp_path / "merged" / "model.safetensors").items():
+        assert torch.equal(w, 0.25 * alone[name] + 0.75 * added[name])
     args = json.loads((tmp_path / "merged" / "training.json").read_text())["args"]
     assert args["merge"] == str(other) and args["merge_weight"] == 0.25
-    monkeypatch.setattr(train_sft, "fit", lambda *a: pytest.fail("training began"))
-    for more, why in ((("--merge", family / "h2"), "layout"), (("--merge", tmp_path / "none"), "no such directory"),
-                      (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"),
-                      (("--merge-weight", -1), "between")):
-        with pytest.raises(UserError, match=why):
-            sft("refused", *more)
+    monkeypatch.setattr(train_sft, "fit", lambda *args: pytest.fail("training began"))
+    refused = [(("--merge", family / "h2"), "layout"), (("--merge", tmp_path / "none"), "no such directory"),
+               (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"), (("--merge-weight", -1), "between")]
+    for more, words in refused:
+        with pytest.raises(UserError, match=words):
+            tune("refused", *more)
 
 
 def fake_report(path, replaced, tokens, student, seed=0, before=None, scores=None, kind="m2"):
@@ -5665,6 +5710,8 @@ def run_mutations(name, folder, count):
 @pytest.mark.skipif(os.name != "posix", reason="the limits are POSIX")
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_loads_or_is_refused(name, tmp_path):
+    if name == "tokenizer.json, Llama 2":
+        pytest.importorskip("tokenizers")    # without it even the good file is refused
     counts, failed = run_mutations(name, tmp_path / "files", 200)
     assert not failed, failed[0]
     assert counts["loaded"] + counts["refused"] == 200

@@ -25,11 +25,11 @@ import zlib
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
+import model as nano         # before torch: it says how threads wait
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import model as nano
 from model import (THOUGHTS, TOOLS, UserError, autocast, claim_out, either, file_hash, provenance, read_records,
                    read_turns, refuse_keys, run_main, some_json, start_script, weights_hash)
 
@@ -1180,6 +1180,7 @@ def main():
     nano.write_json(os.path.join(args.out, "training.json"), report)
     progress.remove()
     print(json.dumps({"loss": log[-1]["loss"], **result}))
+    print(f"next: python sample.py --model {args.out} --chat", file=sys.stderr)
 
 
 if __name__ == "__main__":
