@@ -878,8 +878,9 @@ class ChunkedScan(torch.autograd.Function):
 
 
 def chunk_size(b, d, n):
-    """Steps per chunk: its cells, b * d * n a step, should stay in the processor's cache."""
-    return max(8, min(64, (1 << 19) // (b * d * n)))
+    """Steps per chunk: its cells, b * d * n a step, should stay in the processor's cache. Never fewer than 4: the cells
+    at every chunk's start are kept for the backward pass."""
+    return max(4, min(64, (1 << 19) // (b * d * n)))
 
 
 def scan_chunk(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None):
