@@ -383,7 +383,7 @@ def prefill_length(args, ctx, device):
 def time_prefill(model, length, args, device):
     """-> seconds (median), spread, for one prompt of random tokens, in one pass, logits of the last position."""
     prompt = torch.randint(model.config.vocab_size, (length,)).tolist()
-    return measure(lambda: model.prefill([prompt], 1, piece=length), device, args.seconds)
+    return measure(lambda: model.prefill([prompt], 1, chunk=length), device, args.seconds)
 
 
 def peak_memory(device):
@@ -691,7 +691,7 @@ def scan_contestants(config, ctx, device):
         t = min(ctx, 2048, (1 << 25) // (config.d_inner * config.d_state))
     runs = {name: own_scan(name) for name in (auto, "chunk")}
     runs |= {name: run for name, run in foreign.items() if run}
-    few = max(1, min(256, t // 2))
+    few = max(1, min(256, t // 2, (1 << 20) // (config.d_inner * config.d_state)))
     return {few: {"loop": own_scan("loop")}, t: runs}
 
 
@@ -829,10 +829,11 @@ def bench_transformers(args, device, dtype):
                       "in all", "theirs", "ratio"))
     for ctx in [7] if args.short_text else args.ctx:
         prompt = torch.randint(ours.config.vocab_size, (ctx,)).tolist()
-        # A long prompt takes minutes on a CPU.
-        count = 100 if ctx < 1000 else 32
-        rounds = 9 if ctx < 1000 else 3
-        row = compare_generate(ours, theirs, prompt, count, rounds, device)
+        # A long prompt takes half a minute on a CPU, and warms up within one call.
+        short = ctx < 1000
+        count = 100 if short else 32
+        rounds = 9 if short else 3
+        row = compare_generate(ours, theirs, prompt, count, rounds, int(short), device)
         decode = [f"{row[key]:.1f}" for key in ("decode_tokens_per_s", "theirs_decode_tokens_per_s")]
         whole = [f"{row[key]:.1f}" for key in ("tokens_per_s", "theirs_tokens_per_s")]
         print(line.format(ctx, count, *decode, with_range(row, "decode_ratio"),
@@ -840,8 +841,8 @@ def bench_transformers(args, device, dtype):
         yield {"row": "transformers", "transformers": transformers.__version__, "ctx": ctx, **row}
 
 
-def compare_generate(ours, theirs, prompt, count, rounds, device):
-    """-> a row: tokens/s of both, of the whole call and from the first logits on, and the ratios of the rounds."""
+def compare_generate(ours, theirs, prompt, count, rounds, warmup, device):
+    """count: new tokens -> a row: tokens/s of both, of the whole call and from the first logits on, and the ratios of the rounds."""
     ids = torch.tensor([prompt], device=device)
     tokens = {}
     first_logits = {"ours": [], "theirs": []}
@@ -873,7 +874,7 @@ def compare_generate(ours, theirs, prompt, count, rounds, device):
     runs = {"ours": partial(ending, "ours", run_ours),
             "theirs": partial(ending, "theirs", run_theirs)}
     try:
-        times = alternate(runs, device, 0, least=rounds)
+        times = alternate(runs, device, 0, warmup, least=rounds)
     finally:
         for hook in hooks:
             hook.remove()

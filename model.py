@@ -511,7 +511,7 @@ class HybridLM(nn.Module):
         layers = []
         for i, block in enumerate(self.layers):
             layer = None if state is None else state.layers[i]
-            texts = b if layer is None else len(next(iter(layer)))
+            texts = b if layer is None else next(iter(layer)).shape[0]
             if texts != b:
                 raise UserError(f"the state holds {texts} texts, the tokens {b}")
             if self.recompute and torch.is_grad_enabled():
@@ -634,10 +634,10 @@ def pad_left(prompts, device):
 
 
 @torch.no_grad()
-def prefill(model, prompts, room, piece=2048, state=None):
+def prefill(model, prompts, room, chunk=2048, state=None):
     """prompts: a list of id lists, each at least one long; room: tokens that will follow -> logits (b, vocab_size)
     of the last position only, and the State. With a state given, the prompts (of equal length) continue it.
-    piece: tokens of a prompt that are computed at once. Raises UserError."""
+    chunk: tokens of a prompt that are computed at once. Raises UserError."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError("every prompt needs at least one token")
     tokens, reset = pad_left(prompts, model.embed_tokens.weight.device)
@@ -645,9 +645,9 @@ def prefill(model, prompts, room, piece=2048, state=None):
         state = model.new_state(len(prompts), tokens.shape[1] + room)
     elif reset is not None:
         raise UserError("prompts that continue a state must have equal lengths")
-    for i in range(0, tokens.shape[1], piece):
-        begins = None if reset is None else reset[:, i:i + piece]
-        x, state = model.hidden(tokens[:, i:i + piece], state, begins)
+    for i in range(0, tokens.shape[1], chunk):
+        begins = None if reset is None else reset[:, i:i + chunk]
+        x, state = model.hidden(tokens[:, i:i + chunk], state, begins)
     return model.lm_head(x[:, -1]), state
 
 
@@ -1090,7 +1090,7 @@ def attend_fast(attention, q, k, v, mask):
     """Attention.attend, for the two cases in which PyTorch's kernels need help."""
     if q.shape[2] == 1:
         # The query heads that share a key stand in for tokens, so each key is read only once.
-        grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])    # (b, n_kv_head, heads per key, head_dim)
+        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])    # (b, n_kv_head, heads per key, head_dim)
         return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
     if q.is_cuda and mask is not None:
         # GPU kernels take a mask or groups, not both.
@@ -1111,7 +1111,7 @@ def norm_on_cpu(norm, x):
     if x.dtype != torch.float32:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n = x.shape[-1]
-    y = F.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=norm.eps)
+    y = torch.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=norm.eps)
     return y.narrow(-1, 0, n).to(x.dtype) * norm.weight
 
 
