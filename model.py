@@ -1444,6 +1444,8 @@ def flag(name, value):
     return value
 
 
+# From config.json to Config. Whatever is wrong is a UserError that names the key; config_from_json adds the file.
+
 def config_from_json(raw, where="config.json"):
     """raw: the dict in config.json -> Config. Defaults for absent keys are those of transformers' classes.
     Raises UserError for what is missing, of the wrong type, or changes the result and is not implemented."""
@@ -1455,7 +1457,7 @@ def config_from_json(raw, where="config.json"):
 
 def read_config(path):
     """A checkpoint directory -> its Config. A text ends at any token that config.json or generation_config.json
-    names: instruct models often list more of them in the second file, and either may say null."""
+    names: instruct models often list more of them in the second file, and either may say null. Raises UserError."""
     file = os.path.join(path, "config.json")
     raw = read_json(file, dict)
     config = config_from_json(raw, file)
@@ -1747,6 +1749,8 @@ def config_to_json(config, dtype):
         raw |= {"qkv_bias": c.qkv_bias, "qk_norm": c.qk_norm}
     return raw
 
+
+# From files to parameters. What cannot be read, or does not fit, is a UserError that names the file.
 
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -2478,12 +2482,14 @@ class Chat:
 
     @property
     def end(self):
+        """A text. Raises UserError where there is no template, as prompt does."""
         if self.refusal is not None:
             raise UserError(self.refusal)
         return self.known_end
 
     def prompt(self, messages):
-        """messages: [{"role": "system", "user" or "assistant", "content": text}] -> the text before the answer."""
+        """messages: [{"role": "system", "user" or "assistant", "content": text}] -> the text before the answer.
+        Raises UserError where there is no template, and for messages that it refuses."""
         if self.refusal is not None:
             raise UserError(self.refusal)
         return self.render(messages, add_generation_prompt=True)
@@ -2642,7 +2648,8 @@ def end_of_answer(render, names, enc):
 #
 # "completion" is the same as "response". An assistant message may bring its thoughts apart (reasoning_content,
 # reasoning or thinking): they become "<think>\nthoughts\n</think>\n\ncontent". Whatever else a line may hold is
-# refused by its number and by what was found: a shape that is half understood says half of what it means.
+# refused by its number and by what was found: a shape that is half understood says half of what it means. (What is
+# found is a UserError of the functions below; read_records adds file and line.)
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -2650,6 +2657,7 @@ TOOLS = ("tool_calls", "function_call", "tools", "functions")
 
 
 class Turn(NamedTuple):
+    """One message."""
     role: str                                # system, user or assistant
     text: str
     trained: bool                            # an assistant's turn, unless it has "weight": 0

@@ -147,7 +147,9 @@ def swaps(rng, size):
         question.append(f"{i}: {a} and {b} swap.")
         # Before and after each swap: the state stands in the text, nothing must be tracked silently.
         steps.append(f"{i}: {a} {has[a]}, {b} {has[b]}; {a} {has[b]}, {b} {has[a]}.")
-        has[a], has[b] = has[b], has[a]
+        had = has[a]
+        has[a] = has[b]
+        has[b] = had
     who = rng.choice(people)
     question.append(f"What does {who} have?")
     steps.append(f"{who} {has[who]}.")
