@@ -926,7 +926,9 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
             # The mean over this batch's tokens.
             (loss / max(1, count)).backward()
             rate = learning_rate(step, plan.steps, plan.lr, plan.warmup)
-            clipped_step(model, optimizers, rate)
+            # Muon's products, too, take dtype: half of a step of a model of 135 M parameters is theirs.
+            with autocast(device, dtype):
+                clipped_step(model, optimizers, rate)
             progress.step = step + 1
             progress.tokens += tokens.numel()
             progress.seconds = time.time() - began
