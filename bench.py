@@ -842,7 +842,7 @@ def bench_transformers(args, device, dtype):
 
 
 def compare_generate(ours, theirs, prompt, count, rounds, warmup, device):
-    """count: new tokens -> a row: tokens/s of both, of the whole call and from the first logits on, and the ratios of the rounds."""
+    """count: new tokens -> a row: tokens/s of both, of the whole call and from the first logits on; all ratios."""
     ids = torch.tensor([prompt], device=device)
     tokens = {}
     first_logits = {"ours": [], "theirs": []}

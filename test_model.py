@@ -607,7 +607,7 @@ def test_each_part_alone_would_leak_visibly(leak, monkeypatch):
     tight, _ = model(tokens, reset=reset)
     conv = nano.causal_conv
     if leak == "conv":
-        monkeypatch.setattr(nano, "causal_conv", lambda *args: conv(*args[:4], position=None))
+        monkeypatch.setattr(nano, "causal_conv", lambda *args: conv(*args[:4], positions=None))
     if leak == "scan":
         forgetful = staticmethod(lambda *args: selective_scan(*args[:9], reset=None))
         monkeypatch.setattr(nano.Mamba, "scan", forgetful)
@@ -1082,8 +1082,8 @@ class RunningMean(torch.nn.Module):
         total, count = self.new_state(len(x), 0) if state is None else state
         means = []
         for i in range(x.shape[1]):
-            if place.position is not None:
-                begins = place.position[:, i, None] == 0
+            if place.positions is not None:
+                begins = place.positions[:, i, None] == 0
                 total = total.masked_fill(begins, 0)
                 count = count.masked_fill(begins, 0)
             total = total + x[:, i]
