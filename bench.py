@@ -400,7 +400,7 @@ def peak_memory(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The rows.
+# The rows: a model at one length of context. Half of a row follows from the shape, the other half is measured.
 
 def amount(x, unit="B"):
     """Four digits and a prefix: 28632 -> 28.63 kB."""
@@ -853,9 +853,9 @@ def compare_generate(ours, theirs, prompt, count, rounds, warmup, device):
 
     def run_theirs():
         first_logits["theirs"].append(None)
-        written = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
-                                  do_sample=False, pad_token_id=0)
-        tokens["theirs"] = written[0, len(prompt):].tolist()
+        output = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
+                                 do_sample=False, pad_token_id=0)
+        tokens["theirs"] = output[0, len(prompt):].tolist()
 
     def watch(model, name):
         # The head's first call in a run ends the prefill.
@@ -1014,7 +1014,7 @@ def read_result(path):
     return None
 
 
-def read_lines(path):
+def read_json_lines(path):
     """A file of JSON lines -> what is in them. Raises UserError naming a bad line."""
     values = []
     number = 0
@@ -1033,7 +1033,7 @@ def results_in(path):
     """path: a file of --json, a directory with a result, or one above such -> Results, at least one."""
     results = []
     if os.path.isfile(path):
-        for number, line in enumerate(read_lines(path), 1):
+        for number, line in enumerate(read_json_lines(path), 1):
             results.append(Result.from_line(line, f"{path}, line {number}"))
     else:
         # A directory that is a result itself is not searched.
@@ -1101,7 +1101,7 @@ def members_of(results):
     return members
 
 
-# The table.
+# The table: a line per member, its seeds averaged.
 
 def table_row(result):
     """-> {column: number or None}."""
@@ -1157,9 +1157,9 @@ def table_lines(results):
     return lines
 
 
-# The layer map.
+# The layer map: which layer became Mamba in which stage, and the scores that decided it.
 
-def layer_rows(result):
+def map_rows(result):
     """One row per stage of a member -> [(name, kinds, bars)]. kinds: per layer "t", "m2" or "n", and "new" where it was
     replaced in this stage. bars: {layer: 0 ... 1}, its LOO or MMR score between the stage's least and largest harm."""
     rows = []
@@ -1182,14 +1182,14 @@ def layer_rows(result):
 
 def layer_maps(results):
     """The members with most layers replaced, Mamba's and the control's, one for each seed ->
-    {(removed, seed): rows of layer_rows}."""
+    {(removed, seed): rows of map_rows}."""
     last = {}
     for result in results:
         key = result.removed, result.report["seed"]
         progress = len(result.report["replaced"]), len(result.earlier)
         if key not in last or progress > last[key][0]:
             last[key] = progress, result
-    return {key: layer_rows(last[key][1]) for key in sorted(last)}
+    return {key: map_rows(last[key][1]) for key in sorted(last)}
 
 
 def map_title(removed, seed):
@@ -1216,17 +1216,17 @@ def map_lines(maps):
 def draw_layers(plt, path, maps):
     """The layer maps: a row per stage, a column per layer; above each row the scores that decided it, as bars."""
     colors = {"t": "#4c78a8", "m2": "#f3c9a5", "n": "#dddddd", "i": "#dddddd", "new": "#e4572e"}
-    kinds_of_map = sorted({removed for removed, _ in maps})
+    both = sorted({removed for removed, _ in maps})
     seeds = sorted({seed for _, seed in maps})
     heights = []
-    for removed in kinds_of_map:
+    for removed in both:
         heights.append(max(len(maps[key]) for key in maps if key[0] == removed) + 0.6)
     n_layer = max(len(rows[0][1]) for rows in maps.values())
     width = len(seeds) * max(3.6, min(10, 0.2 * n_layer))
     size = (width, 0.9 + 0.62 * sum(heights))
     figure, grid = plt.subplots(len(heights), len(seeds), figsize=size, height_ratios=heights,
                                 squeeze=False)
-    for row, removed in enumerate(kinds_of_map):
+    for row, removed in enumerate(both):
         for column, seed in enumerate(seeds):
             axes = grid[row][column]
             if (removed, seed) not in maps:
@@ -1276,7 +1276,7 @@ def speeds_from_lines(file, paths):
     context and the largest batch there. Raises UserError where one is missing."""
     known = {}
     longest = {}
-    for row in read_lines(file):
+    for row in read_json_lines(file):
         # Row H-0 of --model is a random model.
         if row.get("row") != "model" or best_rate(row) is None:
             continue

@@ -27,12 +27,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (UserError, autocast, choose_threads, claim_out, harm, provenance, run_main,
-                   start_script)
+from model import (UserError, autocast, choose_threads, claim_out, file_hash, harm, provenance,
+                   run_main, start_script, weights_hash)
 from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate, encode_problem,
-                       file_hash, fit, generic_block, list_block, load_codec, make_optimizers,
-                       mamba_names, problem_set, read_jsonl, show_example, solve, trace_block,
-                       weights_hash)
+                       fit, generic_block, list_block, load_codec, make_optimizers, mamba_names,
+                       problem_set, read_jsonl, show_example, solve, trace_block)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -59,8 +58,8 @@ from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate,
 #
 # One thing does not fit. H has head_dim columns, a channel has d_state cells, 16 for a head of 128. The format cuts u,
 # B and C into chunks of d_state lanes: channel chunk j reads chunk j of C, and chunk j // r of u and B, where r is the
-# number of query heads that share a kv head. It knows no heads. Here are two query heads a and b that share one kv head
-# of four chunks, k0 to k3 (v0 to v3 likewise):
+# number of query heads that share a kv head. Which chunks form a head it does not know. Here are two query heads a and
+# b that share one kv head of four chunks, k0 to k3 (v0 to v3 likewise):
 #
 #       channel chunk j             0     1     2     3     4     5     6     7
 #       writes v under the key      k0    k0    k1    k1    k2    k2    k3    k3        chunk j // 2: the format says so
@@ -111,7 +110,8 @@ def mil_mixer(attention, config, init="aligned"):
     v = rows_of(attention.v_proj)
     k = rows_of(attention.k_proj, attention.k_norm if qk_norm else None)
     q = rows_of(attention.q_proj, attention.q_norm if qk_norm else None)
-    rows = torch.cat([v, k, q[order]])                                       # u, B and C, in this order
+    # Rows u, B and C, in this order.
+    rows = torch.cat([v, k, q[order]])
     # Slices are views: filling them fills in_proj. Its first d_inner rows are z.
     fill(mixer.in_proj.weight[config.d_inner:], rows[:, :-1])
     fill(mixer.out_proj.weight, attention.o_proj.weight[:, order])
@@ -129,8 +129,8 @@ def rows_of(linear, norm=None):
     rows = torch.cat([linear.weight, bias[:, None]], dim=1)
     if norm is None:
         return rows
-    heads = rows.unflatten(0, (-1, len(norm.weight)))                        # (heads, head_dim, d_model + 1)
-    return (heads * norm.weight[:, None]).flatten(0, 1)
+    by_head = rows.unflatten(0, (-1, len(norm.weight)))                      # (heads, head_dim, d_model + 1)
+    return (by_head * norm.weight[:, None]).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -142,7 +142,8 @@ def init_dt(mixer):
     if mixer.dt_proj.bias is not None:
         dt = torch.empty(c.d_inner).uniform_(math.log(c.dt_min), math.log(c.dt_max)).exp()
         dt = dt.clamp(min=c.dt_init_floor)
-        bias = dt + torch.log(-torch.expm1(-dt))                             # the inverse of softplus
+        # The inverse of softplus.
+        bias = dt + torch.log(-torch.expm1(-dt))
         mixer.dt_proj.bias.copy_(bias / 2)
 
 
@@ -196,8 +197,8 @@ def calibrate(student, teacher, layers, tokens, real):
             normed = block.input_layernorm(x)                                # (b, t, d_model)
             wanted, _ = teacher.layers[i].mixer(normed, None, place)
             open_gate(block.mixer, normed[real])
-            written = before_out_proj(block.mixer, normed, place)            # (b, t, d_inner)
-            block.mixer.out_proj.weight.copy_(ridge_fit(written[real], wanted[real]))
+            gated = before_out_proj(block.mixer, normed, place)              # (b, t, d_inner)
+            block.mixer.out_proj.weight.copy_(ridge_fit(gated[real], wanted[real]))
         x, _ = block(x, None, place)
 
 
@@ -249,11 +250,11 @@ def check_widths(config, copied):
     """Raise UserError unless Mamba layers of this shape can be made, with a place for all rows of their attention if
     they are copied."""
     c = config
-    heads = (c.n_head * c.head_dim, c.n_kv_head * c.head_dim)
+    widths = (c.n_head * c.head_dim, c.n_kv_head * c.head_dim)
     if c.d_xb % c.d_state or (copied and c.head_dim % c.d_state):
         raise UserError(f"head_dim {c.head_dim} is not a multiple of d_state {c.d_state}: "
                         "a head must be cut into whole chunks")
-    if copied and (c.d_inner, c.d_xb) != heads:
+    if copied and (c.d_inner, c.d_xb) != widths:
         raise UserError(f"{c.n_head} / {c.n_kv_head} heads of head_dim {c.head_dim} do not fit into "
                         f"Mamba layers of d_inner {c.d_inner}, d_xb {c.d_xb}")
 
@@ -311,58 +312,59 @@ def convert(student, teacher, layers, init="aligned", batch=None):
 # With a large vocabulary the (tokens, vocabulary) logits are the largest tensors of the whole run (131072 x 16384 in
 # float32 is 8.6 GB): they are then made piece by piece from the hidden states, and made again in the backward pass.
 
-CHUNK_ABOVE = 16384                                      # vocabulary size from which on the loss works in pieces
-CHUNK_TOKENS = 1024                                      # tokens per piece
+# The vocabulary size above which the loss works in pieces, and the tokens of a piece.
+PIECES_ABOVE = 16384
+PIECE_TOKENS = 1024
 
 
-def kl_divergence(student_logits, teacher_logits, kind="reverse_kl"):
+def kl_divergence(student_logits, teacher_logits, divergence="reverse_kl"):
     """Two (..., vocab_size) of logits -> (...) nats. Zero for equal logits, finite for any finite ones.
     Both sides go through log_softmax: the log of a softmax that has underflowed would be -inf."""
-    if kind == "forward_kl":
+    if divergence == "forward_kl":
         return kl_divergence(teacher_logits, student_logits)
     log_q = student_logits.float().log_softmax(-1)
     log_p = teacher_logits.float().log_softmax(-1)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-def distillation_loss(x, teacher_x, head, teacher_head, kind="reverse_kl", chunk=None):
+def distillation_loss(x, teacher_x, head, teacher_head, divergence="reverse_kl", piece=None):
     """x, teacher_x (m, d_model): hidden states of the trained positions; head, teacher_head: the output layers.
-    -> the summed divergence in nats. chunk: tokens per piece, None: decided by the vocabulary size.
+    -> the summed divergence in nats. piece: tokens that are computed at once, None: decided by the vocabulary size.
     A sum, so pieces add up exactly to the whole, and the caller divides by the tokens of the batch."""
-    def piece(part, teacher_part):
-        return kl_divergence(head(part), teacher_head(teacher_part), kind).sum()
+    def sum_of(part, teacher_part):
+        return kl_divergence(head(part), teacher_head(teacher_part), divergence).sum()
 
-    if chunk is None and head.weight.shape[0] > CHUNK_ABOVE:
-        chunk = CHUNK_TOKENS
-    if chunk is None:
-        return piece(x, teacher_x)
+    if piece is None and head.weight.shape[0] > PIECES_ABOVE:
+        piece = PIECE_TOKENS
+    if piece is None:
+        return sum_of(x, teacher_x)
     total = x.new_zeros((), dtype=torch.float32)
-    for part, teacher_part in zip(x.split(chunk), teacher_x.split(chunk)):
+    for part, teacher_part in zip(x.split(piece), teacher_x.split(piece)):
         # The pieces' logits are not kept for the backward pass but made again there: one piece exists at a time.
-        total = total + checkpoint(piece, part, teacher_part, use_reentrant=False)
+        total = total + checkpoint(sum_of, part, teacher_part, use_reentrant=False)
     return total
 
 
-def batch_loss(student, teacher, tokens, targets, kind):
+def batch_loss(student, teacher, tokens, targets, divergence):
     """-> summed divergence over the trained positions of a batch, and their number.
     tokens, targets (b, t), see train_sft.collate. The prompt's logits are never made, of neither model."""
     trained = targets >= 0                                                   # (b, t), shifted once, in collate
     with torch.no_grad():
         teacher_x = teacher.hidden(tokens)[0][trained]                       # (m, d_model): the trained positions
     x = student.hidden(tokens)[0][trained]
-    loss = distillation_loss(x, teacher_x, student.lm_head, teacher.lm_head, kind)
+    loss = distillation_loss(x, teacher_x, student.lm_head, teacher.lm_head, divergence)
     return loss, int(trained.sum())
 
 
 @torch.no_grad()
-def mean_loss(student, teacher, fixed, kind, device, dtype):
+def mean_loss(student, teacher, fixed, divergence, device, dtype):
     """Mean divergence in nats per response token over a fixed list of batches (lists of examples)."""
     total = 0.0
     count = 0
     for examples in fixed:
         tokens, targets = collate(examples, device)
         with autocast(device, dtype):
-            loss, trained = batch_loss(student, teacher, tokens, targets, kind)
+            loss, trained = batch_loss(student, teacher, tokens, targets, divergence)
         total += loss.item()
         count += trained
     return total / max(1, count)
@@ -386,7 +388,7 @@ def leave_one_out(model, probe, device, dtype, use_accuracy):
     attention = attention_layers(model.config)
     totals = {layer: torch.zeros(3, dtype=torch.float64) for layer in attention}
     tokens_seen = 0
-    rows_seen = 0
+    texts_seen = 0
     with tqdm(total=len(probe) * len(attention), desc="leave one out", unit="layer") as bar:
         for examples in probe:
             tokens, targets = collate(examples, device)
@@ -395,10 +397,10 @@ def leave_one_out(model, probe, device, dtype, use_accuracy):
                     totals[layer] += sums
                     bar.update()
             tokens_seen += int((targets >= 0).sum())
-            rows_seen += len(examples)
+            texts_seen += len(examples)
     scores = []
     for layer, (right, kl, loss) in totals.items():
-        accuracy = right.item() / rows_seen if use_accuracy else None
+        accuracy = right.item() / texts_seen if use_accuracy else None
         kl = kl.item() / tokens_seen
         loss = loss.item() / tokens_seen
         scores.append({"layer": layer, "accuracy": accuracy, "kl": kl, "loss": loss})
@@ -419,15 +421,16 @@ def scores_without_each(model, tokens, targets):
     for i, block in enumerate(model.layers):
         # Nothing to leave out where the mixer is Mamba already, or missing: the walk just goes on.
         if block.kind == "t":
-            y = x + block.mlp(block.post_attention_layernorm(x))             # this layer without its mixer ...
+            # This layer without its mixer, and then all that follow.
+            y = x + block.mlp(block.post_attention_layernorm(x))
             for later in model.layers[i + 1:]:
-                y, _ = later(y, None, place)                                 # ... and all that follows
+                y, _ = later(y, None, place)
             yield i, score(model.lm_head(model.norm(y)[trained]), intact, targets)
-        x, _ = block(x, None, place)                                         # the intact walk goes on
+        x, _ = block(x, None, place)
 
 
 def score(logits, intact, targets):
-    """logits, intact (m, vocab_size) -> tensor [rows right throughout, summed KL to intact, summed cross-entropy].
+    """logits, intact (m, vocab_size) -> tensor [texts right throughout, summed KL to intact, summed cross-entropy].
     targets (b, t): m of them are not -1. Sums, so that batches of different size can be added up."""
     trained = targets >= 0                                                   # (b, t) bool
     wanted = targets[trained]                                                # (m)
@@ -476,7 +479,7 @@ def rank_layers(args, run, student):
         order = attention[::-1]
     elif args.rank == "random":
         order = random.Random(args.seed).sample(attention, len(attention))
-    elif args.rank == "apriel15b":                                           # the order that the paper published
+    elif args.rank == "apriel15b":
         if len(student.layers) != 50:
             raise UserError(f"--rank apriel15b is an order of 50 layers; {args.teacher} has "
                             f"{len(student.layers)}")
@@ -549,7 +552,8 @@ def try_each_layer(args, run, student, key):
     Trials are kept in args.out/mmr-trials.json under key. The student itself stays as it is."""
     path = os.path.join(args.out, "mmr-trials.json")
     stored = nano.read_json(path, dict) if os.path.exists(path) else {}
-    trials = stored["trials"] if stored.get("key") == key else []            # of another run: forget them
+    # Trials of another run are forgotten.
+    trials = stored["trials"] if stored.get("key") == key else []
     known = [trial["layer"] for trial in trials]
     todo = [layer for layer in attention_layers(student.config) if layer not in known]
     *training, held_out = trial_batches(args, run)
@@ -576,7 +580,8 @@ def trial_batches(args, run):
 
 def trial_loss(args, run, student, layer, training, held_out):
     """Convert this layer of a copy of the student, distil it on the training batches -> its loss on held_out."""
-    torch.manual_seed(args.seed)                                             # the same fresh parts for every candidate
+    # The same fresh parts for every candidate.
+    torch.manual_seed(args.seed)
     trial = clone(student, args.train)
     convert(trial, run.teacher, [layer], args.init, run.calibration)
     set_trained(trial, args.train)
@@ -687,7 +692,8 @@ def check_student(args, student, teacher):
 # A few layers at a time keep the student close to the teacher, so that its scores mean something for the next choice.
 # A member costs the tokens of all stages before it, too: 137 billion for the paper's H-40, 26 billion for its H-25.
 
-class Run(NamedTuple):                                   # what all stages of a run have in common
+class Run(NamedTuple):
+    """What all stages of a run have in common."""
     teacher: nano.HybridLM
     codec: object                                        # tokenizer and template, see train_sft.Codec
     device: torch.device
@@ -727,7 +733,8 @@ def stage(args, run, began):
     attention = attention_layers(student.config)
     converted_config(student.config, run.teacher.config, attention[:1], args.init)
     new, scores = choose_layers(args, run, student, done)
-    torch.manual_seed(args.seed)                                             # fresh parts do not depend on the ranking
+    # Fresh parts do not depend on the ranking.
+    torch.manual_seed(args.seed)
     convert(student, run.teacher, new, args.init, run.calibration)
     set_trained(student, args.train).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
@@ -769,7 +776,8 @@ def is_finished(args, depends):
     report = nano.read_json(file, dict)
     made = report.get("run") or report.get("args") or {}
     for name, now in depends.items():
-        before = made.get(name, now)                                         # a flag may be newer than the report
+        # A flag may be newer than the report.
+        before = made.get(name, now)
         if before != now:
             raise UserError(f"{args.out} was made with {name} = {before}, now {name} = {now}; pass the same "
                             "flags, or --overwrite, or continue from it with --student")
@@ -801,7 +809,8 @@ def evaluate(args, run, student):
     """Let both solve the held-out problems. -> report entries, and the lines of a table.
     Problems of the test split, which neither training nor ranking ever sees; with --data no answer can be checked."""
     result = {"teacher_accuracy": None, "student_accuracy": None, "accuracy_by_family": None}
-    cache, state = run.teacher.new_state(1, 1).nbytes()                      # a state for one token
+    # States for one text of one token.
+    cache, state = run.teacher.new_state(1, 1).nbytes()
     student_cache, student_state = student.new_state(1, 1).nbytes()
     lines = [f"{'cache bytes per token':22}{cache:10}{student_cache:10}",
              f"{'state bytes per text':22}{state:10}{student_state:10}"]
@@ -809,7 +818,8 @@ def evaluate(args, run, student):
         return result, lines
 
     problems = problem_set("test", args.eval)
-    if args.eval not in run.solved:                                          # every stage asks the same problems
+    # Every stage asks the same problems.
+    if args.eval not in run.solved:
         run.solved[args.eval] = solve(run.teacher, run.codec, problems, note="teacher solves")
     teacher_texts = run.solved[args.eval]
     student_texts = solve(student, run.codec, problems, note="student solves")
@@ -825,7 +835,8 @@ def evaluate(args, run, student):
 
 
 def one_problem(problems, teacher_texts, student_texts):
-    """-> lines: a long problem with both answers in full. Numbers alone hide what kind of mistake is made."""
+    """-> lines: a long problem and what both wrote, traces included, at most 600 characters of each. Numbers alone hide
+    what kind of mistake is made."""
     first = problems[:30]
     longest = max(first, key=lambda problem: len(problem.steps))
     i = first.index(longest)
@@ -919,9 +930,11 @@ def plan_stages(args):
     for count in stage_counts(args.stages):
         out = os.path.join(above, f"h{count}{suffix}")
         rank = first_rank(args.rank, student)
-        again = not args.overwrite                                           # which starts afresh
+        # --overwrite starts afresh.
+        again = not args.overwrite
         stages.append(change(args, replace=count, student=student, out=out, rank=rank, resume=again))
-        student = out                                                        # a stage starts from the one before it
+        # A stage starts from the one before it.
+        student = out
     return stages
 
 
@@ -969,7 +982,8 @@ def main():
     calibration = calibration_batch(block, device)
     run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, {})
     for each in stages:
-        stage(each, run, began)                                              # the first stage pays for loading
+        stage(each, run, began)
+        # Loading counts for the first stage.
         began = time.time()
 
 
@@ -1021,7 +1035,8 @@ def calibration_batch(block, device, count=48, most=16384):
     They are of the training split, block 0, whatever the stage: nothing held out is looked at."""
     examples = block(0, count)
     longest = max(len(ids) for ids, _ in examples)
-    examples = examples[:max(1, most // longest)]                            # long texts: fewer of them
+    # Fewer of them if they are long.
+    examples = examples[:max(1, most // longest)]
     lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
     tokens, _ = collate(examples, device)
     real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
@@ -1032,7 +1047,8 @@ def what_trains(flag, size, device):
     """--train, with auto decided for a teacher of `size` parameters: "all" or "mixers"."""
     if flag != "auto":
         return flag
-    # 20 bytes each: 4 weight, 4 gradient, up to 8 optimiser, 4 teacher. The rest is left to activations.
+    # 20 bytes each: 4 weight, 4 gradient, up to 8 optimiser, and 4 teacher, 2 if it is in bfloat16. The rest is left to
+    # activations.
     return "all" if size * 20 < 0.7 * memory_bytes(device) else "mixers"
 
 

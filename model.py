@@ -301,7 +301,7 @@ class Attention(nn.Module):
             k = k.narrow(2, 0, place.past + t)                     # (b, n_kv_head, past + t, head_dim)
             v = v.narrow(2, 0, place.past + t)
         y = self.attend(q, k, v, place.mask)
-        y = y.transpose(1, 2).reshape(b, t, -1)                    # heads side by side again
+        y = y.transpose(1, 2).reshape(b, t, -1)                    # (b, t, n_head * head_dim)
         return self.o_proj(y), state
 
 
@@ -401,10 +401,10 @@ class Mamba(nn.Module):
         return SSM(conv, conv.new_zeros(batch, c.d_inner, c.d_state, dtype=wide))
 
     def expand(self, u):
-        """(b, t, d_xb) -> (b, t, d_inner): each chunk of d_state lanes once for every query head that shares it."""
-        heads = self.config.d_inner // self.config.d_xb
+        """(b, t, d_xb) -> (b, t, d_inner): each chunk of d_state lanes d_inner / d_xb times in a row."""
+        repeat = self.config.d_inner // self.config.d_xb
         chunks = u.unflatten(-1, (-1, 1, self.config.d_state))     # (b, t, d_xb / n, 1, n)
-        return chunks.expand(-1, -1, -1, heads, -1).flatten(2)
+        return chunks.expand(-1, -1, -1, repeat, -1).flatten(2)
 
     def mix(self, u, dt, B, C, z, state, place):
         """The memory, between the projections. u, B (b, t, d_xb); dt, C, z (b, t, d_inner) -> y (b, t, d_inner), SSM"""
@@ -511,7 +511,7 @@ class HybridLM(nn.Module):
         layers = []
         for i, block in enumerate(self.layers):
             layer = None if state is None else state.layers[i]
-            texts = b if layer is None else len(next(iter(layer)))
+            texts = b if layer is None else next(iter(layer)).shape[0]
             if texts != b:
                 raise UserError(f"the state holds {texts} texts, the tokens {b}")
             if self.recompute and torch.is_grad_enabled():
@@ -636,7 +636,8 @@ def pad_left(prompts, device):
 @torch.no_grad()
 def prefill(model, prompts, room, chunk=2048, state=None):
     """prompts: a list of id lists, each at least one long; room: tokens that will follow -> logits (b, vocab_size)
-    of the last position only, and the State. With a state given, the prompts (of equal length) continue it."""
+    of the last position only, and the State. With a state given, the prompts (of equal length) continue it.
+    chunk: tokens of a prompt that are computed at once. Raises UserError."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError("every prompt needs at least one token")
     tokens, reset = pad_left(prompts, model.embed_tokens.weight.device)
@@ -675,7 +676,7 @@ def answers(model, logits, state, max_new_tokens, stop, **sampling):
     """Generator: one step of all rows that still write, as a list of (row, id), until every row has given a stop token
     (the last id of its row, then) or max_new_tokens. sampling: as decode takes it. Rows that have ended leave the
     batch once they are a quarter of it: a copy of the others' caches costs less than to go on computing them."""
-    batch = list(range(len(logits)))         # the row that stands in each place of the batch
+    batch = list(range(len(logits)))         # the row that stands in each slot of the batch
     writing = set(batch)
     steps = model.decode(logits, state, **sampling)
     rows = None
@@ -688,8 +689,8 @@ def answers(model, logits, state, max_new_tokens, stop, **sampling):
             break
         rows = None
         if len(writing) <= 0.75 * len(batch):
-            rows = [place for place, row in enumerate(batch) if row in writing]
-            batch = [batch[place] for place in rows]
+            rows = [slot for slot, row in enumerate(batch) if row in writing]
+            batch = [batch[slot] for slot in rows]
 
 
 def generate(model, prompts, max_new_tokens, temperature=0.0, stop=None, top_k=0, top_p=1.0, seed=0):
@@ -957,14 +958,14 @@ def scan_backend(device, t=2, n=16, dtype=torch.float32, impl="auto"):
         raise UserError(f"selective_scan: unknown impl {impl!r}; known: loop, chunk, triton, auto")
     if impl in ("loop", "chunk"):
         return impl
-    kind = torch.device(device).type                               # ROCm is "cuda", too
+    device_type = torch.device(device).type                        # ROCm is "cuda", too
     interpreted = triton is not None and triton.knobs.runtime.interpret
     if impl == "triton" and triton is None:
         raise UserError("impl='triton' needs Triton: pip install triton")
-    if impl == "triton" and kind != "cuda" and not (kind == "cpu" and interpreted):
+    if impl == "triton" and device_type != "cuda" and not (device_type == "cpu" and interpreted):
         raise UserError("impl='triton' needs a GPU, or TRITON_INTERPRET=1 set before the start; "
-                        f"the tensors are on {kind}")
-    if impl == "auto" and (triton is None or kind != "cuda"):
+                        f"the tensors are on {device_type}")
+    if impl == "auto" and (triton is None or device_type != "cuda"):
         return "loop" if t == 1 else "chunk"                       # one step needs no machinery
     if n > 64 or n & (n - 1) or dtype == torch.float64:
         # Python shows a warning once.
@@ -977,13 +978,13 @@ def scan_backend(device, t=2, n=16, dtype=torch.float32, impl="auto"):
 def scan_backend_reason(device):
     """One line for scripts to print: the scan that impl="auto" takes on this device, and why."""
     name = scan_backend(device)
-    kind = torch.device(device).type
+    device_type = torch.device(device).type
     if name == "triton":
         why = f"Triton {triton.__version__} on {torch.cuda.get_device_name(device)}"
-    elif kind == "cuda":
+    elif device_type == "cuda":
         why = "Triton is not installed"
     else:
-        why = f"pure PyTorch: Triton needs a GPU, this is {kind}"
+        why = f"pure PyTorch: Triton needs a GPU, this is {device_type}"
     return f"scan: {name} ({why})"
 
 
@@ -1075,9 +1076,9 @@ def project_joined(attention, x, place):
         return project_by_definition(attention, x, place)
     c = attention.config
     b, t, _ = x.shape
-    heads = F.linear(x, attention.joined.weight, attention.joined.bias)
-    heads = heads.view(b, t, -1, c.head_dim).transpose(1, 2)       # (b, n_head + 2 n_kv_head, t, head_dim)
-    qk, v = heads.split_with_sizes([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+    qkv = F.linear(x, attention.joined.weight, attention.joined.bias)
+    qkv = qkv.view(b, t, -1, c.head_dim).transpose(1, 2)           # (b, n_head + 2 n_kv_head, t, head_dim)
+    qk, v = qkv.split_with_sizes([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
     if c.qk_norm:
         q, k = qk.split_with_sizes([c.n_head, c.n_kv_head], dim=1)
         qk = torch.cat([attention.q_norm(q), attention.k_norm(k)], dim=1)
@@ -1090,7 +1091,7 @@ def attend_fast(attention, q, k, v, mask):
     """Attention.attend, for the two cases in which PyTorch's kernels need help."""
     if q.shape[2] == 1:
         # The query heads that share a key stand in for tokens, so each key is read only once.
-        grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])    # (b, n_kv_head, heads per key, head_dim)
+        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])    # (b, n_kv_head, heads per key, head_dim)
         return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
     if q.is_cuda and mask is not None:
         # GPU kernels take a mask or groups, not both.
@@ -1111,7 +1112,7 @@ def norm_on_cpu(norm, x):
     if x.dtype != torch.float32:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n = x.shape[-1]
-    y = F.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=norm.eps)
+    y = torch.layer_norm(torch.cat([wide, -wide], dim=-1), (2 * n,), eps=norm.eps)
     return y.narrow(-1, 0, n).to(x.dtype) * norm.weight
 
 
@@ -1140,10 +1141,10 @@ def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
         h = h.masked_fill((place.position == 0)[..., None], 0)
 
     # The conv: taps times inputs, each chunk of n lanes once for all channels that share it.
-    share = c.d_inner // c.d_xb
-    heads = share if c.expand_before_conv else 1
+    repeat = c.d_inner // c.d_xb
+    copies = repeat if c.expand_before_conv else 1
     inputs = inputs.view(b, c.d_conv, -1, 1, n)
-    weight = mixer.conv1d.weight[:, 0].T.reshape(c.d_conv, -1, heads, n)
+    weight = mixer.conv1d.weight[:, 0].T.reshape(c.d_conv, -1, copies, n)
     u = (inputs * weight).sum(1).view(b, 1, -1)                    # (b, 1, channels of the conv)
     if mixer.conv1d.bias is not None:
         u = u + mixer.conv1d.bias
@@ -1159,7 +1160,7 @@ def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
     dt = F.softplus(dt)
     A = -torch.exp(mixer.A_log.to(wide))
     decay = torch.exp(dt[..., None] * A)                           # (b, d_inner, n)
-    written = (dt * u).view(b, -1, share * n, 1)                   # (b, d_xb / n, channels that share B, 1)
+    written = (dt * u).view(b, -1, repeat * n, 1)                  # (b, d_xb / n, channels that share B, 1)
     write = written * B.reshape(b, -1, 1, n)
     h = torch.addcmul(write.view(h.shape), decay, h)
     read = h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)            # (b, d_inner / n, n channels, n cells)
@@ -1186,6 +1187,7 @@ DEFINITIONS = [(owner, name, vars(owner)[name]) for owner, name, _ in FASTER]
 
 
 def use(forms):
+    """forms: [(class, name of a method, the method to put there)]."""
     for owner, name, form in forms:
         setattr(owner, name, form)
 
@@ -1231,15 +1233,19 @@ def stored_dtype(name, dtype):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a directory with config.json and safetensors, in the Hugging Face layout.
 #
-# What a file asks for is implemented, or it changes nothing, or it is refused by name. A setting that is passed over
-# gives a model that is nearly right, and nobody would notice. The same for tensors: each parameter has exactly one
-# Source, and each tensor of the file is used, or follows from others (find_sources).
+# A setting that is passed over gives a model that is nearly right, and nobody would notice. So every setting that the
+# known families have, and those by which their relatives differ (NEUTRAL lists them), is implemented, or changes
+# nothing, or is refused by name; a key that is in none of these tables is passed over. In ssm_cfg and for the rotary
+# frequencies every unknown key is refused. The same for tensors: each parameter has exactly one Source, and each tensor
+# of the file is used, or follows from others (find_sources).
 #
-# An all-attention model is saved as its own family. A hybrid whose attention is Mistral's is saved in the format of
-# Apriel-H1. A hybrid whose attention has more (biases of q, k and v, norms of q and k, scaled rotary frequencies) must
-# not: readers of that format ignore keys that they do not know and would compute something else. It gets a model type
-# of its own, nanoh1_hybrid, which everybody else refuses: Apriel's format plus the keys base_model_type (the family of
-# the attention), qkv_bias, qk_norm (true or false) and rope_scaling (null, or Llama 3's object), none optional.
+# An all-attention model is saved as its own family. A hybrid whose attention computes what Mistral's does is saved in
+# the format of Apriel-H1, with base_model_type beside it if it came from another family. Models with more than their
+# format can say must not: readers ignore keys that they do not know and would compute something else. These are hybrids
+# with biases of q, k and v, norms of q and k or scaled rotary frequencies, and models of attention alone that differ
+# from their family (a Llama with a window). They get a model type of their own, nanoh1_hybrid, which everybody else
+# refuses: Apriel's format plus the keys base_model_type (the family of the attention), qkv_bias, qk_norm (true or
+# false) and rope_scaling (null, or Llama 3's object), none optional.
 
 class Family(NamedTuple):
     """A model type of transformers: how its attention differs, and what absent keys of config.json mean to it."""
@@ -1273,7 +1279,7 @@ SIZES = {
     "intermediate_size": "d_mlp",
 }
 
-# Settings that are read only to refuse them: key -> the values that change nothing. An absent key is one of them.
+# Settings that are read only to refuse them: key -> the values that change nothing. An absent key changes nothing.
 NEUTRAL = {
     "hidden_act": ("silu", "swish", None),
     "attention_bias": (False, None),
@@ -1282,6 +1288,22 @@ NEUTRAL = {
     "partial_rotary_factor": (1.0, None),
     "original_max_position_embeddings": (None,),
     "rope_interleaved": (False, None),
+    # Gemma.
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "query_pre_attn_scalar": (None,),
+    # Granite.
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (1.0, None),
+    "residual_multiplier": (1.0, None),
+    "logits_scaling": (1.0, None),
+    # Cohere, OLMo, MiniCPM, SmolLM 3.
+    "logit_scale": (1.0, None),
+    "use_qk_norm": (False, None),
+    "clip_qkv": (None,),
+    "scale_emb": (1.0, None),
+    "scale_depth": (None,),
+    "no_rope_layers": (None,),
 }
 
 # The same for the keys of rope_scaling (transformers 4) and rope_parameters (transformers 5). The type is spelled in
@@ -1367,8 +1389,9 @@ def refuse_pointer(file):
             raise UserError(f"{file} is a git LFS pointer, not the file itself: run git lfs pull")
 
 
-def read_json(path, kind=object):
-    """path -> the value in it. kind: the Python type it must have, dict for a JSON object."""
+def read_json(path, expected=object):
+    """path -> the value in it. expected: the Python type that it must have, dict for a JSON object.
+    Raises UserError for a file that cannot be read, is not JSON, or holds another type."""
     try:
         with open(path, encoding="utf-8") as f:
             value = json.load(f)
@@ -1379,8 +1402,8 @@ def read_json(path, kind=object):
     except ValueError as e:
         refuse_pointer(path)
         raise UserError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}")
+    if not isinstance(value, expected):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a {expected.__name__}")
     return value
 
 
@@ -1390,7 +1413,7 @@ def refuse_value(name, value, expected):
 
 
 def brief(value, most=200):
-    """A value of config.json as text for an error message, the beginning of it if it is long."""
+    """A value of a JSON file as text for an error message, its first `most` characters if it is longer."""
     try:
         shown = json.dumps(value)
     except RecursionError:
@@ -1398,8 +1421,10 @@ def brief(value, most=200):
     return shown if len(shown) <= most else shown[:most] + " ..."
 
 
+# Checks of one value of config.json: they give it back, or raise the UserError that names it.
+
 def whole(name, value, most=LARGEST):
-    """value, if it is a whole number from 1 to most. The name is for the error message, as in the next two."""
+    """value, if it is a whole number from 1 to most."""
     if type(value) is not int or not 1 <= value <= most:
         refuse_value(name, value, f"a whole number from 1 to {most}")
     return value
@@ -1419,6 +1444,8 @@ def flag(name, value):
     return value
 
 
+# From config.json to Config. Whatever is wrong is a UserError that names the key; config_from_json adds the file.
+
 def config_from_json(raw, where="config.json"):
     """raw: the dict in config.json -> Config. Defaults for absent keys are those of transformers' classes.
     Raises UserError for what is missing, of the wrong type, or changes the result and is not implemented."""
@@ -1430,7 +1457,7 @@ def config_from_json(raw, where="config.json"):
 
 def read_config(path):
     """A checkpoint directory -> its Config. A text ends at any token that config.json or generation_config.json
-    names: instruct models often list more of them in the second file, and either may say null."""
+    names: instruct models often list more of them in the second file, and either may say null. Raises UserError."""
     file = os.path.join(path, "config.json")
     raw = read_json(file, dict)
     config = config_from_json(raw, file)
@@ -1499,15 +1526,15 @@ def refuse_settings(raw, neutral, where=None):
 def attention_fields(raw, family):
     """config.json -> heads and their width; what the family's attention has that Mistral's has not."""
     n_head = raw["num_attention_heads"]
-    kind = FAMILIES[family]
-    n_kv_head = raw.get("num_key_value_heads", kind.n_kv_head or n_head)
-    head_dim = raw.get("head_dim", kind.head_dim)
+    defaults = FAMILIES[family]
+    n_kv_head = raw.get("num_key_value_heads", defaults.n_kv_head or n_head)
+    head_dim = raw.get("head_dim", defaults.head_dim)
     fields = {
         "family": family,
         "n_kv_head": n_head if n_kv_head is None else whole("num_key_value_heads", n_kv_head),
         "head_dim": raw["hidden_size"] // n_head if head_dim is None else whole("head_dim", head_dim),
-        "qkv_bias": kind.qkv_bias,
-        "qk_norm": kind.qk_norm,
+        "qkv_bias": defaults.qkv_bias,
+        "qk_norm": defaults.qk_norm,
     }
     if raw["model_type"] == "nanoh1_hybrid":
         fields["qkv_bias"] = flag("qkv_bias", raw["qkv_bias"])
@@ -1601,12 +1628,12 @@ def rope_scaling_to_json(scaling):
     return {"rope_type": "llama3"} | numbers
 
 
-def token_fields(raw, family):
-    """config.json -> the tokens that begin and end a text, and the one that pads; family: the Family, for defaults.
+def token_fields(raw, defaults):
+    """config.json -> the tokens that begin and end a text, and the one that pads; defaults: a Family.
     Some files pad with -1, which is no token."""
     return {
-        "bos_id": token_id("bos_token_id", raw.get("bos_token_id", family.bos_id)),
-        "eos_ids": token_ids("eos_token_id", raw.get("eos_token_id", family.eos_id)),
+        "bos_id": token_id("bos_token_id", raw.get("bos_token_id", defaults.bos_id)),
+        "eos_ids": token_ids("eos_token_id", raw.get("eos_token_id", defaults.eos_id)),
         "pad_id": token_id("pad_token_id", raw.get("pad_token_id"), least=-1),
     }
 
@@ -1667,8 +1694,8 @@ def model_type_of(config):
     plain = not c.qkv_bias and not c.qk_norm and c.rope_scaling is None
     if any(kind != "t" for kind in c.layout):
         return "apriel_hybrid_ssm" if plain else "nanoh1_hybrid"
-    family = FAMILIES[c.family]
-    says_all = (family.qkv_bias, family.qk_norm) == (c.qkv_bias, c.qk_norm)
+    defaults = FAMILIES[c.family]
+    says_all = (defaults.qkv_bias, defaults.qk_norm) == (c.qkv_bias, c.qk_norm)
     if c.family == "llama" and c.sliding_window is not None:
         says_all = False
     return c.family if says_all else "nanoh1_hybrid"
@@ -1722,6 +1749,8 @@ def config_to_json(config, dtype):
         raw |= {"qkv_bias": c.qkv_bias, "qk_norm": c.qk_norm}
     return raw
 
+
+# From files to parameters. What cannot be read, or does not fit, is a UserError that names the file.
 
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -1913,7 +1942,9 @@ def write_atomic(path, write):
 
 
 def write_together(writers):
-    """{path: write}, as write_atomic for several files. None is replaced before all of them are on the disk."""
+    """{path: write}, as write_atomic for several files. None is replaced before all of them are on the disk: a full
+    disk leaves all old ones. The renames come one after the other, so a crash between two leaves new files beside old.
+    Raises UserError."""
     from safetensors import SafetensorError
     # The umask can only be read by setting it.
     mask = os.umask(0)
@@ -1964,7 +1995,7 @@ def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30, dtype
     """Write model to the directory path: config.json and model.safetensors, or shards of at most shard_bytes with an
     index. dtype: of the weights in the file (None: the model's); A_log and D are float32 in any case.
     tokenizer_from: a directory whose tokenizer files are copied along.
-    Raises UserError where that fails; what was in the directory before is then still there."""
+    Raises UserError where that fails; unless a rename failed, what was in the directory before is then still there."""
     path = os.path.expanduser(os.fspath(path))
     dtype = dtype or model.embed_tokens.weight.dtype
     try:
@@ -2026,7 +2057,8 @@ def old_weights(path):
             named = read_index(os.path.join(path, INDEX)).values()
             old |= {file for file in named if file.endswith(".safetensors")}
         except UserError:
-            pass                             # a broken one names nothing
+            # A broken one names nothing.
+            pass
     return files & old
 
 
@@ -2049,7 +2081,8 @@ def generation_writer(source, eos):
     try:
         raw = read_json(file, dict)
     except UserError:
-        raw = {}                             # nobody could read it, and a save must not fail for it
+        # Nobody could read it, and a save must not fail for it.
+        raw = {}
     return {GENERATION: json_writer(raw | {"eos_token_id": eos})}
 
 
@@ -2060,7 +2093,8 @@ def generation_writer(source, eos):
 #     decode(ids)                           text
 #     decode_single_token_bytes(id)         bytes, to print while generating; KeyError for an id without a token
 #     max_token_value                       the largest id
-#     special, begin                        {text: id} of the added tokens; the ids that belong before a raw text
+#     special                               {text: id} of the added tokens
+#     begin                                 ids that belong before a raw text: [] mostly, [128000] for Llama 3
 #
 # A text takes four steps. Added tokens ("<s>") are cut out; the rest is normalised; patterns cut it into pieces (words,
 # mostly); byte pair encoding turns the bytes of a piece into ids. ByteTokenizer leaves the last step to tiktoken, which
@@ -2133,12 +2167,12 @@ def steps_of(part, key):
 
 def is_composed(normalizer):
     """The normalizer of a tokenizer.json -> whether it turns letters and their accents into one character (NFC)."""
-    kinds = [step.get("type") for step in steps_of(normalizer, "normalizers")]
-    for kind in kinds:
+    forms = [step.get("type") for step in steps_of(normalizer, "normalizers")]
+    for form in forms:
         # The tables for other forms differ too much between Python and `tokenizers`.
-        if kind != "NFC":
-            raise Unfit(f"it has a normalizer ({kind})")
-    return len(kinds) > 0
+        if form != "NFC":
+            raise Unfit(f"it has a normalizer ({form})")
+    return len(forms) > 0
 
 
 def split_patterns(pre_tokenizer):
@@ -2149,15 +2183,17 @@ def split_patterns(pre_tokenizer):
         raise Unfit("the pre-tokenizer does not end with ByteLevel without a prefix space")
     patterns = []
     for step in splits:
-        kind = step.get("type")
-        if kind == "Digits":
+        action = step.get("type")
+        if action == "Digits":
             patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
-        elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        elif action == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
             pattern = step["pattern"]
             patterns.append(pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"]))
         else:
-            how = f", behavior {step.get('behavior')}, invert {step.get('invert')}" if kind == "Split" else ""
-            raise Unfit(f"the pre-tokenizer has a step {kind}{how}")
+            how = ""
+            if action == "Split":
+                how = f", behavior {step.get('behavior')}, invert {step.get('invert')}"
+            raise Unfit(f"the pre-tokenizer has a step {action}{how}")
     if level.get("use_regex", True):
         patterns.append(GPT2_PATTERN)
     try:
@@ -2244,8 +2280,8 @@ def check_merges(ranks, pairs, ignore_merges):
             raise Unfit(f"a token has {len(token)} bytes")
         letters = [token[i:i + 1] for i in range(len(token))]
         known = all(letter in ranks for letter in letters)
-        whole = ignore_merges and all(pair in rank for pair in ways_to_join(token, ranks))
-        if not known or not (whole or bpe(letters, rank) == [token]):
+        taken_whole = ignore_merges and all(pair in rank for pair in ways_to_join(token, ranks))
+        if not known or not (taken_whole or bpe(letters, rank) == [token]):
             raise Unfit(f"the token {token!r} is not what its merges give; "
                         "tiktoken would use it elsewhere")
 
@@ -2354,12 +2390,11 @@ class LibraryTokenizer:
         self.special = {token["content"]: token["id"] for token in added}
         self.find = find_longest(self.special)
         self.max_token_value = max(self.library.get_vocab().values())
-        steps = steps_of(raw.get("decoder"), "decoders")
-        kinds = [step.get("type") for step in steps]
-        if not {"ByteLevel", "ByteFallback", "Metaspace"}.intersection(kinds):
-            raise UserError(f"the decoder {kinds} does not say which bytes a token has")
-        self.table = byte_characters() if "ByteLevel" in kinds else {}
-        self.fallback = "ByteFallback" in kinds
+        steps = [step.get("type") for step in steps_of(raw.get("decoder"), "decoders")]
+        if not {"ByteLevel", "ByteFallback", "Metaspace"}.intersection(steps):
+            raise UserError(f"the decoder {steps} does not say which bytes a token has")
+        self.table = byte_characters() if "ByteLevel" in steps else {}
+        self.fallback = "ByteFallback" in steps
 
     def encode(self, text, allowed_special=()):
         text = valid_unicode(text)
@@ -2398,6 +2433,7 @@ def begin_ids(post_processor):
                 break
             name = item["SpecialToken"]["id"]
             ids += step["special_tokens"][name]["ids"]
+    # A set: the same token may stand there twice.
     check_ids([*set(ids)])
     return ids
 
@@ -2426,12 +2462,6 @@ def other_tokenizer(file, raw, reason):
         return LibraryTokenizer(tokenizers.Tokenizer.from_file(file), raw)
 
 
-def begin_tokens(path, enc):
-    """Ids that the tokenizer of the checkpoint at path puts before a raw text: [] mostly, [128000] for Llama 3.
-    The end token that some append as well is left out."""
-    return list(enc.begin)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Chat: messages become the text that the model was trained on.
 #
@@ -2452,12 +2482,14 @@ class Chat:
 
     @property
     def end(self):
+        """A text. Raises UserError where there is no template, as prompt does."""
         if self.refusal is not None:
             raise UserError(self.refusal)
         return self.known_end
 
     def prompt(self, messages):
-        """messages: [{"role": "system", "user" or "assistant", "content": text}] -> the text before the answer."""
+        """messages: [{"role": "system", "user" or "assistant", "content": text}] -> the text before the answer.
+        Raises UserError where there is no template, and for messages that it refuses."""
         if self.refusal is not None:
             raise UserError(self.refusal)
         return self.render(messages, add_generation_prompt=True)
@@ -2616,7 +2648,8 @@ def end_of_answer(render, names, enc):
 #
 # "completion" is the same as "response". An assistant message may bring its thoughts apart (reasoning_content,
 # reasoning or thinking): they become "<think>\nthoughts\n</think>\n\ncontent". Whatever else a line may hold is
-# refused by its number and by what was found: a shape that is half understood says half of what it means.
+# refused by its number and by what was found: a shape that is half understood says half of what it means. (What is
+# found is a UserError of the functions below; read_records adds file and line.)
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -2624,6 +2657,7 @@ TOOLS = ("tool_calls", "function_call", "tools", "functions")
 
 
 class Turn(NamedTuple):
+    """One message."""
     role: str                                # system, user or assistant
     text: str
     trained: bool                            # an assistant's turn, unless it has "weight": 0
@@ -2667,14 +2701,8 @@ def parse_record(line):
     except (ValueError, RecursionError) as e:
         raise UserError(f"not JSON ({getattr(e, 'msg', e)})") from None
     if not isinstance(record, dict):
-        raise UserError(f"{some_json(record)} is no record {{...}}")
+        raise UserError(f"{brief(record)} is no record {{...}}")
     return record
-
-
-def some_json(value):
-    """A value for an error message, cut short."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:40] + " ..."
 
 
 def either(record, key, other):
@@ -2718,6 +2746,7 @@ def read_question(record):
 
 
 def read_messages(record, messages):
+    """The messages of a record -> [Turn], its system message first, wherever it stands."""
     turns = [read_message(message) for message in messages]
     # Some ShareGPT files keep the system message beside the conversation.
     if record.get("system"):
@@ -2735,7 +2764,7 @@ def find_messages(record):
     if messages is None:
         raise UserError(unknown_shape(record))
     if not isinstance(messages, list):
-        raise UserError(f"messages that are not a list but {some_json(messages)}")
+        raise UserError(f"messages that are not a list but {brief(messages)}")
     return [], messages
 
 
@@ -2748,17 +2777,17 @@ def unknown_shape(record):
     if "prompt" in record:
         return "a prompt without a response or completion of the same kind, text or messages"
     return ("neither prompt and response nor messages nor conversations; "
-            f"keys: {some_json(sorted(record))}")
+            f"keys: {brief(sorted(record))}")
 
 
 def read_message(message):
     """One message, {"role", "content"} or {"from", "value"} -> Turn. Raises UserError for what is not read."""
     if not isinstance(message, dict):
-        raise UserError(f"a message that is {some_json(message)}")
+        raise UserError(f"a message that is {brief(message)}")
     refuse_keys(message, TOOLS, "tool calls are not read")
     role = either(message, "role", "from")
     if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"the role {some_json(role)}; read are {', '.join(ROLES)}")
+        raise UserError(f"the role {brief(role)}; read are {', '.join(ROLES)}")
     text = content_text(either(message, "content", "value"))
     if ROLES[role] != "assistant":
         refuse_keys(message, THOUGHTS, "thoughts of somebody else than the assistant")
@@ -2767,7 +2796,7 @@ def read_message(message):
         raise UserError("an empty response")
     weight = message.get("weight")
     if weight not in (None, 0, 1):
-        raise UserError(f"the weight {some_json(weight)}; a turn is trained (1) or not (0)")
+        raise UserError(f"the weight {brief(weight)}; a turn is trained (1) or not (0)")
     return Turn("assistant", with_thoughts(message, text), weight != 0)
 
 
@@ -2776,12 +2805,12 @@ def content_text(content):
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise UserError(f"the content {some_json(content)}; it must be a text")
+        raise UserError(f"the content {brief(content)}; it must be a text")
     texts = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else part
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise UserError(f"a content part of type {some_json(kind)}; only text is read")
+        form = part.get("type") if isinstance(part, dict) else part
+        if form != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"a content part of type {brief(form)}; only text is read")
         texts.append(part["text"])
     return "".join(texts)
 
@@ -2792,7 +2821,7 @@ def with_thoughts(message, text):
     if not found:
         return text
     if not all(isinstance(thoughts, str) and thoughts == found[0] for thoughts in found):
-        raise UserError(f"thoughts that are no text, or two of them: {some_json(found)}")
+        raise UserError(f"thoughts that are no text, or two of them: {brief(found)}")
     inside, closed, _ = text.rpartition("</think>")
     if not closed:
         return f"<think>\n{found[0]}\n</think>\n\n{text}"
@@ -2817,24 +2846,30 @@ def check_order(turns):
 
 def pick_device(name):
     """"auto" -> cuda, mps or cpu, the first that is there. Raises UserError for a device that is not."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(device for device, there in found.items() if there) if name == "auto" else name
-    if not found.get(name.split(":")[0]):
-        raise UserError(f"device {name!r} is not available here; available: {', '.join(d for d in found if found[d])}")
+    found = ["cuda"] if torch.cuda.is_available() else []
+    found += ["mps"] if torch.backends.mps.is_available() else []
+    found += ["cpu"]
+    if name == "auto":
+        name = found[0]
+    if name.split(":")[0] not in found:
+        raise UserError(f"device {name!r} is not available here; available: {', '.join(found)}")
     return torch.device(name)
 
 
 def pick_dtype(name, device):
-    """"auto" -> bfloat16 on cuda, float32 elsewhere. Only matrix products use it: the rest is float32."""
-    name = ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name
+    """"auto" -> bfloat16 on cuda, float32 elsewhere: the dtype of matrix products, and of weights that do not train.
+    Weights that train, the cells of a scan and losses are float32 in any case."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
     if name not in ("float32", "bfloat16"):
         raise UserError(f"dtype {name!r} is not supported: use float32 or bfloat16")
     return getattr(torch, name)
 
 
 def start_script(args):
-    """args with device and dtype, as the flags of every script -> (torch.device, dtype of matrix products)."""
-    torch.set_flush_denormal(True)           # a state that has decayed to 1e-40 costs 100 cycles an operation
+    """args with device and dtype, as the flags of every script -> torch.device, dtype (see pick_dtype)."""
+    # Else a state that has decayed to 1e-40 costs 100 cycles an operation.
+    torch.set_flush_denormal(True)
     # A shell expands ~ in "--out ~/x", and not in "--out=~/x".
     for name in ("model", "teacher", "student", "merge", "data", "rank", "out"):
         if isinstance(getattr(args, name, None), str):
@@ -2871,22 +2906,26 @@ def harm(score):
 
 
 def autocast(device, dtype):
-    """Matrix products in dtype over float32 weights; nothing at all for float32.
-    The weights, their gradients and the optimiser stay float32: a step of 0.1 % would vanish in bfloat16's 8 bits."""
+    """A context: matrix products in dtype, whatever the dtype of the weights; nothing at all for float32.
+    Weights that train, their gradients and the optimiser stay float32: a step of 0.1 % would vanish in bfloat16's 8
+    bits."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
 def provenance(device):
     """Where a number comes from, for JSON: commit of this code ("-dirty" if it was changed, None outside git), machine,
     versions of torch and triton (None without it), CPU threads."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        here = os.path.dirname(os.path.abspath(__file__))
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=here,
-                                capture_output=True, text=True).stdout.strip() or None
-    except OSError:                                                          # there is no git
+        printed = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout
+        commit = printed.strip() or None
+    except OSError:
+        # There is no git.
         commit = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    if os.path.exists("/proc/cpuinfo") and device.type == "cpu":             # Linux: platform knows no more than x86_64
+    # On Linux, platform knows no more than x86_64.
+    if os.path.exists("/proc/cpuinfo") and device.type == "cpu":
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
     return {"commit": commit, "device": f"{device.type}: {name or platform.machine()}", "torch": torch.__version__,
@@ -2962,16 +3001,18 @@ def same_place(path, other):
 
 
 # ======================================================================================================================
-# Part 5. Triton: the same scan, and one token, as GPU kernels. You may stop reading here: nothing below changes a
-# result, it is only faster.
+# Part 5. Triton: the same scan, and one token, as GPU kernels. You may stop reading here: below, results are the same
+# up to rounding, only faster.
 #
-# One program (a single warp, so nothing to synchronise) takes a strip of channels of one text, keeps their cells in
-# registers and walks through time: scan_loop for a strip. A time step is read and written once, y needs one sum over
-# n, and grouped B and C are read where they lie. Names are those of the definition; these come on top:
+# One program, a single warp, takes a strip of channels of one text, keeps their cells in registers and walks through
+# time: scan_loop for a strip. Every cell stays with one thread, so nothing waits; a barrier stands only where threads
+# read memory that others wrote. A walk reads a time step once, y needs one sum over n, and grouped B and C are read
+# where they lie. Names are those of the definition; these come on top:
 #
 #       A2              A * log2(e), since exp2 is cheaper than exp
 #       decay, written  exp(dt A) and dt u: a step is h = decay * h + written B
 #       part, row       (text, segment) and (text, step) as one number each; int64, since b * t * d passes 2^31
+#       lane            0 ... n - 1: which cell of a channel, and which number of its group's B or C
 #       at              the steps and channels of a program, and where its rows of B and C lie
 #       later           the part of grad_h_t that comes from the step after: decay_{t+1} grad_h_{t+1}
 #
@@ -2993,7 +3034,7 @@ if triton is not None:
     SCAN_TILE = 16
     # Texts are cut into segments until there are so many programs (an H200 runs about 3000 at once) ...
     SCAN_PROGRAMS = 2048
-    # ... but into none shorter than this.
+    # ... but not into so many that t / segments falls below this.
     SCAN_SEGMENT = 64
     LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -3091,19 +3132,19 @@ if triton is not None:
         first = text * t + begin
         end = text * t + tl.minimum(begin + segment, t)
         i = tl.arange(0, WIDTH)
-        n = tl.arange(0, N)[None, :]
+        lane = tl.arange(0, N)[None, :]
         channel = strip * WIDTH + i % (WIDTH // PAIR) * PAIR + i // (WIDTH // PAIR)
         live = channel < d
         # Lines beyond d repeat the last channel and write nothing.
         channel = tl.minimum(channel, d - 1)
-        cell = channel[:, None] * N + n
-        B = (channel // share_B)[:, None] * N + n
-        C = (channel // share_C)[:, None] * N + n
+        cell = channel[:, None] * N + lane
+        B = (channel // share_B)[:, None] * N + lane
+        C = (channel // share_C)[:, None] * N + lane
         return Where(part, first, end, strip, channel, live, cell, B, C)
 
     @triton.jit
     def scan_step(inputs, stride, row, at, A2, bias):
-        """-> Step."""
+        """The time step `row` of the strip `at` (Where) -> Step. A2 (WIDTH, n), bias (WIDTH)."""
         u = load32(inputs.u + row * stride.u + at.channel)
         raw = load32(inputs.dt + row * stride.dt + at.channel) + bias
         B = load32(inputs.B + row * stride.B + at.B)
@@ -3160,13 +3201,13 @@ if triton is not None:
         (b, d, n) comes into the first one; BACK: into the last, and so on towards the first."""
         # Cells are independent here, whatever their channel.
         programs = tl.cdiv(d * N, CELLS)
-        b = (tl.program_id(0) // programs).to(tl.int64)
+        text = (tl.program_id(0) // programs).to(tl.int64)
         cell = tl.program_id(0) % programs * CELLS + tl.arange(0, CELLS)
         live = cell < d * N
         A2 = tl.load(A_ptr + cell, mask=live, other=0.0) * LOG2E
-        h = tl.load(outside_ptr + b * d * N + cell, mask=live, other=0.0)
+        h = tl.load(outside_ptr + text * d * N + cell, mask=live, other=0.0)
         for i in range(segments):
-            part = b * segments + (segments - 1 - i if BACK else i)
+            part = text * segments + (segments - 1 - i if BACK else i)
             total = tl.load(total_ptr + part * d + cell // N, mask=live, other=0.0)
             own = tl.load(own_ptr + part * d * N + cell, mask=live, other=0.0)
             tl.store(enter_ptr + part * d * N + cell, h, mask=live)
@@ -3181,6 +3222,7 @@ if triton is not None:
         A2 = tl.load(inputs.A + at.cell) * LOG2E
         bias = tl.load(inputs.dt_bias + at.channel)
         later = tl.zeros([WIDTH, N], tl.float32)
+        # The loop counts up, the walk goes from the last row to the first.
         for i in range(at.first, at.end):
             row = at.first + at.end - 1 - i
             step = scan_step(inputs, stride, row, at, A2, bias)
@@ -3218,12 +3260,15 @@ if triton is not None:
                    SUM: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, PAIR: tl.constexpr):
         """values (WIDTH, n), lines as in scan_place: sums over SUM neighbouring channels go to ptr (b, t, d / SUM, n).
         SUM divides d, so that no sum has lines from both sides of d."""
-        # First within a thread, c and c + 1, then across threads.
-        values = tl.sum(tl.reshape(values, [PAIR, WIDTH // PAIR, N]), axis=0)
-        values = tl.sum(tl.reshape(values, [WIDTH // SUM, SUM // PAIR, N]), axis=1)
+        # First within a thread: the lines of a pair of channels lie WIDTH / PAIR apart.
+        values = tl.reshape(values, [PAIR, WIDTH // PAIR, N])
+        values = tl.sum(values, axis=0)                            # (WIDTH / PAIR, n), pairs in the order of channels
+        # Then across threads.
+        values = tl.reshape(values, [WIDTH // SUM, SUM // PAIR, N])
+        values = tl.sum(values, axis=1)                            # (WIDTH / SUM, n)
         i = strip * (WIDTH // SUM) + tl.arange(0, WIDTH // SUM)[:, None]
-        n = tl.arange(0, N)[None, :]
-        tl.store(ptr + row * (d // SUM) * N + i * N + n, values, mask=i < d // SUM)
+        lane = tl.arange(0, N)[None, :]
+        tl.store(ptr + row * (d // SUM) * N + i * N + lane, values, mask=i < d // SUM)
 
     @triton.jit(do_not_specialize=["t", "segment", "segments"])
     def scan_backward(inputs, stride, t, d, segment, segments, share_B, share_C,
@@ -3249,6 +3294,7 @@ if triton is not None:
             rebuild_tile(inputs, stride, at, A2, bias, h, low, high, history_at, d, N)
             # A thread may read what another one wrote.
             tl.debug_barrier()
+            # From the last row to the first.
             for j in range(low, high):
                 row = low + high - 1 - j
                 step = scan_step(inputs, stride, row, at, A2, bias)
@@ -3286,7 +3332,7 @@ if triton is not None:
         tl.store(grad.D + at.part * d + at.channel, grad_D, mask=at.live)
         tl.store(grad.dt_bias + at.part * d + at.channel, grad_bias, mask=at.live)
 
-    class Plan(NamedTuple):
+    class ScanPlan(NamedTuple):
         """How a scan is cut into programs."""
         b: int
         t: int
@@ -3299,7 +3345,7 @@ if triton is not None:
         shared: dict                         # the arguments that all scan kernels take, by name
 
     def scan_plan(inputs, b):
-        """inputs: Inputs of b texts -> Plan."""
+        """inputs: Inputs of b texts -> ScanPlan."""
         d, n = inputs.A.shape
         t = len(inputs.u) // b
         width = min(64, max(1, SCAN_CELLS // n))
@@ -3319,7 +3365,7 @@ if triton is not None:
             inputs=inputs, stride=stride, t=t, d=d, segment=segment, segments=segments,
             share_B=d * n // inputs.B.shape[1], share_C=d * n // inputs.C.shape[1],
             N=n, WIDTH=width, num_warps=1)
-        return Plan(b, t, d, n, width, segment, segments, (b * segments * strips,), shared)
+        return ScanPlan(b, t, d, n, width, segment, segments, (b * segments * strips,), shared)
 
     class GroupSum:
         """The gradient of B or of C, a sum over the channels that read a group. The kernel adds up `width` of them, the
@@ -3344,7 +3390,7 @@ if triton is not None:
             return total.view(self.like.shape)
 
     def combine(plan, A, outside, total, own, back):
-        """Launch scan_combine -> what enters each segment, (b, segments, d, n)."""
+        """Arguments as in scan_combine -> what enters each segment, (b, segments, d, n)."""
         cells = 256
         grid = (plan.b * triton.cdiv(plan.d * plan.n, cells),)
         enter = torch.empty_like(own)
@@ -3452,8 +3498,9 @@ if triton is not None:
         return y.view(b, t, d), h
 
     # One token, the case of decoding, is the work of one kernel instead of some twenty: conv window, SiLU, softplus,
-    # cells, read-out, skip and gate. A program takes a chunk of d_xb and all the channels that repeat it: it alone
-    # reads this part of the conv window, and may write the next window over it.
+    # cells, read-out, skip and gate. A program takes a chunk of d_state lanes of d_xb and all the channels that repeat
+    # it: it alone reads this part of the conv window, and may write the next window over it. What follows the conv
+    # stays in float32; part 1 rounds u to the dtype of the model in between.
 
     class Token(NamedTuple):
         """What the projections say about the newest token. u, B, C, z are slices of one tensor."""
@@ -3481,49 +3528,50 @@ if triton is not None:
         not d_xb. SLOTS: a power of two, TAPS - 1 or more."""
         chunks = d_xb // N
         chunk = tl.program_id(0) % chunks
-        b = (tl.program_id(0) // chunks).to(tl.int64)
+        text = (tl.program_id(0) // chunks).to(tl.int64)
         d = d_xb * repeat
-        n = tl.arange(0, N)[None, :]
-        window = b * (TAPS - 1) * d_xb
+        lane = tl.arange(0, N)[None, :]
+        window = text * (TAPS - 1) * d_xb
         position = TAPS
         if token.position is not None:
-            position = tl.load(token.position + b)
+            position = tl.load(token.position + text)
         for low in range(0, repeat * N, WIDTH):
             i = low + tl.arange(0, WIDTH)
             live = i < repeat * N
             channel = chunk * repeat * N + tl.minimum(i, repeat * N - 1)
             source = chunk * N + i % N
-            tap = channel if EXPAND else source
-            u = load32(weights.conv + tap * TAPS + TAPS - 1) * load32(token.u + b * in_row + source)
+            conv_channel = channel if EXPAND else source
+            taps = weights.conv + conv_channel * TAPS
+            u = load32(taps + TAPS - 1) * load32(token.u + text * in_row + source)
             for j in tl.static_range(TAPS - 1):
                 # Inputs from before the document began count as zero.
                 earlier = load32(conv_ptr + window + j * d_xb + source)
                 earlier = tl.where(position < TAPS - 1 - j, 0.0, earlier)
-                u += load32(weights.conv + tap * TAPS + j) * earlier
+                u += load32(taps + j) * earlier
             if weights.conv_bias is not None:
-                u += load32(weights.conv_bias + tap)
+                u += load32(weights.conv_bias + conv_channel)
             u *= tl.sigmoid(u)
-            dt = load32(token.dt + b * d + channel)
+            dt = load32(token.dt + text * d + channel)
             if weights.dt_bias is not None:
                 dt += load32(weights.dt_bias + channel)
             dt = softplus(dt)
-            cell = channel[:, None] * N + n
+            cell = channel[:, None] * N + lane
             A = -tl.exp(load32(weights.A_log + cell))
-            B = load32(token.B + b * in_row + chunk * N + n)
-            h = tl.load(h_ptr + b * d * N + cell)
+            B = load32(token.B + text * in_row + chunk * N + lane)
+            h = tl.load(h_ptr + text * d * N + cell)
             h = tl.where(position == 0, 0.0, h)
             h = tl.exp(dt[:, None] * A) * h + (dt * u)[:, None] * B
-            C = load32(token.C + b * in_row + (channel // N)[:, None] * N + n)
-            z = load32(token.z + b * in_row + channel)
+            C = load32(token.C + text * in_row + (channel // N)[:, None] * N + lane)
+            z = load32(token.z + text * in_row + channel)
             y = tl.sum(h * C, axis=1) + load32(weights.D + channel) * u
-            tl.store(next_h_ptr + b * d * N + cell, h, mask=live[:, None])
-            tl.store(y_ptr + b * d + channel, y * z * tl.sigmoid(z), mask=live)
+            tl.store(next_h_ptr + text * d * N + cell, h, mask=live[:, None])
+            tl.store(y_ptr + text * d + channel, y * z * tl.sigmoid(z), mask=live)
         # The window moves on by one: (SLOTS, n), the newest input raw, before conv and SiLU.
         slot = tl.arange(0, SLOTS)[:, None]
-        source = chunk * N + n
+        source = chunk * N + lane
         slot_at = window + slot * d_xb + source
         older = tl.load(conv_ptr + slot_at + d_xb, mask=slot < TAPS - 2, other=0.0)
-        newest = tl.load(token.u + b * in_row + source)
+        newest = tl.load(token.u + text * in_row + source)
         value = tl.where(slot == TAPS - 2, newest, older)
         # All threads have read the window, before any overwrites it.
         tl.debug_barrier()

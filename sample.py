@@ -34,15 +34,15 @@ def parse_args():
     # What to ask. One of the three; the default is --prompt with an empty text.
     add("--prompt", help="one question")
     add("--prompt-file", metavar="FILE",
-        help="prompts; - for standard input. A text file: one question per line. x.jsonl, x.jsonl.gz: "
-             "the records that train_sft.py reads. Of messages the last turn of the user is asked; a "
-             "prompt is taken to the letter, as in training; what is answered there is ignored")
+        help="prompts; - for standard input. A text file: one question per line. x.jsonl, "
+             "x.jsonl.gz: the records that train_sft.py reads. Of messages the last turn of the user is asked; "
+             "a prompt is taken to the letter, as in training; what is answered there is ignored")
     add("--chat", action="store_true",
         help="a conversation on standard input, one line per turn. The state is kept between turns "
              "where the template only adds to what was said; else all is read again")
     add("--raw", action="store_true",
-        help="continue the prompts as they are, behind the begin token where this tokenizer puts one "
-             "before every text (Llama 3). Default: ask, with the checkpoint's own chat template")
+        help="continue the prompts as they are, behind the begin token where this tokenizer puts "
+             "one before every text (Llama 3). Default: ask, with the checkpoint's own chat template")
     add("--num-samples", type=int, default=1, metavar="N",
         help="answers per prompt, all from one prefill (default: 1)")
     # How to draw.
@@ -67,14 +67,15 @@ def parse_args():
         help="float32 or bfloat16 (default: bfloat16 on cuda, else float32)")
     # What to write.
     add("--json", action="store_true",
-        help="one JSON object per answer: prompt, text, tokens (a count), ids, prefill_tokens_per_s, "
-             "decode_tokens_per_s (whole batch), kv_bytes, state_bytes (one text, as allocated)")
+        help="one JSON object per answer: prompt, text, tokens (a count), ids, "
+             "prefill_tokens_per_s, decode_tokens_per_s (whole batch), kv_bytes, state_bytes (one text, as allocated)")
     add("--traces", metavar="FILE",
-        help="write nothing but FILE: JSON lines of prompt and response with all their tags, as --data "
-             "of distill.py and train_sft.py reads them. The same command again goes on where it stopped")
+        help="write nothing but FILE: JSON lines of prompt and response with all their tags, as "
+             "--data of distill.py and train_sft.py reads them. The same command again goes on where "
+             "it stopped")
     add("--keep-cut", action="store_true",
-        help="with --traces: keep answers that --max-new-tokens cut, which lack the token that ends an "
-             "answer (default: they are left out and counted)")
+        help="with --traces: keep answers that --max-new-tokens cut, which lack the token that ends "
+             "an answer (default: they are left out and counted)")
     args = p.parse_args()
     check_args(args)
     return args
@@ -146,7 +147,7 @@ def read_text(file):
 def make_prompt(asked, args, model, enc, chat):
     """An input -> Prompt. Before a text comes what this tokenizer puts before every text."""
     if isinstance(asked, str):
-        begin = enc.decode(nano.begin_tokens(args.model, enc))
+        begin = enc.decode(enc.begin)
         text = asked if asked.startswith(begin) else begin + asked
         return Prompt(asked, text, encode(enc, model.config, text))
     text = chat.prompt(asked)
@@ -194,7 +195,7 @@ class Printer:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Answers. Answer number r is sample r % num_samples to prompt r // num_samples; its random stream is that of the sample.
+# Answers. Answer number r is sample r % num_samples to prompt r // num_samples; its random stream is that sample's.
 
 @dataclasses.dataclass
 class Answer:
@@ -235,8 +236,9 @@ def write_answers(model, args, device, prompts, numbers, bar, printer=None):
         state = state.rows(rows)
     answers = [Answer([]) for _ in rows]
     streams = [number % n for number in numbers]
-    steps = model.answers(logits, state, args.max_new_tokens, model.config.eos_ids, streams=streams,
-                       temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    steps = model.answers(logits, state, args.max_new_tokens, model.config.eos_ids,
+                          temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                          seed=args.seed, streams=streams)
     times = []
     written = 0
     for new in steps:
@@ -341,7 +343,7 @@ def utf8_output():
 # ----------------------------------------------------------------------------------------------------------------------
 # Traces. A run of hours must survive Ctrl-C, a full disk and a crash. After every batch its rows are appended to FILE,
 # and only then FILE.run.json is replaced, which says how many answers are done and how many bytes of FILE hold them.
-# Going on begins with cutting FILE to these bytes: half a line, or rows of a batch that was not noted, are written anew.
+# Going on begins with cutting FILE to these bytes: half a line, or rows of a batch that was not noted, come again.
 
 class TraceFile:
     def __init__(self, args, model, enc, prompts, device):
@@ -352,7 +354,8 @@ class TraceFile:
         self.keep_cut = args.keep_cut
         texts = json.dumps([prompt.text for prompt in prompts]).encode()
         run = {"model": nano.weights_hash(model), "prompts": hashlib.sha256(texts).hexdigest()[:16]}
-        for flag in ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "keep_cut"):
+        for flag in ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
+                     "keep_cut"):
             run[flag] = getattr(args, flag)
         self.note = {"run": run, "done": 0, "bytes": 0, "rows": 0, "cut": 0, "broken": 0}
         self.note |= {"path": args.model, "prompt_file": args.prompt_file, **nano.provenance(device)}

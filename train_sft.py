@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (THOUGHTS, TOOLS, UserError, autocast, claim_out, either, file_hash, provenance, read_records,
-                   read_turns, refuse_keys, run_main, some_json, start_script, weights_hash)
+from model import (THOUGHTS, TOOLS, UserError, autocast, brief, claim_out, either, file_hash, provenance, read_records,
+                   read_turns, refuse_keys, run_main, start_script, weights_hash)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,20 +98,20 @@ def story(rng, size):
 def compare(rng, number):
     """A number that stands in some relation to a given one -> it, the relation in words, the calculation.
     The bounds keep every number in 2 ... 99, where each is a single token (see make_tokenizer)."""
-    d = rng.randint(2, 9)
-    kinds = []
+    difference = rng.randint(2, 9)
+    relations = []
     if number <= 49:
-        kinds += ["twice"]
+        relations += ["twice"]
     if number <= 90:
-        kinds += ["more", "more"]
+        relations += ["more", "more"]
     if number >= 12:
-        kinds += ["fewer", "fewer"]
-    kind = rng.choice(kinds)
-    if kind == "twice":
+        relations += ["fewer", "fewer"]
+    relation = rng.choice(relations)
+    if relation == "twice":
         return 2 * number, "twice as many as", f"{number} * 2"
-    if kind == "more":
-        return number + d, f"{d} more than", f"{number} + {d}"
-    return number - d, f"{d} fewer than", f"{number} - {d}"
+    if relation == "more":
+        return number + difference, f"{difference} more than", f"{number} + {difference}"
+    return number - difference, f"{difference} fewer than", f"{number} - {difference}"
 
 
 def retrieval(rng, size):
@@ -123,11 +123,10 @@ def retrieval(rng, size):
         numbers = [str(rng.randint(10, 99)) for _ in range(3)]
         code[thing] = " ".join(numbers)
     facts = [f"The {thing} has code {code[thing]}." for thing in things]
-    # One look-up.
     wanted = things[0]
     steps = f"{wanted} {code[wanted]}."
     question = f"What is the code of the {wanted}?"
-    # Two look-ups, one after the other.
+    # In these a second look-up comes first.
     if rng.random() < 0.6:
         facts += [f"{name} owns the {owned}." for name, owned in zip(owners, things)]
         steps = f"{owners[0]} {wanted}. {steps}"
@@ -148,7 +147,9 @@ def swaps(rng, size):
         question.append(f"{i}: {a} and {b} swap.")
         # Before and after each swap: the state stands in the text, nothing must be tracked silently.
         steps.append(f"{i}: {a} {has[a]}, {b} {has[b]}; {a} {has[b]}, {b} {has[a]}.")
-        has[a], has[b] = has[b], has[a]
+        had = has[a]
+        has[a] = has[b]
+        has[b] = had
     who = rng.choice(people)
     question.append(f"What does {who} have?")
     steps.append(f"{who} {has[who]}.")
@@ -160,7 +161,7 @@ def between(rng, low, high, size):
     return rng.randint(low, low + round((high - low) * size))
 
 
-FAMILIES = {"story": story, "retrieval": retrieval, "swaps": swaps}
+PROBLEM_FAMILIES = {"story": story, "retrieval": retrieval, "swaps": swaps}
 # Remainders of the hash modulo 64; all others are "train".
 SPLITS = {"test": (0, 1), "probe": (2,), "dev": (3,)}
 
@@ -175,7 +176,7 @@ def split_of(question):
 
 
 class Problem(NamedTuple):
-    family: str                                          # a key of FAMILIES
+    family: str                                          # a key of PROBLEM_FAMILIES
     question: str
     steps: str                                           # the trace
     answer: str
@@ -186,10 +187,10 @@ def problems(split, seed, size=1.0):
     seed: anything that can be printed; size in (0, 1]: 1 is a problem of full size."""
     # Seeded with a text, which is the same on every machine.
     rng = random.Random(f"{split} {seed}")
-    for family in itertools.cycle(FAMILIES):
+    for family in itertools.cycle(PROBLEM_FAMILIES):
         # For "test" some 32 tries, cheap ones.
         while True:
-            problem = Problem(family, *FAMILIES[family](rng, size))
+            problem = Problem(family, *PROBLEM_FAMILIES[family](rng, size))
             if split_of(problem.question) == split:
                 break
         yield problem
@@ -198,7 +199,7 @@ def problems(split, seed, size=1.0):
 def problem_set(split, per_family, seed=0):
     """A list of different problems, per_family of each family. What is measured on must not hold one problem twice."""
     chosen = {}
-    counts = dict.fromkeys(FAMILIES, 0)
+    counts = dict.fromkeys(PROBLEM_FAMILIES, 0)
     for problem in problems(split, seed):
         if counts[problem.family] < per_family and problem.question not in chosen:
             chosen[problem.question] = problem
@@ -220,7 +221,7 @@ def format_response(steps, answer):
 # below 100: arithmetic is then a table that the MLPs can learn, and no digit has to be carried. The file has the form
 # of a large model's, so whatever reads this teacher reads a real checkpoint.
 
-# Ids 0 to 6.
+# Their ids are 0 ... 6.
 SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "<think>", "</think>"]
 # Words, short numbers, signs.
 PATTERN = r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
@@ -291,7 +292,7 @@ class Codec(NamedTuple):
 def load_codec(path):
     """The Codec of a checkpoint directory. Raises UserError for a tokenizer that cannot be read."""
     enc = nano.load_tokenizer(path)
-    return Codec(enc, nano.load_chat(path, enc), nano.begin_tokens(path, enc))
+    return Codec(enc, nano.load_chat(path, enc), enc.begin)
 
 
 def encode_parts(codec, parts):
@@ -418,17 +419,17 @@ def conversation_parts(turns, chat):
     makes of the turns before it, ready for an answer; the answer is written here, to the letter."""
     examples = []
     history = []
-    written = ""
+    so_far = ""
     for turn in turns:
         if turn.role == "assistant":
             prompt = chat.prompt(history)
             response = continue_thoughts(prompt, turn.text) + chat.end
-            if not examples or not prompt.startswith(written):
+            if not examples or not prompt.startswith(so_far):
                 examples.append([])
-                written = ""
-            examples[-1].append((prompt[len(written):], False))
+                so_far = ""
+            examples[-1].append((prompt[len(so_far):], False))
             examples[-1].append((response, turn.trained))
-            written = prompt + response
+            so_far = prompt + response
         history.append({"role": turn.role, "content": turn.text})
     return [parts for parts in examples if any(trained for _, trained in parts)]
 
@@ -496,11 +497,11 @@ def list_block(examples, seed):
     def block(number, count):
         chosen = []
         for i in range(number * count, (number + 1) * count):
-            epoch, place = divmod(i, len(examples))
-            if not chosen or place == 0:
+            epoch, nth = divmod(i, len(examples))
+            if not chosen or nth == 0:
                 rng = random.Random(f"{seed} {epoch}")
                 order = rng.sample(range(len(examples)), len(examples))
-            chosen.append(examples[order[place]])
+            chosen.append(examples[order[nth]])
         return chosen
     return block
 
@@ -574,13 +575,13 @@ def solve(model, codec, problem_list, batch=128, max_new_tokens=192, note="solvi
     texts = [None] * len(prompts)
     with tqdm(total=len(prompts), desc=note, unit="problem", leave=False) as bar:
         for i in range(0, len(by_length), batch):
-            rows = by_length[i:i + batch]
-            outputs = model.generate([prompts[row] for row in rows], max_new_tokens)
-            for row, ids in zip(rows, outputs):
+            numbers = by_length[i:i + batch]
+            outputs = model.generate([prompts[number] for number in numbers], max_new_tokens)
+            for number, ids in zip(numbers, outputs):
                 # A model may know more ids than the tokenizer.
-                known = [i for i in ids if i <= enc.max_token_value]
-                texts[row] = enc.decode(known)
-            bar.update(len(rows))
+                known = [token for token in ids if token <= enc.max_token_value]
+                texts[number] = enc.decode(known)
+            bar.update(len(numbers))
     return texts
 
 
@@ -760,7 +761,8 @@ class Progress:
     SAVED = ("step", "tokens", "seconds", "loss", "count", "log")
 
     def save(self, model, optimizers):
-        """Write the file. Its tensors are named kind|parameter: parameter names hold dots, but no bar.
+        """Write the file. Its tensors are named weight|parameter, and so on for each state of an
+        optimiser: parameter names hold dots, but no bar.
         Raises UserError if that fails, for a full disk mostly; the file that was there before is left."""
         from safetensors.torch import save_file
         meta = {key: getattr(self, key) for key in ("run", *self.SAVED)}
@@ -804,10 +806,10 @@ class Progress:
             if then != now:
                 raise UserError(f"{self.path} was made with {key} = {then}, now {key} = {now}")
         for key in self.SAVED:
-            check_kind(key, meta[key], type(getattr(self, key)))
+            check_type(key, meta[key], type(getattr(self, key)))
         for entry in meta["log"]:
             for key in ("step", "tokens", "seconds", plan.name):
-                check_kind(key, entry[key], float)
+                check_type(key, entry[key], float)
         if meta["step"] > plan.steps or meta["step"] == plan.steps and not meta["log"]:
             raise ValueError(f"step {meta['step']} of {plan.steps}, {len(meta['log'])} log entries")
 
@@ -838,24 +840,24 @@ class Progress:
             os.remove(self.path)
 
 
-def check_kind(key, value, kind):
-    """Raises ValueError unless a saved value is of its kind: a list, int or float (of which a whole number is one)."""
-    if kind is float:
+def check_type(key, value, expected):
+    """Raises ValueError unless a saved value is a list, an int or a float (a whole number is one), as expected."""
+    if expected is float:
         good = isinstance(value, (int, float)) and abs(value) < 2**63
-    elif kind is int:
+    elif expected is int:
         good = isinstance(value, int) and 0 <= value < 2**63
     else:
-        good = isinstance(value, kind)
+        good = isinstance(value, expected)
     if not good:
-        raise ValueError(f"{key} is {some_json(value)}")
+        raise ValueError(f"{key} is {brief(value)}")
 
 
 def load_tensors(f, model, optimizers):
     """The open file f of Progress.save -> weights of model and states of optimizers, in place."""
     states = {name: {} for name, _ in model.named_parameters()}
     for key in f.keys():
-        kind, name = key.split("|")
-        states[name][kind] = f.get_tensor(key)
+        part, name = key.split("|")
+        states[name][part] = f.get_tensor(key)
     params = dict(model.named_parameters())
     for name, p in params.items():
         weight = states[name].pop("weight")
@@ -970,8 +972,8 @@ def write_entry(progress, name):
 # hundred steps its loss sits near 0.7 nats a token; it falls fast once copying from the context is found.
 #
 # The stack of 10 layers is repeated five times, and recovers within fifty steps. The price: the first 10 layers go on
-# doing the work and solve 43 of 48 problems alone, the attention of the others can go without a trace. Splitting each
-# layer into five that share its work was tried, too: see "The teacher" in the README. Ten layers that count: see there.
+# doing the work and solve 43 of 48 problems alone, and the attention of the others can go without a trace. Splitting
+# each layer into five that share its work was tried, too, and so were ten layers that count: see results/README.md.
 
 TEACHER = nano.Config(vocab_size=538, d_model=64, n_layer=50, n_head=2, n_kv_head=1, head_dim=32,
                       d_mlp=160, tie_embeddings=True, max_length=512)
@@ -995,17 +997,16 @@ def init_weights(model):
             w.mul_(1.7 / math.sqrt(2 * len(model.layers)))
 
 
-def resize(model, n_layer):
+def restack(model, n_layer):
     """-> a deeper model: the stack of layers repeated as a whole; or a shallower one: its first n_layer layers. It is
-    wrong at first and recovers within a few steps, while every layer goes on doing something (copies that start as zero
-    would stay idle). Embedding, last norm and head are shared with the old model, not copied. Raises UserError if the
-    stack does not fit a whole number of times, or if a layer is not attention."""
+    wrong at first and recovers by training. Copies that start as zero would never be wrong, but stay idle altogether.
+    Embedding, last norm and head are shared with the old model, not copied. Raises UserError if the stack does not fit
+    a whole number of times, or if a layer is not attention."""
     old = len(model.layers)
     fits = 1 <= n_layer <= old or n_layer > old and n_layer % old == 0
     if not fits or set(model.config.layout) != {"t"}:
         raise UserError(f"cannot make {n_layer} layers of {old}: only all-attention models, "
                         "fewer or a whole multiple")
-    # An empty layout: attention.
     new = nano.HybridLM(replace(model.config, n_layer=n_layer, layout=()))
     for i, block in enumerate(new.layers):
         block.load_state_dict(model.layers[i % old].state_dict())
@@ -1106,7 +1107,7 @@ def start_model(args):
     if args.model:
         model = nano.load_pretrained(args.model)
         if args.layers:
-            model = resize(model, args.layers)
+            model = restack(model, args.layers)
         return model, load_codec(args.model)
     if not os.path.exists(os.path.join(args.out, "tokenizer.json")):
         print("training the tokenizer ...")
