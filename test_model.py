@@ -4989,6 +4989,26 @@ def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces)
     assert all(torch.equal(p, before[name]) for name, p in original.items())
 
 
+def test_a_copy_shares_what_stays_frozen_and_nothing_that_trains(traces):
+    """Also where mixers were replaced in an earlier stage: a trial must not train those of the student."""
+    teacher = load_pretrained(traces[0])
+    student = convert(distill.clone(teacher, "mixers"), teacher, [1], "aligned")
+    trained = train_sft.mamba_names(student)
+    trial = distill.clone(student, "mixers")
+    for (name, p), same in zip(student.named_parameters(), trial.parameters(), strict=True):
+        assert (p is same) == (name not in trained), name
+
+
+def test_mixers_that_train_beside_bfloat16_weights_are_measured_as_saved(traces, tmp_path):
+    """The frozen weights are bfloat16 here, the mixers float32 while they train."""
+    flags = ("--train", "mixers", "--dtype", "bfloat16", "--init", "aligned")
+    report = last_report(run(distill, *short_run(distill, traces, tmp_path, *flags)))
+    assert report["student_accuracy"] is not None
+    saved = load_file(tmp_path / "model.safetensors")
+    for name, w in saved.items():
+        assert w.dtype == (torch.float32 if nano.keeps_float32(name) else torch.bfloat16), name
+
+
 def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_path):
     lines = [{"prompt": f"<s>[INST] {i} [/INST]", "response": f" {i + 1}</s>"} for i in range(55)]
     turns = [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]
