@@ -59,8 +59,8 @@ def parse_args():
     # How to compute.
     add("--batch", type=int, default=32, metavar="N",
         help="answers that are written at the same time (default: 32)")
-    add("--prefill-chunk", type=int, default=2048, metavar="N",
-        help="tokens of the prompt per forward (default: 2048)")
+    add("--prefill-chunk", type=int, metavar="N",
+        help="tokens of each prompt per forward (default: 8192 over all prompts, at least 1024)")
     add("--device", default="auto",
         help="cuda, mps or cpu (default: the first of these that is there)")
     add("--dtype", default="auto",
@@ -86,7 +86,7 @@ def check_args(args):
         raise UserError("give one of --prompt, --prompt-file and --chat")
     for flag in ("--num-samples", "--max-new-tokens", "--batch", "--prefill-chunk"):
         value = getattr(args, flag[2:].replace("-", "_"))
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
     if not 0 <= args.temperature < float("inf"):
         raise UserError(f"--temperature must be 0 or more, got {args.temperature}")
