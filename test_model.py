@@ -251,54 +251,89 @@ def assert_same(got, wanted, tolerance):
         assert difference < tolerance, (name, difference)
 
 
-def check_chunk(tolerance=1e-10, **change):
-    """The chunked scan gives the loop's values, cells and gradients, for scan_inputs(**change)."""
-    inputs = scan_inputs(**change)
-    wanted = run_scan(selective_scan, inputs, impl="loop")
-    assert_same(run_scan(selective_scan, inputs, impl="chunk"), wanted, tolerance)
+# What a scan may differ by from the definition in float64. Triton's interpreter does not round to bfloat16, it cuts.
+ROUNDING = {torch.float64: 1e-10, torch.float32: 5e-6, torch.bfloat16: 2 ** -7}
+
+
+def check_scan(impl, inputs, tolerance=None, against="loop", dtype=torch.float64):
+    """This scan gives the values, cells and gradients of another one that computes in dtype."""
+    got = run_scan(selective_scan, inputs, impl=impl)
+    wanted = run_scan(selective_scan, inputs, dtype, impl=against)
+    assert got["y"].dtype == inputs["u"].dtype
+    for name, value in got.items():
+        assert_same(got, {name: wanted[name]}, tolerance or ROUNDING[value.dtype])
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ready = nano.triton is not None
+needs_triton = pytest.mark.skipif(not ready, reason="needs Triton")
+needs_gpu = pytest.mark.skipif(not ready or DEVICE == "cpu", reason="needs a GPU and Triton")
+FASTER_SCANS = ["chunk", pytest.param("triton", marks=needs_triton)]
+faster_scans = pytest.mark.parametrize("impl", FASTER_SCANS)
+all_scans = pytest.mark.parametrize("impl", ["loop", *FASTER_SCANS])
+
+
+def inputs_for(impl, sizes=(1, 9, 16, 4, 2, 4), dtype=None, reset=False):
+    """scan_inputs (b, t, d, n, groups, c_groups) where and in what this scan computes: Triton in float32."""
+    if impl == "triton":
+        return scan_inputs(*sizes, dtype=dtype or torch.float32, reset=reset, device=DEVICE)
+    return scan_inputs(*sizes, dtype=dtype or torch.float64, reset=reset)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Triton's tiles, segments and strips so small that toy sizes have several of each."""
+    monkeypatch.setattr(nano, "SCAN_CELLS", 64, raising=False)
+    monkeypatch.setattr(nano, "SCAN_TILE", 2, raising=False)
+    monkeypatch.setattr(nano, "SCAN_SEGMENT", 4, raising=False)
+    monkeypatch.setattr(nano, "SCAN_PROGRAMS", 1 << 20, raising=False)
 
 
 @pytest.mark.parametrize("t", [1, 2, 7, 63, 64, 65, 131, 192])
 def test_chunk_equals_loop_at_any_length(t):
     """One step, primes, around one chunk of 64 steps, several chunks."""
-    check_chunk(t=t)
+    check_scan("chunk", scan_inputs(t=t))
 
 
 def test_chunk_equals_loop_when_chunks_are_short():
     """Wide layers get chunks of 8 steps: the number of borders grows, and 17 steps end in a chunk of one."""
-    check_chunk(b=1, t=17, d=1024, n=64, groups=4, c_groups=8)
+    check_scan("chunk", scan_inputs(b=1, t=17, d=1024, n=64, groups=4, c_groups=8))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 12])
 @pytest.mark.parametrize("c_groups", [1, 2, 3, 4, 6, 12])
 def test_chunk_equals_loop_for_every_grouping(groups, c_groups):
     """B and C may be shared by any number of channels, each in its own way."""
-    check_chunk(t=5, d=12, groups=groups, c_groups=c_groups)
+    check_scan("chunk", scan_inputs(t=5, d=12, groups=groups, c_groups=c_groups))
 
 
-@pytest.mark.parametrize("dt, A", [
-    (-60.0, 1.0),
-    (60.0, 1e3),
-    (60.0, 1e-9),
-    (-60.0, 1e9)])
-def test_extreme_steps_neither_overflow_nor_differ(dt, A):
-    """Everything remembered (decay 1), everything forgotten at once (decay underflows to 0), for 150 steps. A scan that
-    divides by a product of decays gives inf or nan here."""
-    inputs = scan_inputs(t=150)
+@faster_scans
+@pytest.mark.parametrize("dt, A", [(-60.0, 1.0), (60.0, 1e3), (3000.0, 1e-9), (-60.0, 1e9)])
+def test_extreme_steps_neither_overflow_nor_differ(impl, dt, A, small_blocks):
+    """Everything remembered (decay 1), everything forgotten at once (decay underflows to 0). A scan that divides by a
+    product of decays gives inf or nan here."""
+    t = {"chunk": 150, "triton": 9}[impl]
+    inputs = inputs_for(impl, (1, t, 16, 4, 2, 4))
     inputs["dt"] += dt
     inputs["A"] *= A
-    wanted = run_scan(selective_scan, inputs, impl="loop")
-    assert_same(run_scan(selective_scan, inputs, impl="chunk"), wanted, 1e-10)
+    check_scan(impl, inputs, tolerance={"triton": 1e-5}.get(impl))
 
 
 @pytest.mark.parametrize("name", ["D", "z", "dt_bias", "h", "reset"])
 def test_optional_arguments_may_be_left_out(name):
     inputs = scan_inputs(t=70)
-    without = run_scan(selective_scan, inputs | {name: None}, impl="loop")
-    assert_same(run_scan(selective_scan, inputs | {name: None}, impl="chunk"), without, 1e-10)
+    without = inputs | {name: None}
+    check_scan("chunk", without)
     if name != "z":
+        wanted = run_scan(selective_scan, without, impl="loop")
         inputs[name].zero_()                                                 # the same as nothing
-        assert_same(run_scan(selective_scan, inputs, impl="loop"), without, 1e-12)
+        assert_same(run_scan(selective_scan, inputs, impl="loop"), wanted, 1e-12)
+
+
+@needs_triton
+def test_triton_scan_without_the_optional_parts():
+    inputs = inputs_for("triton")
+    check_scan("triton", {name: inputs[name] for name in ("u", "dt", "A", "B", "C")})
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
@@ -349,19 +384,6 @@ def test_scan_is_the_sum_over_the_past(impl):
     assert off(h, wanted_h) < 1e-12
 
 
-@pytest.mark.parametrize("t", [1, 2, 5, 8, 31, 70])
-def test_chunk_equals_a_blelloch_scan(t):
-    """Another algorithm altogether, the tree of bench.py, with its own backward."""
-    inputs = scan_inputs(t=t, reset=False)
-    inputs["h"].zero_()
-
-    def blelloch(h, **inputs):
-        return bench.blelloch_scan(**inputs), h                              # it has no cells to give
-    wanted = run_scan(blelloch, inputs)
-    chunk = run_scan(lambda h, **rest: (selective_scan(**rest, impl="chunk")[0], h), inputs)
-    assert_same(chunk, wanted, 1e-10)
-
-
 @pytest.mark.parametrize("size", [None, 1, 2, 3, 7])
 @pytest.mark.parametrize("reset", [True, False])
 def test_scan_gradients_are_those_of_finite_differences(size, reset, monkeypatch):
@@ -376,24 +398,25 @@ def test_scan_gradients_are_those_of_finite_differences(size, reset, monkeypatch
     assert torch.autograd.gradcheck(scan, [inputs[name].requires_grad_() for name in names])
 
 
-@pytest.mark.parametrize("impl", ["loop", "chunk"])
-def test_scan_hands_its_state_on_from_every_split_point(impl):
-    inputs = scan_inputs(t=20)
+@all_scans
+def test_scan_hands_its_state_on_from_every_split_point(impl, small_blocks):
+    inputs = inputs_for(impl, (1, 9, 16, 4, 2, 4), reset=True)
+    tolerance = {"triton": 1e-5}.get(impl, 1e-12)
     y, h = selective_scan(**inputs, impl=impl)
 
     def piece(part, **change):
         cut = {name: inputs[name][:, part] for name in OVER_TIME}
         return selective_scan(**inputs | cut | change, impl=impl)
-    for cut in range(1, 20):
+    for cut in range(1, 9):
         first, middle = piece(slice(0, cut))
-        second, last = piece(slice(cut, 20), h=middle)
-        assert off(torch.cat([first, second], dim=1), y) < 1e-12, cut
-        assert off(last, h) < 1e-12, cut
+        second, last = piece(slice(cut, 9), h=middle)
+        assert off(torch.cat([first, second], dim=1), y) < tolerance, cut
+        assert off(last, h) < tolerance, cut
 
 
-@pytest.mark.parametrize("impl", ["loop", "chunk"])
+@all_scans
 def test_scan_does_not_change_its_inputs(impl):
-    inputs = scan_inputs(t=70)
+    inputs = inputs_for(impl, reset=True)
     before = copy.deepcopy(inputs)
     selective_scan(**inputs, impl=impl)
     for name in inputs:
@@ -459,29 +482,19 @@ def test_unknown_impl_is_refused():
 # of its own document, in every layout and family.
 
 @any_layout
-def test_no_token_sees_a_later_one(layout):
-    """Causality, bit for bit: a changed token leaves every earlier logit exactly as it was, and changes its own."""
-    model = tiny(layout, torch.float32)
-    tokens = some_tokens(2, 90)
+def test_a_token_sees_all_of_the_past_and_nothing_later(layout):
+    """Causality, bit for bit: a changed token leaves every earlier logit exactly as it was and changes its own, and
+    the last one from the first on: nothing is forgotten."""
+    model = tiny(layout)
+    tokens = some_tokens(2, 70)
     before, _ = model(tokens)
-    for t in (0, 1, 3, 40, 64, 89):
+    for t in (0, 1, 3, 40, 64, 69):
         changed = tokens.clone()
         changed[:, t] = (changed[:, t] + 1) % 61
         after, _ = model(changed)
         assert torch.equal(after[:, :t], before[:, :t])
         assert (after[:, t] != before[:, t]).any()
-
-
-@any_layout
-def test_memory_reaches_from_the_first_token_to_the_last(layout):
-    """The counterpart of causality: a model that forgot the past (a lost state, a wrong mask) would pass that test."""
-    model = tiny(layout)
-    tokens = some_tokens(1, 70)
-    before, _ = model(tokens)
-    tokens[:, 0] += 1
-    after, _ = model(tokens)
-    last = before[:, -1]
-    assert off(after[:, -1], last) > 1e-9
+        assert off(after[:, -1], before[:, -1]) > 1e-9
 
 
 @pytest.mark.parametrize("length", [*range(1, 13), 150])
@@ -596,25 +609,6 @@ def test_packed_documents_do_not_see_each_other(layout, change):
     assert off(gradients(model, (leaky * weight).sum()), alone_grad) > 1e-3
 
 
-@pytest.mark.parametrize("leak", ["conv", "scan", "attention"])
-def test_each_part_alone_would_leak_visibly(leak, monkeypatch):
-    """The control of the test above, part by part: switch off one part's border, and the packed logits must differ.
-    (Positions that went on counting would not show: rotary attention knows only distances.)"""
-    model = tiny("t m2")
-    tokens, reset, _ = packed([6, 30, 9])
-    tight, _ = model(tokens, reset=reset)
-    conv = nano.causal_conv
-    if leak == "conv":
-        monkeypatch.setattr(nano, "causal_conv", lambda *args: conv(*args[:4], position=None))
-    if leak == "scan":
-        forgetful = staticmethod(lambda *args: selective_scan(*args[:9], reset=None))
-        monkeypatch.setattr(nano.Mamba, "scan", forgetful)
-    if leak == "attention":
-        monkeypatch.setattr(nano, "attention_mask", lambda *args: None)
-    leaky, _ = model(tokens, reset=reset)
-    assert off(leaky, tight) > 1e-6
-
-
 @any_layout
 @pytest.mark.parametrize("sizes", [[1], [4, 6, 10], [5, 15], [3, 2, 1, 14]])
 def test_a_new_document_may_begin_in_a_later_piece(layout, sizes):
@@ -715,14 +709,6 @@ def test_a_state_of_another_batch_size_is_refused(layout):
     model = tiny(layout)
     with pytest.raises(UserError, match="holds 2 texts, the tokens 3"):
         model(some_tokens(3, 4), model.new_state(2, 10))
-
-
-@pytest.mark.parametrize("t", [1, 5, 127])
-def test_training_under_autocast_is_finite(t):
-    model = tiny("m2 t m2", torch.float32, train=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits, _ = model(some_tokens(2, t))
-    assert torch.isfinite(gradients(model, logits.float().square().mean())).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1426,23 +1412,6 @@ def test_logits_of_a_checkpoint_are_those_of_the_independent_model(case, tmp_pat
     assert off(model.prefill(prompts, 1)[0], wanted[[24, 8]]) < 1e-4
 
 
-# What transformers 5.24 gives for four of these checkpoints: the last token's first logits.
-STORED = {
-    "Mistral, sliding window": [-0.0835, -0.1323, 1.3886, 1.5063, 1.042],
-    "Llama 3": [-10.3669, -4.4519, 7.3847, -15.7689, 7.0823],
-    "Qwen2": [-1.4219, -0.652, 0.9148, 0.5873, 0.8804],
-    "Qwen3": [-0.68, 0.351, 1.0047, 0.8229, 0.8957],
-}
-
-
-@pytest.mark.parametrize("case", STORED)
-def test_logits_of_each_family_are_the_stored_ones_of_transformers(case, tmp_path):
-    raw = raw_config(**CHECKPOINTS[case])
-    model = load_pretrained(write_checkpoint(tmp_path / "model", raw))
-    logits = model(some_tokens(1, 25))[0][0, -1, :5]
-    assert torch.allclose(logits, torch.tensor(STORED[case]), atol=1e-4)
-
-
 @pytest.mark.parametrize("case", [name for name, change in CHECKPOINTS.items() if change.get("layout") == "t t"
                                   and "model_type" in change])
 def test_logits_of_each_family_are_those_of_transformers(case, tmp_path):
@@ -1477,19 +1446,6 @@ def test_copies_in_a_file_are_accepted_if_they_are_copies(shards, tmp_path):
     more["lm_head.weight"][3, 3] += 1
     with pytest.raises(UserError, match="lm_head.weight is not the embedding"):
         load_pretrained(write_checkpoint(tmp_path / "more", raw, more, shards))
-
-
-def test_every_setting_of_the_reference_test_matters():
-    """If the naive model's logits did not depend on theta, window or bias, the tests above would prove little."""
-    raw = raw_config("t m2 t")
-    tensors = random_tensors(raw)
-    tokens = some_tokens(1, 19)[0].tolist()
-    base = naive_logits(raw, tensors, tokens)
-    for change in {"rope_theta": 501.0}, {"sliding_window": 18}, {"rms_norm_eps": 1e-5}:
-        assert off(naive_logits(raw | change, tensors, tokens), base) > 1e-5, change
-    for end in "mixer.dt_proj.bias", "mixer.conv1d.bias", "mixer.D", "mixer.A_log", "mixer.conv1d.weight":
-        changed = {name: m * 1.1 if name.endswith(end) else m for name, m in tensors.items()}
-        assert off(naive_logits(raw, changed, tokens), base) > 1e-4, end
 
 
 def test_dt_rows_at_the_end_of_in_proj_are_split_off(tmp_path):
@@ -3200,37 +3156,7 @@ def test_a_template_without_jinja2_says_what_to_install(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # Triton. Without a GPU the kernels run in Triton's interpreter, at toy sizes; with one, on it, and at real sizes, too.
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ready = nano.triton is not None
-needs_triton = pytest.mark.skipif(not ready, reason="needs Triton")
-needs_gpu = pytest.mark.skipif(not ready or DEVICE == "cpu", reason="needs a GPU and Triton")
-
-
 # The Triton scan against the definition in float64.
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Tiles, segments and strips so small that toy sizes have several of each."""
-    monkeypatch.setattr(nano, "SCAN_CELLS", 64, raising=False)
-    monkeypatch.setattr(nano, "SCAN_TILE", 2, raising=False)
-    monkeypatch.setattr(nano, "SCAN_SEGMENT", 4, raising=False)
-    monkeypatch.setattr(nano, "SCAN_PROGRAMS", 1 << 20, raising=False)
-
-
-def kernel_inputs(*sizes, dtype=torch.float32, reset=False):
-    """scan_inputs (b, t, d, n, groups, c_groups) where the kernels run."""
-    return scan_inputs(*sizes, dtype=dtype, reset=reset, device=DEVICE)
-
-
-def check_triton(inputs, tolerance=None, impl="loop", dtype=torch.float64):
-    """The Triton scan gives the values, cells and gradients of another one that computes in dtype."""
-    got = run_scan(selective_scan, inputs, impl="triton")
-    wanted = run_scan(selective_scan, inputs, dtype, impl=impl)
-    assert got["y"].dtype == inputs["u"].dtype
-    for name, value in got.items():
-        # 7 bits, cut off: the interpreter does not round to bfloat16.
-        rounding = 2 ** -7 if value.dtype == torch.bfloat16 else 5e-6
-        assert_same(got, {name: wanted[name]}, tolerance or rounding)
 
 
 @needs_triton
@@ -3240,7 +3166,7 @@ def check_triton(inputs, tolerance=None, impl="loop", dtype=torch.float64):
     # b, t, d, n, groups, c_groups: 64, 1, 48, 3 channels share a group of B, and 1, 64, 16, 24 one of C.
     (1, 5, 64, 2, 1, 64), (1, 5, 64, 4, 64, 1), (1, 5, 48, 16, 1, 3), (1, 3, 24, 8, 8, 1)])
 def test_triton_scan_is_the_loop(sizes):
-    check_triton(kernel_inputs(*sizes))
+    check_scan("triton", inputs_for("triton", sizes))
 
 
 @needs_triton
@@ -3249,26 +3175,17 @@ def test_triton_scan_is_the_loop(sizes):
     (1, 9, 24, 1, 3, 3)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_triton_scan_in_segments_tiles_and_strips(small_blocks, sizes, packed):
-    inputs = kernel_inputs(*sizes, reset=packed)
+    inputs = inputs_for("triton", sizes, reset=packed)
     if packed:
         # Documents of no step, of one, and of one at the end.
         inputs["reset"][0, [0, -1]] = True
         inputs["reset"][-1, 3:5] = True
-    check_triton(inputs)
-
-
-@needs_triton
-@pytest.mark.parametrize("shift", [-30.0, 30.0, 3000.0])
-def test_triton_scan_with_extreme_steps(small_blocks, shift):
-    """dt near 0 forgets nothing and learns nothing; large dt forgets everything."""
-    inputs = kernel_inputs(1, 9, 16, 4, 2, 4)
-    inputs["dt"] += shift
-    check_triton(inputs, tolerance=1e-5)
+    check_scan("triton", inputs)
 
 
 @needs_triton
 def test_triton_softplus_is_exact_for_small_steps():
-    inputs = kernel_inputs(1, 2, 32, 4, 1, 1)
+    inputs = inputs_for("triton", (1, 2, 32, 4, 1, 1))
     dt = torch.linspace(-25, 25, 64, device=DEVICE).view(1, 2, 32)
     y, _ = selective_scan(inputs["u"], dt, inputs["A"], inputs["B"], inputs["C"], impl="triton")
     read = (inputs["B"] * inputs["C"])[:, 0].sum(-1)
@@ -3279,7 +3196,7 @@ def test_triton_softplus_is_exact_for_small_steps():
 @needs_triton
 def test_triton_scan_in_bfloat16_from_slices(small_blocks):
     """Inputs as the mixer makes them, slices of one wider tensor in half precision, and turned ones."""
-    inputs = kernel_inputs(2, 5, 16, 8, 1, 2, dtype=torch.bfloat16, reset=True)
+    inputs = inputs_for("triton", (2, 5, 16, 8, 1, 2), torch.bfloat16, reset=True)
     wide = torch.cat([inputs[name].flatten(2) for name in ("z", "B", "C", "u")], dim=2)
     z, B, C, u = wide.split([16, 8, 16, 16], dim=2)
     sliced = inputs | {"u": u, "z": z, "B": B.view(2, 5, 1, 8), "C": C.view(2, 5, 2, 8)}
@@ -3291,28 +3208,19 @@ def test_triton_scan_in_bfloat16_from_slices(small_blocks):
         if value.dim() > 1:
             inputs[name] = value.transpose(-1, -2).contiguous().transpose(-1, -2)
     assert not inputs["u"].is_contiguous()
-    check_triton(inputs)
+    check_scan("triton", inputs)
+
+
+FULL_SIZE = (1, 4096, 4096, 16, 64, 256)
 
 
 @needs_triton
-def test_triton_scan_without_the_optional_parts():
-    inputs = kernel_inputs(1, 5, 16, 4, 2, 4)
-    check_triton({name: inputs[name] for name in ("u", "dt", "A", "B", "C")})
-
-
-@needs_triton
-def test_triton_scan_repeats_bit_for_bit_and_continues(small_blocks):
-    inputs = kernel_inputs(1, 12, 16, 4, 2, 4, reset=True)
+@pytest.mark.parametrize("sizes", [(1, 12, 16, 4, 2, 4), pytest.param(FULL_SIZE, marks=needs_gpu)])
+def test_triton_scan_repeats_bit_for_bit(sizes):
+    inputs = inputs_for("triton", sizes, torch.bfloat16, reset=True)
     first = run_scan(selective_scan, inputs, impl="triton")
     again = run_scan(selective_scan, inputs, impl="triton")
     assert all(torch.equal(first[name], again[name]) for name in first)
-    ys = []
-    h = inputs["h"]
-    for piece in (slice(0, 5), slice(5, 6), slice(6, 12)):
-        part = {name: inputs[name][:, piece] for name in ("u", "dt", "B", "C", "z", "reset")}
-        y, h = selective_scan(**inputs | part | {"h": h}, impl="triton")
-        ys.append(y)
-    assert_same({"y": torch.cat(ys, dim=1), "h": h}, {"y": first["y"], "h": first["h"]}, 1e-5)
 
 
 # The one-token kernel, alone and in a model.
@@ -3375,7 +3283,7 @@ def test_backend_is_chosen_and_named(monkeypatch):
 
 @needs_triton
 def test_triton_refuses_the_cpu_and_odd_sizes(monkeypatch):
-    inputs = kernel_inputs(1, 3, 4, 3, 1, 1)
+    inputs = inputs_for("triton", (1, 3, 4, 3, 1, 1))
     with pytest.warns(UserWarning, match="taking chunk"):
         got = selective_scan(**inputs, impl="triton")
     torch.testing.assert_close(got, scan_chunk(**inputs))
@@ -3471,29 +3379,21 @@ def test_kernels_compile_without_spilling(arch, tmp_path):
 
 @needs_gpu
 @pytest.mark.parametrize("sizes", [
-    (1, 4096, 4096, 16, 64, 256), (8, 512, 4096, 16, 256, 256), (3, 1000, 1000, 16, 25, 125),
+    FULL_SIZE, (8, 512, 4096, 16, 256, 256), (3, 1000, 1000, 16, 25, 125),
     (1, 777, 2048, 64, 8, 32), (40, 64, 4096, 16, 64, 256), (1, 2048, 96, 8, 1, 96)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gpu_scan_is_chunk(sizes, packed):
     """Against scan_chunk in float64 (itself tested against the loop)."""
-    inputs = kernel_inputs(*sizes)
+    inputs = inputs_for("triton", sizes)
     if packed:
         inputs["reset"] = torch.rand(sizes[:2], device=DEVICE) < 0.01
-    check_triton(inputs, tolerance=2e-5, impl="chunk")
+    check_scan("triton", inputs, tolerance=2e-5, against="chunk")
 
 
 @needs_gpu
 def test_gpu_scan_of_32k_tokens_in_bfloat16_is_chunk():
-    inputs = kernel_inputs(1, 32768, 4096, 16, 64, 256, dtype=torch.bfloat16)
-    check_triton(inputs, tolerance=6e-3, impl="chunk", dtype=torch.float32)
-
-
-@needs_gpu
-def test_gpu_backward_repeats_bit_for_bit():
-    inputs = kernel_inputs(2, 2048, 4096, 16, 64, 256, dtype=torch.bfloat16)
-    first = run_scan(selective_scan, inputs, impl="triton")
-    again = run_scan(selective_scan, inputs, impl="triton")
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    inputs = inputs_for("triton", (1, 32768, 4096, 16, 64, 256), torch.bfloat16)
+    check_scan("triton", inputs, tolerance=6e-3, against="chunk", dtype=torch.float32)
 
 
 @needs_gpu
@@ -3501,7 +3401,7 @@ def test_gpu_scan_of_equal_rows_beyond_31_bit_offsets_is_equal():
     """17 texts of 32768 steps and 4096 channels are 2.3e9 elements; equal rows must give equal results."""
     if torch.cuda.mem_get_info()[0] < 110e9:
         pytest.skip("needs 110 GB")
-    one = kernel_inputs(1, 32768, 4096, 16, 64, 256, dtype=torch.bfloat16)
+    one = inputs_for("triton", (1, 32768, 4096, 16, 64, 256), torch.bfloat16)
     many = dict(one)
     for name in ("u", "dt", "B", "C", "z", "h"):
         many[name] = one[name].repeat(17, *[1] * (one[name].dim() - 1)).requires_grad_(name != "h")
