@@ -1397,7 +1397,6 @@ CHECKPOINTS = {
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_logits_of_a_checkpoint_are_those_of_the_independent_model(case, tmp_path):
-    """In float32 and float64; at once, in pieces, token by token, in a ragged batch."""
     change = dict(CHECKPOINTS[case])
     shards = change.pop("shards", 1)
     raw = raw_config(**change)
@@ -1407,14 +1406,7 @@ def test_logits_of_a_checkpoint_are_those_of_the_independent_model(case, tmp_pat
     path = write_checkpoint(tmp_path / "model", raw, tensors, shards)
     # The angles of rotary are float32 in any case.
     assert off(load_pretrained(path, dtype=torch.float64)(tokens)[0][0], wanted) < 1e-6
-    model = load_pretrained(path)
-    wanted = wanted.float()
-    assert off(model(tokens)[0][0], wanted) < 1e-4
-    # A window ends inside and between the pieces.
-    for sizes in [1] * 25, [3, 20, 2]:
-        assert off(in_pieces(model, tokens, sizes)[0][0], wanted) < 1e-4
-    prompts = [tokens[0].tolist(), tokens[0, :9].tolist()]
-    assert off(model.prefill(prompts, 1)[0], wanted[[24, 8]]) < 1e-4
+    assert off(load_pretrained(path)(tokens)[0][0], wanted.float()) < 1e-4
 
 
 @pytest.mark.parametrize("case", [name for name, change in CHECKPOINTS.items() if change.get("layout") == "t t"
@@ -1615,7 +1607,7 @@ QWEN_KEYS = {"sliding_window": None, "use_sliding_window": False, "max_window_la
 LLAMA_KEYS = {"attention_bias": False, "mlp_bias": False}
 HYBRID_KEYS = {"sliding_window": None, "hybrid_block_layout": ["m2", "t"]}
 NANO_KEYS = HYBRID_KEYS | {"qkv_bias": False, "qk_norm": False, "rope_scaling": None}
-SCALING = nano.RopeScaling(8.0, 0.5, 4.0, 128)
+SCALING = RopeScaling(8.0, 0.5, 4.0, 128)
 
 # layout and fields of Config -> model_type, and the keys beyond SHARED_KEYS and ssm_cfg
 WRITTEN = {
@@ -2611,15 +2603,11 @@ def test_token_ids_are_those_of_the_library(case, tmp_path):
     compare_with_library(make_tokenizer(**TOKENIZERS[case]), random_texts(400, seed=1), tmp_path)
 
 
-def test_special_tokens_are_cut_out_only_when_allowed(tmp_path):
+def test_special_tokens_are_cut_out_only_when_allowed_and_lone_surrogates_replaced(tmp_path):
     enc = load_from(make_tokenizer(), tmp_path)
     assert enc.encode("a</s>b", allowed_special="all").count(1) == 1
     assert 1 not in enc.encode("a</s>b")
     assert enc.decode(enc.encode("a</s>b")) == "a</s>b"
-
-
-def test_lone_surrogates_become_the_replacement_character(tmp_path):
-    enc = load_from(make_tokenizer(), tmp_path)
     assert enc.decode(enc.encode("a\ud83d\ude00b\ud800c")) == "a\U0001f600b\ufffdc"
 
 
@@ -3219,24 +3207,25 @@ def print_usage(kernel, binary, folder):
     print(f"{kernel.__name__}: {registers} registers, {spilled} bytes spilled")
 
 
-def compile_launches(arch, folder):
-    """All that a scan and a step launch at the sizes of the 15B model is compiled for arch instead, and printed. Ends
-    the use of Triton in this process for anything else."""
+def compile_launches(folder):
+    """All that a scan and a step launch at the sizes of the 15B model is compiled for two GPUs instead, and printed.
+    Ends the use of Triton in this process for anything else."""
     def launcher(kernel, grid):
         def launch(*args, **named):
             print_usage(kernel, kernel.warmup(*args, grid=grid, **named).asm["cubin"], folder)
         return launch
     nano.triton.runtime.jit.JITFunction.__getitem__ = launcher
-    nano.triton.runtime.driver.set_active(PaperGPU(arch))
     nano.scan_backend = lambda *_: "triton"
-    for packed in (False, True):
-        inputs = scan_inputs(1, 256, 4096, 16, 64, 256, torch.bfloat16, packed)
-        run_scan(selective_scan, inputs, impl="triton")
     mixer = big_mixer("cpu")
     x = torch.zeros(2, 1, 512).bfloat16()
-    for position in (None, torch.tensor([[0], [5]])):
-        with torch.no_grad():
-            mixer(x, mixer.new_state(2, 1), nano.Place(9, position, None, None, None))
+    for arch in (80, 90):
+        nano.triton.runtime.driver.set_active(PaperGPU(arch))
+        for packed in (False, True):
+            inputs = scan_inputs(1, 256, 4096, 16, 64, 256, torch.bfloat16, packed)
+            run_scan(selective_scan, inputs, impl="triton")
+        for position in (None, torch.tensor([[0], [5]])):
+            with torch.no_grad():
+                mixer(x, mixer.new_state(2, 1), nano.Place(9, position, None, None, None))
 
 
 def big_mixer(device):
@@ -3247,12 +3236,11 @@ def big_mixer(device):
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90])
-def test_kernels_compile_without_spilling(arch, tmp_path):
+def test_kernels_compile_without_spilling(tmp_path):
     """In a process of its own, where the interpreter was never switched on."""
     if not os.path.exists(os.path.join(os.path.dirname(nano.triton.__file__), CUOBJDUMP)):
         pytest.skip("this Triton has no NVIDIA tools")
-    code = f"import test_model; test_model.compile_launches({arch}, {str(tmp_path)!r})"
+    code = f"import test_model; test_model.compile_launches({str(tmp_path)!r})"
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=HERE, capture_output=True, text=True)
@@ -3262,7 +3250,7 @@ def test_kernels_compile_without_spilling(arch, tmp_path):
     backward = ["scan_forward", "scan_carry", "scan_combine", "scan_backward"]
     lines = done.stdout.splitlines()
     names = [line.partition(":")[0] for line in lines]
-    assert names == 2 * (forward + backward) + 2 * ["step_kernel"]
+    assert names == 2 * (2 * (forward + backward) + 2 * ["step_kernel"])
     for line in lines:
         registers, spilled = map(int, regex.findall(r" (\d+) ", line))
         assert registers <= (255 if line.startswith("scan_backward") else 128), line
@@ -3690,41 +3678,28 @@ def test_the_help_explains_every_flag(capsys):
 
 # bench.py
 
-@pytest.mark.parametrize("shape", ["tiny", "1b"])
+
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("k", [0, 25, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_byte_accounting_is_what_the_shapes_say(shape, k, dtype):
-    config = bench.hybrid(bench.SHAPES[shape], k)
-    mamba = config.layout.count("m2")
-    assert mamba == round(k * config.n_layer / 50)
-    size = bench.sizes(config, dtype, 24)
-    item = dtype.itemsize
-    of_attention = 2 * 24 * config.n_kv_head * config.head_dim * item
-    of_mamba = (config.d_conv - 1) * config.d_xb * item + config.d_inner * config.d_state * 4
-    assert size["kv_bytes"] == (config.n_layer - mamba) * of_attention
-    assert size["state_bytes"] == mamba * of_mamba
-    # A_log and D stay in float32.
-    in_float32 = mamba * config.d_inner * (config.d_state + 1)
-    assert size["weight_bytes"] == item * size["params"] + (4 - item) * in_float32
-    table = config.vocab_size * config.d_model * item
-    assert size["read_bytes"] == size["weight_bytes"] - (0 if config.tie_embeddings else table)
-
-
-def test_the_random_model_and_its_filled_state_have_the_planned_sizes():
-    config = bench.hybrid(bench.replace(bench.SHAPES["tiny"], n_layer=4, layout=()), 25)
-    for dtype in (torch.float32, torch.bfloat16):
-        size = bench.sizes(config, dtype, 40)
-        model = bench.random_model(config, torch.device("cpu"), dtype)
-        assert size["params"] == sum(p.numel() for p in model.parameters())
-        assert size["weight_bytes"] == sum(p.nbytes for p in model.parameters())
-        with torch.no_grad():
-            state = bench.filled_state(model, 2, 40)
-            part = bench.narrow(state, 1, 3)
-            tokens = bench.decode_steps(model, torch.tensor([[5]]), part, 3)
-        assert state.nbytes() == (2 * size["kv_bytes"], 2 * size["state_bytes"])
-        assert all((m != 0).float().mean() > 0.99 for layer in state.layers for m in layer)
-        assert part.position == 37 and tokens.shape == (1, 1)
-        assert all(m.shape[0] == 1 for layer in part.layers for m in layer)
+def test_the_random_model_and_its_filled_state_have_the_planned_sizes(k, dtype, tied):
+    shape = bench.replace(bench.SHAPES["tiny"], n_layer=4, layout=(), tie_embeddings=tied)
+    config = bench.hybrid(shape, k)
+    assert config.layout.count("m2") == round(k * 4 / 50)
+    size = bench.sizes(config, dtype, 40)
+    model = bench.random_model(config, torch.device("cpu"), dtype)
+    assert size["params"] == sum(p.numel() for p in model.parameters())
+    assert size["weight_bytes"] == sum(p.nbytes for p in model.parameters())
+    not_read = 0 if tied else model.embed_tokens.weight.nbytes
+    assert size["read_bytes"] == size["weight_bytes"] - not_read
+    with torch.no_grad():
+        state = bench.filled_state(model, 2, 40)
+        part = bench.narrow(state, 1, 3)
+        tokens = bench.decode_steps(model, torch.tensor([[5]]), part, 3)
+    assert state.nbytes() == (2 * size["kv_bytes"], 2 * size["state_bytes"])
+    assert all((m != 0).float().mean() > 0.99 for layer in state.layers for m in layer)
+    assert part.position == 37 and tokens.shape == (1, 1)
+    assert all(m.shape[0] == 1 for layer in part.layers for m in layer)
 
 
 def test_the_published_layers_are_the_ones_replaced():
@@ -4122,7 +4097,6 @@ REFUSED = [
     ({"messages": ["q"]}, 'message that is "q"'),
     ({"messages": []}, "last message"),
     ({"messages": said("q", None)}, "content null"),
-    ({"messages": said("q", 3)}, "content 3"),
     ({"messages": said("q", " ")}, "empty response"),
     ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
     ({"messages": said(["q"], "a")}, 'type "q"'),
@@ -4131,9 +4105,7 @@ REFUSED = [
     (mixed("tool", "assistant"), 'role "tool"'),
     (mixed([], "assistant"), "role"),
     (mixed("user", "user", "assistant"), "out of order"),
-    (mixed("assistant"), "out of order"),
     (mixed("user", "assistant", "user"), "last message"),
-    (mixed("system", "system", "user", "assistant"), "second system"),
     (mixed("user", "assistant", "system"), "second system message, or one that is not the first"),
     ({"messages": [ASKED[0] | {"thinking": "t"}] + ANSWER}, "somebody else"),
     (answered(weight=0), "no response to train on"),
@@ -4282,6 +4254,7 @@ def hybrid(traces):
     return model, train_sft.collate(examples, "cpu")
 
 
+BOTH = pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 
 
@@ -4471,27 +4444,44 @@ def test_what_a_run_needs_on_disk_is_known_before_its_first_step(hybrid, traces,
         run(train_sft, *short_run(train_sft, traces, tmp_path / "out", "--optimizer", optimizer))
 
 
-def test_a_run_is_continued_only_with_the_same_model_and_data(traces, tmp_path, interrupt_after):
-    """The same content: names are not enough."""
+def change_a_weight(path):
+    lm = load_pretrained(path)
+    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3
+    save_pretrained(lm, path)
+
+
+@BOTH
+def test_a_run_is_continued_only_with_the_same_model_and_data(
+        program, traces, tmp_path, no_answers, interrupt_after):
+    """The same content, whatever the directories are called: a model may be moved, but not changed, nor the data."""
     model = tmp_path / "model"
-    data = tmp_path / "x.jsonl"
+    moved = tmp_path / "moved"
     shutil.copytree(traces[0], model)
-    data.write_text(f"{GOOD}\n" * 9)
-    command = ("--model", model, "--data", data, "--steps", 2, "--batch", 2, "--out", tmp_path / "out", "--resume")
+    shutil.copytree(traces[0], moved)
+    data = tmp_path / "x.jsonl"
+    lines = "".join(f'{{"prompt": "a {i}", "response": "b</s>"}}\n' for i in range(9))
+    data.write_text(lines)
+
+    def go(model):
+        flag = "--model" if program is train_sft else "--teacher"
+        own = flag, model, "--data", data, "--resume"
+        return run(program, *short_run(program, traces, tmp_path / "out", *own)).out
+
     interrupt_after(1)
     with pytest.raises(KeyboardInterrupt):
-        run(train_sft, *command)
-    data.write_text(f"{GOOD}\n" * 10)
+        go(model)
+    change_a_weight(model)
+    with pytest.raises(UserError, match="content of (the model|--teacher)"):
+        go(model)
+    data.write_text(lines.replace("a 3", "a 33"))
     with pytest.raises(UserError, match="content of --data"):
-        run(train_sft, *command)
-    data.write_text(f"{GOOD}\n" * 9)
-    changed = load_pretrained(model)
-    changed.norm.weight.data[3] += 1e-6
-    save_pretrained(changed, model)
-    with pytest.raises(UserError, match="content of the model"):
-        run(train_sft, *command)
-    save_pretrained(load_pretrained(traces[0]), model)
-    run(train_sft, *command)
+        go(moved)
+    data.write_text(lines)
+    go(moved)
+    if program is distill:
+        assert "finished already" in go(moved)
+        with pytest.raises(UserError, match="content of --teacher"):
+            go(model)
 
 
 def saved_progress(path, model, batch):
@@ -4539,9 +4529,6 @@ def test_a_damaged_progress_file_is_refused(hybrid, tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match="does not continue this run"):
         train_sft.Progress(str(path), {"seed": 0}, resume=True).load(model, [], plan)
-
-
-BOTH = pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
 
 
 @BOTH
@@ -4731,8 +4718,7 @@ def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(
 
 
 FAMILY_SHAPES = {
-    "llama": {"family": "llama", "rope_scaling": nano.RopeScaling(8.0, 1.0, 4.0, 64)},
-    "qwen2": {"family": "qwen2", "qkv_bias": True},
+    "qwen2": {"family": "qwen2", "qkv_bias": True, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64)},
     "qwen3": {"family": "qwen3", "qk_norm": True},
 }
 
@@ -4756,42 +4742,6 @@ def test_every_family_is_converted_and_distilled(kind, traces, tmp_path, no_answ
     held_out = encoded((teacher, traces[1]), "dev", 16)
     kl = distill.mean_loss(hybrid, lm, [held_out], "reverse_kl", CPU, torch.float32)
     assert kl == pytest.approx(report["kl_last"], rel=1e-4) and kl > 0
-
-
-def change_a_weight(path):
-    lm = load_pretrained(path)
-    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3
-    save_pretrained(lm, path)
-
-
-def test_only_the_same_content_is_continued(traces, tmp_path, no_answers, interrupt_after):
-    """Whatever the directories are called: a teacher may be moved, but not changed, nor the data."""
-    teacher = tmp_path / "teacher"
-    shutil.copytree(traces[0], teacher)
-    data = tmp_path / "x.jsonl"
-    lines = "".join(f'{{"prompt": "a {i}", "response": "b</s>"}}\n' for i in range(9))
-    data.write_text(lines)
-
-    def go(teacher):
-        flags = "--replace", 1, "--data", data, "--rank", "first", "--resume"
-        return small_run(teacher, tmp_path / "o", *flags).out
-
-    interrupt_after(1)
-    with pytest.raises(KeyboardInterrupt):
-        go(teacher)
-    moved = tmp_path / "moved"
-    shutil.copytree(teacher, moved)
-    change_a_weight(teacher)
-    with pytest.raises(UserError, match="content of --teacher"):
-        go(teacher)
-    data.write_text(lines.replace("a 3", "a 33"))
-    with pytest.raises(UserError, match="content of --data"):
-        go(moved)
-    data.write_text(lines)
-    go(moved)
-    assert "finished already" in go(moved)
-    with pytest.raises(UserError, match="content of --teacher"):
-        go(teacher)
 
 
 def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_path, no_answers):
