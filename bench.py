@@ -842,7 +842,7 @@ def bench_transformers(args, device, dtype):
 
 
 def compare_generate(ours, theirs, prompt, count, rounds, warmup, device):
-    """count: new tokens -> a row: tokens/s of both, of the whole call and from the first logits on, and the ratios of the rounds."""
+    """count: new tokens -> a row: tokens/s of both, of the whole call and from the first logits on; all ratios."""
     ids = torch.tensor([prompt], device=device)
     tokens = {}
     first_logits = {"ours": [], "theirs": []}
@@ -1447,10 +1447,12 @@ def plot(rows, path):
             axes.plot(x, limits, ":", color=drawn.get_color(), linewidth=1)
         axes.set_xlabel(label)
         axes.legend(fontsize=8)
+    contexts = sorted({row["ctx"] for row in rows})
     left.set_xscale("log", base=2)
-    # Down to a thousandth and up: a ratio is a distance, whatever the context.
+    left.set_xticks(contexts, [amount(ctx / 1.024, "").replace(" ", "") for ctx in contexts], fontsize=8)
+    # On this scale equal distances are equal ratios, whatever the context.
     left.set_yscale("log")
-    left.set_ylabel("tokens/s at each model's largest batch (dotted: limit)")
+    left.set_ylabel("tokens/s, largest batch (dotted: limit)")
     save_figure(plt, figure, path)
 
 

@@ -629,9 +629,13 @@ def distill(args, run, student, progress):
 
 
 def clone(model, train):
-    """-> an independent copy; with train "mixers" the weights, which stay frozen, are shared instead of copied.
-    deepcopy asks its memo before it copies an object: a parameter that is entered there stands for itself."""
-    share = {id(p): p for p in model.parameters()} if train == "mixers" else {}
+    """-> an independent copy; with train "mixers" the weights that stay frozen (all but those of Mamba mixers) are
+    shared. deepcopy asks its memo before it copies an object: what is entered there stands for itself."""
+    mixers = mamba_names(model)
+    share = {}
+    for name, p in model.named_parameters():
+        if train == "mixers" and name not in mixers:
+            share[id(p)] = p
     return copy.deepcopy(model, memo=share)
 
 
@@ -747,7 +751,8 @@ def stage(args, run, began):
     log = distill(args, run, student, progress)
     trained = time.time()
 
-    student.eval()
+    # As it will be saved: mixers that trained in float32 beside weights in bfloat16 take their dtype.
+    nano.cast(student.eval(), run.device, student.embed_tokens.weight.dtype)
     kl_last = held_out_kl(run, student)
     result, table = evaluate(args, run, student)
     nano.save_pretrained(student, args.out, tokenizer_from=args.teacher)

@@ -36,7 +36,8 @@ Glossary. Sizes are lower case; capitals are the papers' letters.
       b, t                        batch, tokens in this call
       x                           residual stream, or a module's input: (b, t, d_model)
       q, k, v                     query, key, value of attention: n_head, n_kv_head heads of head_dim
-      u, dt, z                    value that the scan writes, step size, gate: (b, t, d_inner), d in the scan
+      u, dt, z                    value that the scan writes, step size, gate: (b, t, d_inner), d in the scan;
+                                  u is (b, t, d_xb) before conv and expansion
       A, B, C, D                  decay rate, write key, read query, skip weight
       h                           memory cells (b, d_inner, d_state): n = d_state cells a channel
       d_xb                        channels of u and B, before they are repeated for the query heads that share them
@@ -148,7 +149,7 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU, one token at a time: down(silu(gate(x)) * up(x)), (..., d_model) -> (..., d_model)."""
+    """SwiGLU, each token by itself: down(silu(gate(x)) * up(x)), (..., d_model) -> (..., d_model)."""
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.d_model, config.d_mlp, bias=False)
@@ -165,7 +166,7 @@ class MLP(nn.Module):
 # short text is one. `reset` marks first tokens; from it come positions (conv and scan forget at 0) and the mask.
 class Place(NamedTuple):
     past: int                                # tokens in the state before this call
-    position: torch.Tensor | None            # (b, t) position within the document; None: past ... past + t - 1
+    positions: torch.Tensor | None           # (b, t) position within the document; None: past ... past + t - 1
     cos: torch.Tensor                        # (1 or b, 1, t, head_dim), as rotary takes them
     sin: torch.Tensor                        # ... with a minus sign in its first half
     mask: torch.Tensor | None                # (1 or b, 1, t, past + t) True where the query may look; None: causal
@@ -174,7 +175,7 @@ class Place(NamedTuple):
 
 def document_positions(tokens, past, origin, reset):
     """tokens (b, t), reset (b, t) or None, origin (b,): where in its row each open document began, None: at 0
-    -> position (b, t) within the document and the new origin; None and None for one document per row."""
+    -> positions (b, t) within the document and the new origin; None and None for one document per row."""
     if reset is None and origin is None:
         return None, None
     index = torch.arange(past, past + tokens.shape[1], device=tokens.device)     # (t) places in the row
@@ -192,11 +193,11 @@ def rotary_frequencies(config, device):
     return frequency if config.rope_scaling is None else config.rope_scaling.stretch(frequency)
 
 
-def attention_mask(config, past, position, t, device):
+def attention_mask(config, past, positions, t, device):
     """-> (1 or b, 1, t, past + t) True where a query may look: not ahead, nor beyond the window or its document. None
     where "not ahead" says it all, and the tokens begin the text or are one token."""
     window = config.sliding_window
-    plain = position is None and (past == 0 or t == 1)
+    plain = positions is None and (past == 0 or t == 1)
     if plain and (window is None or past + t <= window):
         return None
     query = torch.arange(past, past + t, device=device)
@@ -204,23 +205,23 @@ def attention_mask(config, past, position, t, device):
     mask = back >= 0
     if window is not None:
         mask &= back < window
-    if position is not None:
-        mask = mask & (back <= position[..., None])                # (b, t, past + t)
+    if positions is not None:
+        mask = mask & (back <= positions[..., None])                # (b, t, past + t)
     return mask.view(-1, 1, t, past + t)
 
 
 def make_place(config, tokens, past, origin, reset, dtype, donated=False):
     """Arguments as in document_positions; dtype: that of cos and sin -> (Place, origin)."""
     t = tokens.shape[1]
-    position, origin = document_positions(tokens, past, origin, reset)
-    where = position
-    if position is None:
+    positions, origin = document_positions(tokens, past, origin, reset)
+    where = positions
+    if positions is None:
         where = torch.arange(past, past + t, device=tokens.device)[None]
     angle = where[:, None, :, None] * rotary_frequencies(config, tokens.device)  # (1 or b, 1, t, head_dim / 2)
     cos = torch.cat([angle.cos(), angle.cos()], dim=-1).to(dtype)                # (1 or b, 1, t, head_dim)
     sin = torch.cat([-angle.sin(), angle.sin()], dim=-1).to(dtype)
-    mask = attention_mask(config, past, position, t, tokens.device)
-    return Place(past, position, cos, sin, mask, donated), origin
+    mask = attention_mask(config, past, positions, t, tokens.device)
+    return Place(past, positions, cos, sin, mask, donated), origin
 
 
 def rotary(x, cos, sin):
@@ -249,7 +250,7 @@ class KV(LayerState):
 def append(cache, new, past):
     """cache (b, heads, max_length, head_dim), new (b, heads, t, head_dim) -> the cache with new at `past`."""
     gradients = torch.is_grad_enabled() and (new.requires_grad or cache.requires_grad)
-    if gradients or cache.shape[2] < past + new.shape[2]:
+    if gradients or cache.shape[2] < past + new.shape[2]:          # the second: a copy of this kind has no room
         return torch.cat([cache[:, :, :past], new.to(cache.dtype)], dim=2)
     cache.narrow(2, past, new.shape[2]).copy_(new)                 # in place: no earlier token is touched
     return cache
@@ -311,9 +312,9 @@ class Attention(nn.Module):
 # the token, so the layer chooses what to keep, and one must walk through time. dt near 0 lets a token pass by, a large
 # one wipes the cells and writes the token. The rates A = -1 ... -n: some cells forget in a few steps, some in many.
 def scan_loop(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None):
-    """u, dt, z (b, t, d); A (d, n), negative; B (b, t, groups, n), C (b, t, other groups, n); D, dt_bias (d);
-    h (b, d, n): the cells before the first token, None: zeros; reset (b, t) bool: cells are emptied before that token
-    -> y (b, t, d) in u's dtype, and the cells after the last token. All in float32 at least.
+    """u, z, and dt before its softplus (b, t, d); A (d, n), negative; B (b, t, groups, n); C (b, t, other groups, n);
+    D, dt_bias (d); h (b, d, n): the cells before the first token, None: zeros; reset (b, t) bool: cells are emptied
+    before that token -> y (b, t, d) in u's dtype, and the cells after the last token. All in float32 at least.
     As selective_scan_ref in state-spaces/mamba e9594ce1, with time in the second place, groups, h and reset."""
     dtype = u.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -331,8 +332,8 @@ def scan_loop(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None):
         if reset is not None:
             h = h.masked_fill(reset[:, i, None, None], 0)
         decay = torch.exp(dt[:, i, :, None] * A)                   # (b, d, n)
-        write = (dt[:, i] * u[:, i])[..., None] * B[:, i]          # (b, d, n)
-        h = decay * h + write
+        added = (dt[:, i] * u[:, i])[..., None] * B[:, i]          # (b, d, n)
+        h = decay * h + added
         ys.append((h * C[:, i]).sum(-1))                           # (b, d)
     y = torch.stack(ys, dim=1)                                     # (b, t, d)
     if D is not None:
@@ -346,16 +347,16 @@ def scan_loop(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None):
 # The short causal conv in front of the scan: each channel mixes its last d_conv inputs. A scan step sees one token, and
 # "what stood just before" is what look-up needs most often. Its state is the last d_conv - 1 raw inputs (before conv,
 # bias and SiLU), newest last, zeros when there were fewer: short prompts and single tokens need no case of their own.
-def causal_conv(u, before, weight, bias, position):
-    """u (b, t, c), before (b, d_conv - 1, c) earlier inputs, weight (c, d_conv), position (b, t) or None -> (b, t, c).
-    weight[:, -1] meets the newest input. An input from before the document began (position < distance) counts as 0."""
+def causal_conv(u, before, weight, bias, positions):
+    """u (b, t, c), before (b, d_conv - 1, c) earlier inputs, weight (c, d_conv), positions (b, t) or None -> (b, t, c).
+    weight[:, -1] meets the newest input. An input from before the document began (positions < distance) counts as 0."""
     inputs = torch.cat([before.to(u.dtype), u], dim=1)             # (b, d_conv - 1 + t, c)
     y = 0 if bias is None else bias
     for i in range(weight.shape[1]):
         distance = weight.shape[1] - 1 - i
         tap = inputs[:, i:i + u.shape[1]]                          # (b, t, c): the inputs from `distance` tokens back
-        if position is not None and distance:
-            tap = tap.masked_fill((position < distance)[..., None], 0)
+        if positions is not None and distance:
+            tap = tap.masked_fill((positions < distance)[..., None], 0)
         y = y + tap * weight[:, i]
     return y
 
@@ -363,8 +364,8 @@ def causal_conv(u, before, weight, bias, position):
 # ----------------------------------------------------------------------------------------------------------------------
 # The Mamba mixer ("m2" in the file format): Mamba-1 with grouped u and B, shaped so that attention weights fit into it.
 # in_proj makes [z, u, B, C] in one product; dt has a low-rank path of its own. Everything is cut into chunks of d_state
-# (not of head_dim): a channel of chunk j reads its own lane of z, all lanes of chunk j of C, and in chunk
-# j // (d_inner / d_xb) its own lane of u and all lanes of B.
+# (not of head_dim). With n = d_state, channel c of chunk j = c // n reads z[c], all of C's chunk j, and of chunk
+# j // (d_inner / d_xb) all of B and the lane c % n of u.
 # The trap of this format: dt_proj adds its bias, and the scan adds it again, so dt = softplus(W_dt x + 2 b). Every
 # released checkpoint was trained that way and every reader must do it. A new layer stores half (distill.init_dt).
 @dataclass(frozen=True)
@@ -417,7 +418,7 @@ class Mamba(nn.Module):
         if c.expand_before_conv:
             before = self.expand(before)
             u = self.expand(u)
-        u = causal_conv(u, before, self.conv1d.weight[:, 0], self.conv1d.bias, place.position)
+        u = causal_conv(u, before, self.conv1d.weight[:, 0], self.conv1d.bias, place.positions)
         u = F.silu(u)
         if not c.expand_before_conv:
             u = self.expand(u)                                     # u (b, t, d_inner) in any case
@@ -425,7 +426,7 @@ class Mamba(nn.Module):
         A = -torch.exp(self.A_log.to(wide))
         B = B.unflatten(-1, (-1, c.d_state))                       # (b, t, d_xb / n, n)
         C = C.unflatten(-1, (-1, c.d_state))                       # (b, t, d_inner / n, n)
-        reset = None if place.position is None else place.position == 0
+        reset = None if place.positions is None else place.positions == 0
         # Here the dt bias counts a second time.
         y, h = self.scan(u, dt, A, B, C, self.D, z, self.dt_proj.bias, state.h, reset)
         return y, SSM(conv, h)
@@ -439,7 +440,7 @@ class Mamba(nn.Module):
         return self.out_proj(y), state
 
 
-# A new kind of mixer: its class, its LayerState, a line here; for its settings, Config and format_keys (part 4).
+# A new kind of mixer: a class like these two, its LayerState, a line here; settings: Config and format_keys (part 4).
 MIXERS = {"t": Attention, "m2": Mamba}
 
 
@@ -464,7 +465,7 @@ class Block(nn.Module):
             self.mlp = MLP(config)
 
     def forward(self, x, state, place):
-        """x (b, t, d_model), state LayerState or None -> x after this layer, and its state."""
+        """x (b, t, d_model), state LayerState or None -> x after this layer, and its state (of no use without one)."""
         if self.mixer is not None:
             y, state = self.mixer(self.input_layernorm(x), state, place)
             x = x + y
@@ -475,9 +476,9 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class State:
-    """All that a model remembers of a batch of texts. It belongs to the caller. A token makes a new State: cells and
-    conv inputs are new tensors, keys and values stand behind the old State's in the same cache, so clone() to write two
-    texts in turns. Only what is given away (hidden's donate; decode) may be overwritten: by the kernel of one token."""
+    """All that a model remembers of a batch of texts; the caller's own. A token makes a new State: cells and conv
+    inputs in new tensors, keys and values behind the old ones in the same cache. An old State holds what it held, but
+    two continuations share one cache: clone() first. What is given away (donate) may lose its cells, see mamba_step."""
     position: int                            # tokens seen so far, padding included
     max_length: int                          # tokens that there is room for
     layers: tuple                            # per layer: LayerState, or None without a mixer
@@ -533,8 +534,10 @@ class HybridLM(nn.Module):
 # Part 2. Using it: states, prefill, decode, sampling. Written as functions of the model or the state; the lines at the
 # end of the part make them methods.
 #
-# A State is a value. rows picks, repeats and reorders texts; clone lets a text go two ways; resize makes room. Each
-# layer's part does its own share; a state of fixed size needs nothing beyond what LayerState has.
+# rows picks, repeats and reorders texts; clone lets a text go two ways; resize makes room. Each layer's part does its
+# own share: a new kind of mixer has rows and clone from LayerState, and resize and nbytes too, unless its state grows
+# with the text, as KV does. (Beyond this file only distill.py, which makes m2 layers, and bench.py name kinds.)
+
 
 def new_state(model, batch, max_length):
     """Empty caches for `batch` texts of at most `max_length` tokens, on the model's device and in its dtype."""
@@ -635,9 +638,9 @@ def pad_left(prompts, device):
 
 @torch.no_grad()
 def prefill(model, prompts, room, chunk=2048, state=None):
-    """prompts: a list of id lists, each at least one long; room: tokens that will follow -> logits (b, vocab_size)
-    of the last position only, and the State. With a state given, the prompts (of equal length) continue it.
-    chunk: tokens of a prompt that are computed at once. Raises UserError."""
+    """prompts: a list of id lists, each at least one long; room: tokens that will follow, if the state is new
+    -> logits (b, vocab_size) of the last position only, and the State. With a state given, the prompts (of equal
+    length) continue it. chunk: tokens of a prompt that are computed at once. Raises UserError."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError("every prompt needs at least one token")
     tokens, reset = pad_left(prompts, model.embed_tokens.weight.device)
@@ -814,7 +817,7 @@ class ChunkedScan(torch.autograd.Function):
         """Keeps the inputs and the cells at every chunk border, (t / size, b, d, n)."""
         t, b, d = u.shape
         n = A.shape[1]
-        groups = C.shape[2]
+        c_groups = C.shape[2]
         y = torch.empty_like(u)
         borders = []
         for i in range(0, t, size):
@@ -822,8 +825,8 @@ class ChunkedScan(torch.autograd.Function):
             borders.append(h)
             kept = None if keep is None else keep[part]
             _, states = chunk_states(u[part], dt[part], A, B[part], h, kept)
-            grouped = states.view(-1, b, groups, d // groups, n)
-            read = torch.matmul(grouped, C[part][..., None])       # (steps, b, groups, d / groups, 1)
+            grouped = states.view(-1, b, c_groups, d // c_groups, n)
+            read = torch.matmul(grouped, C[part][..., None])       # (steps, b, c_groups, d / c_groups, 1)
             y[part] = read.view(-1, b, d)
             h = states[-1].clone()
         ctx.size = size
@@ -878,8 +881,9 @@ class ChunkedScan(torch.autograd.Function):
 
 
 def chunk_size(b, d, n):
-    """Steps per chunk: its cells, b * d * n a step, should stay in the processor's cache."""
-    return max(8, min(64, (1 << 19) // (b * d * n)))
+    """Steps per chunk: its cells, b * d * n a step, should stay in the processor's cache. Never fewer than 4: the cells
+    at every chunk's start are kept for the backward pass."""
+    return max(4, min(64, (1 << 19) // (b * d * n)))
 
 
 def scan_chunk(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=None):
@@ -952,7 +956,7 @@ def selective_scan(u, dt, A, B, C, D=None, z=None, dt_bias=None, h=None, reset=N
 
 def scan_backend(device, t=2, n=16, dtype=torch.float32, impl="auto"):
     """The scan to take for t steps of n cells in dtype on this device: "loop", "chunk" or "triton".
-    Raises UserError if impl asks for what is not there."""
+    Raises UserError if impl asks for what is not there. Sizes that no kernel takes go to chunk, with a warning."""
     if impl not in ("auto", "loop", "chunk", "triton"):
         raise UserError(f"selective_scan: unknown impl {impl!r}; known: loop, chunk, triton, auto")
     if impl in ("loop", "chunk"):
@@ -989,15 +993,15 @@ def scan_backend_reason(device):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One token. Generating on a CPU is bound by the number of operations, on a GPU by the number of kernels: what follows
-# makes fewer of them. A step of one token, from bottom to top:
+# makes fewer of them. A step of one token, in order:
 #
-#     hidden            embedding, place (no mask for one document a row), then for every block
+#     hidden            decode gives its state away; embedding; place, without a mask; then every block:
 #       norm_on_cpu     on a GPU rms_norm as it is
 #       Attention       project_joined: one product, one rotation; append; attend_fast; o_proj
-#       Mamba           in_proj, dt_in_proj, dt_proj; mix_one_token (one kernel on a GPU, a few operations on a CPU);
-#                       out_proj
+#       Mamba           in_proj, dt_in_proj, dt_proj; mix_one_token (on a GPU step_kernel, which shifts the conv's
+#                       inputs and does all up to the gate; on a CPU a few operations); out_proj
 #       norm, MLP       mlp_joined: two products
-#     lm_head           logits; choose
+#     lm_head           logits; choose; answers waits for the tokens
 #
 # Projections that read the same input (q, k, v; gate, up) become one product. The single weights become views of the
 # joined ones: no more memory, and the model can still be trained, saved and moved. A weight that has been replaced
@@ -1134,10 +1138,10 @@ def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
     wide = h.dtype
     window = torch.cat([state.conv.to(u.dtype), u], dim=1)         # (b, d_conv, d_xb)
     inputs = window
-    if place.position is not None:
+    if place.positions is not None:
         distance = torch.arange(c.d_conv - 1, -1, -1, device=u.device)
-        inputs = window.masked_fill((place.position < distance)[..., None], 0)
-        h = h.masked_fill((place.position == 0)[..., None], 0)
+        inputs = window.masked_fill((place.positions < distance)[..., None], 0)
+        h = h.masked_fill((place.positions == 0)[..., None], 0)
 
     # The conv: taps times inputs, each chunk of n lanes once for all channels that share it.
     repeat = c.d_inner // c.d_xb
@@ -1160,8 +1164,8 @@ def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
     A = -torch.exp(mixer.A_log.to(wide))
     decay = torch.exp(dt[..., None] * A)                           # (b, d_inner, n)
     written = (dt * u).view(b, -1, repeat * n, 1)                  # (b, d_xb / n, channels that share B, 1)
-    write = written * B.reshape(b, -1, 1, n)
-    h = torch.addcmul(write.view(h.shape), decay, h)
+    added = written * B.reshape(b, -1, 1, n)
+    h = torch.addcmul(added.view(h.shape), decay, h)
     read = h.view(b, -1, n, n) * C.reshape(b, -1, 1, n)            # (b, d_inner / n, n channels, n cells)
     y = read.sum(-1).view(b, -1)
     y = torch.addcmul(y, mixer.D.to(wide), u)
@@ -1443,6 +1447,8 @@ def flag(name, value):
     return value
 
 
+# From config.json to Config. Whatever is wrong is a UserError that names the key; config_from_json adds the file.
+
 def config_from_json(raw, where="config.json"):
     """raw: the dict in config.json -> Config. Defaults for absent keys are those of transformers' classes.
     Raises UserError for what is missing, of the wrong type, or changes the result and is not implemented."""
@@ -1454,7 +1460,7 @@ def config_from_json(raw, where="config.json"):
 
 def read_config(path):
     """A checkpoint directory -> its Config. A text ends at any token that config.json or generation_config.json
-    names: instruct models often list more of them in the second file, and either may say null."""
+    names: instruct models often list more of them in the second file, and either may say null. Raises UserError."""
     file = os.path.join(path, "config.json")
     raw = read_json(file, dict)
     config = config_from_json(raw, file)
@@ -1690,7 +1696,8 @@ def model_type_of(config):
     c = config
     plain = not c.qkv_bias and not c.qk_norm and c.rope_scaling is None
     if any(kind != "t" for kind in c.layout):
-        return "apriel_hybrid_ssm" if plain else "nanoh1_hybrid"
+        apriel = plain and set(c.layout) <= {"t", "m2", "i", "n"}
+        return "apriel_hybrid_ssm" if apriel else "nanoh1_hybrid"
     defaults = FAMILIES[c.family]
     says_all = (defaults.qkv_bias, defaults.qk_norm) == (c.qkv_bias, c.qk_norm)
     if c.family == "llama" and c.sliding_window is not None:
@@ -1746,6 +1753,8 @@ def config_to_json(config, dtype):
         raw |= {"qkv_bias": c.qkv_bias, "qk_norm": c.qk_norm}
     return raw
 
+
+# From files to parameters. What cannot be read, or does not fit, is a UserError that names the file.
 
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -2477,12 +2486,14 @@ class Chat:
 
     @property
     def end(self):
+        """A text. Raises UserError where there is no template, as prompt does."""
         if self.refusal is not None:
             raise UserError(self.refusal)
         return self.known_end
 
     def prompt(self, messages):
-        """messages: [{"role": "system", "user" or "assistant", "content": text}] -> the text before the answer."""
+        """messages: [{"role": "system", "user" or "assistant", "content": text}] -> the text before the answer.
+        Raises UserError where there is no template, and for messages that it refuses."""
         if self.refusal is not None:
             raise UserError(self.refusal)
         return self.render(messages, add_generation_prompt=True)
@@ -2641,7 +2652,8 @@ def end_of_answer(render, names, enc):
 #
 # "completion" is the same as "response". An assistant message may bring its thoughts apart (reasoning_content,
 # reasoning or thinking): they become "<think>\nthoughts\n</think>\n\ncontent". Whatever else a line may hold is
-# refused by its number and by what was found: a shape that is half understood says half of what it means.
+# refused by its number and by what was found: a shape that is half understood says half of what it means. (What is
+# found is a UserError of the functions below; read_records adds file and line.)
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -2649,6 +2661,7 @@ TOOLS = ("tool_calls", "function_call", "tools", "functions")
 
 
 class Turn(NamedTuple):
+    """One message."""
     role: str                                # system, user or assistant
     text: str
     trained: bool                            # an assistant's turn, unless it has "weight": 0
@@ -3577,7 +3590,7 @@ if triton is not None:
         width = min(triton.next_power_of_2(repeat * n), max(1, 8 * SCAN_CELLS // n))
         assert u.stride(0) == B.stride(0) == C.stride(0) == z.stride(0)
         assert dt.is_contiguous() and state.conv.is_contiguous() and state.h.is_contiguous()
-        token = Token(u, B, C, z, dt, place.position)
+        token = Token(u, B, C, z, dt, place.positions)
         weights = Weights(
             conv=mixer.conv1d.weight, conv_bias=mixer.conv1d.bias, A_log=mixer.A_log, D=mixer.D,
             dt_bias=mixer.dt_proj.bias)

@@ -354,7 +354,8 @@ class TraceFile:
         self.keep_cut = args.keep_cut
         texts = json.dumps([prompt.text for prompt in prompts]).encode()
         run = {"model": nano.weights_hash(model), "prompts": hashlib.sha256(texts).hexdigest()[:16]}
-        for flag in ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "keep_cut"):
+        for flag in ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
+                     "keep_cut"):
             run[flag] = getattr(args, flag)
         self.note = {"run": run, "done": 0, "bytes": 0, "rows": 0, "cut": 0, "broken": 0}
         self.note |= {"path": args.model, "prompt_file": args.prompt_file, **nano.provenance(device)}

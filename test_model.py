@@ -1090,8 +1090,8 @@ class RunningMean(torch.nn.Module):
         total, count = self.new_state(len(x), 0) if state is None else state
         means = []
         for i in range(x.shape[1]):
-            if place.position is not None:
-                begins = place.position[:, i, None] == 0
+            if place.positions is not None:
+                begins = place.positions[:, i, None] == 0
                 total = total.masked_fill(begins, 0)
                 count = count.masked_fill(begins, 0)
             total = total + x[:, i]
@@ -4718,6 +4718,26 @@ def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces)
     assert all(torch.equal(p, before[name]) for name, p in original.items())
 
 
+def test_a_copy_shares_what_stays_frozen_and_nothing_that_trains(traces):
+    """Also where mixers were replaced in an earlier stage: a trial must not train those of the student."""
+    teacher = load_pretrained(traces[0])
+    student = convert(distill.clone(teacher, "mixers"), teacher, [1], "aligned")
+    trained = train_sft.mamba_names(student)
+    trial = distill.clone(student, "mixers")
+    for (name, p), same in zip(student.named_parameters(), trial.parameters(), strict=True):
+        assert (p is same) == (name not in trained), name
+
+
+def test_mixers_that_train_beside_bfloat16_weights_are_measured_as_saved(traces, tmp_path):
+    """The frozen weights are bfloat16 here, the mixers float32 while they train."""
+    flags = ("--train", "mixers", "--dtype", "bfloat16", "--init", "aligned")
+    report = last_report(run(distill, *short_run(distill, traces, tmp_path, *flags)))
+    assert report["student_accuracy"] is not None
+    saved = load_file(tmp_path / "model.safetensors")
+    for name, w in saved.items():
+        assert w.dtype == (torch.float32 if nano.keeps_float32(name) else torch.bfloat16), name
+
+
 def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_path):
     lines = [{"prompt": f"<s>[INST] {i} [/INST]", "response": f" {i + 1}</s>"} for i in range(55)]
     turns = [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]
@@ -5027,11 +5047,11 @@ def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
     for line in lines:
         table[line[0]] = dict(zip(head, line))
     assert list(table) == ["h1", "plain", "h3"]
-    assert [table["h3"][key] for key in ("M tokens", "of teacher",
-                                         "replaced")] == ["3.000", "0.500", "3"]
+    whole = [table["h3"][key] for key in ("M tokens", "of teacher", "replaced")]
+    assert whole == ["3.000", "0.500", "3"]
     assert table["plain"]["seeds"] == "0 1" and table["plain"]["student"] == "0.600 +-0.100"
-    assert [table["h1"][key] for key in ("KL first", "KL last", "seconds")] == ["0.500", "0.250",
-                                                                                "10"]
+    own = [table["h1"][key] for key in ("KL first", "KL last", "seconds")]
+    assert own == ["0.500", "0.250", "10"]
 
 
 def test_lines_give_the_table_that_the_reports_gave(tmp_path):

@@ -147,7 +147,9 @@ def swaps(rng, size):
         question.append(f"{i}: {a} and {b} swap.")
         # Before and after each swap: the state stands in the text, nothing must be tracked silently.
         steps.append(f"{i}: {a} {has[a]}, {b} {has[b]}; {a} {has[b]}, {b} {has[a]}.")
-        has[a], has[b] = has[b], has[a]
+        had = has[a]
+        has[a] = has[b]
+        has[b] = had
     who = rng.choice(people)
     question.append(f"What does {who} have?")
     steps.append(f"{who} {has[who]}.")
@@ -924,7 +926,9 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
             # The mean over this batch's tokens.
             (loss / max(1, count)).backward()
             rate = learning_rate(step, plan.steps, plan.lr, plan.warmup)
-            clipped_step(model, optimizers, rate)
+            # Muon's products, too, take dtype: half of a step of a model of 135 M parameters is theirs.
+            with autocast(device, dtype):
+                clipped_step(model, optimizers, rate)
             progress.step = step + 1
             progress.tokens += tokens.numel()
             progress.seconds = time.time() - began
