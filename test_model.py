@@ -220,10 +220,10 @@ def interrupt_after(monkeypatch):
     signal.signal(signal.SIGINT, usual)
 
 
-
 # ----------------------------------------------------------------------------------------------------------------------
-# The selective scan. The loop is the definition, itself compared with an explicit sum over the past and with finite
-# differences; every other scan must give the loop's values, states and gradients.
+# model.py, part 1: the selective scan. The loop is the definition, itself compared with an explicit sum over the past
+# and with finite differences; every other scan must give the loop's values, states and gradients. Triton's kernels run
+# on a GPU where there is one, otherwise in Triton's interpreter, at toy sizes.
 
 OVER_TIME = ("u", "dt", "B", "C", "z", "reset")                              # arguments of the scan with a time
 
@@ -507,8 +507,8 @@ def test_unknown_impl_is_refused():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The model: time, state, batches. However a text is cut, padded, packed or repeated, each token sees exactly the past
-# of its own document, in every layout and family.
+# Part 1: the model. However a text is cut, padded, packed or repeated, each token sees exactly the past of its own
+# document, in every layout and family.
 
 @any_layout
 def test_a_token_sees_all_of_the_past_and_nothing_later(layout):
@@ -739,7 +739,7 @@ def test_a_state_of_another_batch_size_is_refused(layout):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Generation: where it stops, what it refuses, and that no row sees what else is in the batch.
+# Part 2: generation. Where it stops, what it refuses, and that no row sees what else is in the batch.
 
 def test_generation_stops_at_stop_tokens_and_leaves_them_out():
     model = tiny("m2 t", torch.float32, eos_ids=(0,))
@@ -949,7 +949,7 @@ def test_a_token_of_probability_0_is_never_drawn(told_draws):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The same numbers, faster: each form of part 3 against its definition in part 1.
+# Part 3: the same numbers, faster. Each form against its definition in part 1.
 
 @contextlib.contextmanager
 def forms(chosen):
@@ -1065,7 +1065,7 @@ def test_generation_sees_a_weight_that_has_changed(name, way):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A second mixer.
+# A second mixer: what it takes to add one.
 
 @dataclasses.dataclass(frozen=True)
 class MeanState(nano.LayerState):
@@ -1138,8 +1138,9 @@ def test_another_mixer_is_its_class_and_a_line_in_mixers(layout, monkeypatch, tm
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# An independent model: plain NumPy in float64, written from the file format's description, one row of tokens, no cache.
-# It takes the dict of config.json and the tensors by their names in the file, so it checks the loading as well.
+# Part 4: files. First an independent model, plain NumPy in float64, written from the file format's description, one row
+# of tokens, no cache. It takes the dict of config.json and the tensors by their names in the file, so it checks the
+# loading as well.
 
 def naive_norm(x, weight, eps):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
@@ -1523,6 +1524,7 @@ def test_a_log_and_d_are_float32_whatever_the_file_and_the_model_are(dtype, tmp_
 
 
 ONE_MAMBA = {"hybrid_block_layout": ["m2"], "num_hidden_layers": 1}
+
 # model type, what config.json says beside the sizes, the fields it must give
 DEFAULTS = {
     "Mistral": (
@@ -1648,7 +1650,6 @@ LLAMA_KEYS = {"attention_bias": False, "mlp_bias": False}
 HYBRID_KEYS = {"sliding_window": None, "hybrid_block_layout": ["m2", "t"]}
 NANO_KEYS = HYBRID_KEYS | {"qkv_bias": False, "qk_norm": False, "rope_scaling": None}
 SCALING = RopeScaling(8.0, 0.5, 4.0, 128)
-
 AS_LLAMA3 = {"family": "llama", "rope_scaling": SCALING}
 AS_QWEN2 = {"family": "qwen2", "qkv_bias": True}
 AS_QWEN3 = {"family": "qwen3", "qk_norm": True}
@@ -2065,6 +2066,705 @@ def test_what_is_nearly_a_checkpoint_is_refused_with_a_hint(case, tmp_path):
         load_pretrained(tmp_path / path)
 
 
+def test_float16_is_refused(tmp_path):
+    with pytest.raises(UserError, match="float16"):
+        load_pretrained(write_checkpoint(tmp_path, raw_config()), dtype=torch.float16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer, against a naive reading of tokenizer.json: cut out the added tokens, normalise, split by one step of the
+# pre-tokenizer after the other (what a pattern skips is a piece too), take a whole piece if ignore_merges says so, else
+# join the neighbours of lowest merge rank, leftmost one first. Where the package `tokenizers` is installed, against
+# that as well; the long run of it: python test_model.py --texts 20000
+
+PATTERNS = {
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+              r"\s*[\r\n]+|\s+(?!\S)|\s+",
+    "nemo": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+            r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "words only": r"\p{L}+",                                                 # skips all the rest
+    "up to three digits": r"\p{N}{1,3}",
+    "CJK": r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    "DeepSeek": r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+                r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+CORPUS = """It's the 1999 story of 12345 apples; don't count them twice. The teacher's answer: 3 + 4 = 7, 70 / 7 = 10.
+def f(x):\n    return {'a': [1, 22, 333], "b": x ** 2}\n\n\tif x:\r\n        pass\r\n    \nWE'RE HERE, HERE AND THERE!!!
+Ça va? Äpfel und Öl, naïve cafe\u0301 Привет мир, привет 你好世界 你好 मन्ते हिन्दी 한국어 \u3000 👩‍👩‍👧 🇩🇪 👍🏽
+∑∂ … — “q” http://x.y/z?a=b&c=d
+the then there these them they other another mother brother aaa aaaa aaaaa    spaces     and      tabs\t\t\t """ * 2
+
+
+def byte_letters():
+    """Character of tokenizer.json by byte, written down once more."""
+    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+            *range(ord("®"), ord("ÿ") + 1)}
+    free = iter(range(256, 512))
+    return [chr(byte) if byte in seen else chr(next(free)) for byte in range(256)]
+
+
+def spell(text):
+    """A text by its bytes, each as its letter."""
+    return text.encode().decode("latin-1").translate(byte_letters())
+
+
+def split_by(pattern, text):
+    """Pieces of text: the matches, and what lies between them."""
+    pieces = []
+    end = 0
+    for match in regex.finditer(pattern, text):
+        pieces += [text[end:match.start()], match.group()]
+        end = match.end()
+    return [piece for piece in pieces + [text[end:]] if piece]
+
+
+def join(parts, rank):
+    while True:
+        found = [(rank[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in rank]
+        if not found:
+            return parts
+        i = min(found)[1]
+        parts = parts[:i] + [parts[i] + parts[i + 1]] + parts[i + 2:]
+
+
+def split_step(step):
+    """One step of a pre-tokenizer -> its pattern, or None."""
+    if step["type"] == "Split":
+        return step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
+    if step["type"] == "Digits":
+        return r"\p{N}" if step["individual_digits"] else r"\p{N}+"
+    return GPT2_PATTERN if step["use_regex"] else None
+
+
+def naive_words(raw, text):
+    """A text without added tokens -> its words, in the letters of tokenizer.json, without those that it lacks."""
+    pieces = [text]
+    for step in raw["pre_tokenizer"]["pretokenizers"]:
+        pattern = split_step(step)
+        if pattern:
+            pieces = [smaller for piece in pieces for smaller in split_by(pattern, piece)]
+    lost = dict.fromkeys(map(ord, set(byte_letters()) - set(raw["model"]["vocab"])))
+    return [spell(piece).translate(lost) for piece in pieces]
+
+
+def naive_encode(raw, text):
+    model = raw["model"]
+    rank = {tuple(m.split(" ") if isinstance(m, str) else m): i
+            for i, m in enumerate(model["merges"])}
+    added = {token["content"]: token["id"] for token in raw["added_tokens"]}
+    form = raw["normalizer"]["type"] if raw["normalizer"] else "Sequence"
+    cuts = "|".join(map(regex.escape, sorted(added, key=len, reverse=True)))
+    ids = []
+    for piece in regex.split(f"({cuts})", text) if cuts else [text]:
+        if piece in added:
+            ids.append(added[piece])
+            continue
+        if form != "Sequence":
+            piece = unicodedata.normalize(form, piece)
+        for word in naive_words(raw, piece):
+            whole = model.get("ignore_merges") and word in model["vocab"]
+            parts = [word] if whole else join(list(word), rank)
+            ids += [model["vocab"][part] for part in parts]
+    return ids
+
+
+@functools.cache
+def train_merges(pattern, count):
+    """The plain BPE trainer on CORPUS: join the most frequent pair, again and again."""
+    words = [list(spell(word)) for word in split_by(pattern, CORPUS)]
+    merges = []
+    for _ in range(count):
+        counts = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        words = [join(word, {best: 0}) if best[0] in word else word for word in words]
+    return merges
+
+
+ADDED = ("<s>", "</s>", "[INST]", "[/INST]", "<think>")
+
+
+def added_token(token, text, **change):
+    return {"id": token, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False,
+            "special": True} | change
+
+
+def bpe_model(vocab, merges, named=True, **change):
+    """The model of a tokenizer.json. named: it has a type."""
+    model = {"type": "BPE"} if named else {}
+    return model | {"dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                    "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                    "ignore_merges": False, "vocab": vocab, "merges": merges} | change
+
+
+def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merges=False,
+                   all_splits=False, as_strings=True, extra=(), merges=None, special=ADDED,
+                   normalizer=None, missing="", byte_regex=False, named=True):
+    """The dict of a tokenizer.json. steps: names in PATTERNS, "digits", or a text to split by.
+    byte_regex: ByteLevel splits, too. all_splits: list every way to make a token, as files converted
+    from tiktoken do. extra: tokens without any merge, found only when a whole piece is looked up.
+    missing: bytes without a token. named: the model names its type."""
+    first = PATTERNS.get(steps[0] if steps else "", GPT2_PATTERN)
+    merges = train_merges(first, count) if merges is None else merges
+    letters = [letter for byte, letter in enumerate(byte_letters()) if chr(byte) not in missing]
+    tokens = [*letters, *dict.fromkeys(left + right for left, right in merges), *extra]
+    tokens = [*special, *tokens] if special_first else [*tokens, *special]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if all_splits:
+        ordinary = [token for token in tokens if token not in special]
+        cuts = [(token[:i], token[i:]) for token in ordinary for i in range(1, len(token))]
+        merges = [(left, right) for left, right in cuts if left in vocab and right in vocab]
+    pre = []
+    for name in steps:
+        if name == "digits":
+            pre.append({"type": "Digits", "individual_digits": True})
+        else:
+            pattern = {"Regex": PATTERNS[name]} if name in PATTERNS else {"String": name}
+            pre.append({"type": "Split", "pattern": pattern, "behavior": "Isolated",
+                        "invert": False})
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": byte_regex}
+    merges = [" ".join(merge) if as_strings else list(merge) for merge in merges]
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [added_token(vocab[text], text) for text in special],
+            "normalizer": normalizer, "post_processor": None, "decoder": dict(level),
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*pre, level]},
+            "model": bpe_model(vocab, merges, named, ignore_merges=ignore_merges)}
+
+
+def byte_tokenizer(special):
+    """The dict of a tokenizer.json with a token per byte and the special ones behind them."""
+    return make_tokenizer((), count=0, special_first=False, byte_regex=True, special=special)
+
+
+def load_from(raw, path):
+    path.mkdir(exist_ok=True)
+    (path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    return load_tokenizer(path)
+
+
+SNIPPETS = [
+    "the", "The", " other", "aaaa", "ab", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\xa0", "1",
+    "2024", "12345678", "½", "'s", "'S", "'re", "don't", "é", "e\u0301", "\u0301", "ß", "ǅ",
+    "Привет", "你好", "हिन्दी", "한국", "👩‍👩‍👧", "🇩🇪", "👍🏽", "\u200d", "\ufe0f", "?!", "...", "/",
+    "//", "#", "_x", "\x00", "\x7f", "\ufffd", "\u0340", "\u212b", "\u1100\u1161", "<s>", "</s>",
+    "<think>", "[INST]", "[/INST]", "<s", "<thin", "[[INST]]", "<s>>", "s>"]
+TOKENIZERS = {
+    "Nemo kind": dict(steps=("nemo",)),
+    "Llama 3 kind": dict(steps=("llama3",), special_first=False, ignore_merges=True,
+                         all_splits=True, extra=["xyzzy", "Ġplugh"]),
+    "pairs, trained merges, ignore_merges": dict(ignore_merges=True, as_strings=False),
+    "GPT-2's own file": dict(steps=(), special_first=False, byte_regex=True, named=False),
+    "a pattern that skips text": dict(steps=("words only",), as_strings=False),
+    "SmolLM kind": dict(steps=("digits",), missing="\x00\x04\x7f\xc0\xc1\xf1", byte_regex=True),
+    "half of the bytes missing": dict(missing="".join(map(chr, range(1, 256, 2))), count=0),
+    "Qwen kind": dict(steps=("llama3",), normalizer={"type": "NFC"}),
+    "DeepSeek kind": dict(steps=("up to three digits", "CJK", "DeepSeek"),
+                          normalizer={"type": "Sequence", "normalizers": []}),
+    "a split by a text, and by two patterns": dict(steps=("? ", "words only"), byte_regex=True),
+    "special tokens that begin alike": dict(special=("<s>", "<s>>", "<s", "</s>", "[INST]",
+                                                     "[[INST]")),
+}
+
+
+def random_texts(count, seed=0):
+    """Mixtures of digits, whitespace runs, line ends, emoji, combining marks, special tokens and parts of them."""
+    rng = random.Random(seed)
+    texts = [CORPUS, "", *SNIPPETS, "xyzzy plugh xyzzyx", "a" * 300, " " * 70]
+    for _ in range(count):
+        parts = rng.choices(SNIPPETS, k=rng.randrange(1, 12))
+        if rng.random() < 0.3:
+            spaces = rng.choice(" \n\r\t\v\f\x1c\x85\u2028\u3000") * rng.randrange(1, 5)
+            parts[rng.randrange(len(parts))] = spaces
+        for _ in range(rng.choice([0, 0, 3])):
+            plane = rng.choice([0x80, 0x2000, 0xD800, 0x110000])
+            letter = chr(rng.randrange(plane))
+            # The libraries know different versions of Unicode: only letters that none has to reorder.
+            parts.append(letter if letter.isprintable() and not unicodedata.combining(letter)
+                         else "")
+        texts.append("".join(parts))
+    return texts
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_token_ids_are_those_of_the_naive_reading(case, tmp_path):
+    raw = make_tokenizer(**TOKENIZERS[case])
+    enc = load_from(raw, tmp_path)
+    for text in random_texts(1000):
+        ids = enc.encode(text, allowed_special="all")
+        assert ids == naive_encode(raw, text), repr(text)
+        if not raw["normalizer"] and not enc.missing:
+            assert enc.decode(ids) == text
+    merged = len(enc.encode(CORPUS)) < 0.8 * len(CORPUS.encode())
+    assert merged or not raw["model"]["merges"]
+
+
+def compare_with_library(raw, texts, path, decode=True):
+    """Raises AssertionError for the first text whose ids, or whose text from these ids, are not the library's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    enc = load_from(raw, path)
+    library = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    for text in texts:
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert enc.encode(text, allowed_special="all") == ids, repr(text)
+        assert not decode or enc.decode(ids) == library.decode(ids, skip_special_tokens=False), repr(text)
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_token_ids_are_those_of_the_library(case, tmp_path):
+    compare_with_library(make_tokenizer(**TOKENIZERS[case]), random_texts(400, seed=1), tmp_path)
+
+
+def test_special_tokens_are_cut_out_only_when_allowed_and_lone_surrogates_replaced(tmp_path):
+    enc = load_from(make_tokenizer(), tmp_path)
+    assert enc.encode("a</s>b", allowed_special="all").count(1) == 1
+    assert 1 not in enc.encode("a</s>b")
+    assert enc.decode(enc.encode("a</s>b")) == "a</s>b"
+    assert enc.decode(enc.encode("a\ud83d\ude00b\ud800c")) == "a\U0001f600b\ufffdc"
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "\n"])
+def test_a_million_times_the_same_character_is_encoded(unit, tmp_path):
+    """tiktoken's own patterns run out of stack at half a million spaces; older ones end the process."""
+    enc = load_from(make_tokenizer(), tmp_path)
+    text = unit * 1_000_000
+    assert enc.decode(enc.encode(text)) == text
+
+
+def random_merges(rng, size):
+    """Merges over two letters, sometimes two ways to the same token -> merges, all tokens."""
+    parts = ["a", "b"]
+    merges = []
+    while len(parts) < size:
+        pair = (rng.choice(parts), rng.choice(parts))
+        if "".join(pair) in parts:
+            continue
+        merges.append(pair)
+        parts.append("".join(pair))
+        while rng.random() < 0.3:
+            at = rng.randrange(1, len(parts[-1])) if len(parts[-1]) > 1 else 0
+            second = (parts[-1][:at], parts[-1][at:])
+            if set(second) <= set(parts) and second not in merges:
+                merges.append(second)
+    return merges, parts
+
+
+def test_accepted_merges_give_the_same_ids_however_strange_they_are(tmp_path, no_library):
+    """tiktoken joins whatever is in the vocabulary, tokenizer.json only what its merges allow. Random merges, where the
+    two rules often differ: what is accepted must agree, and what is refused must be for a reason."""
+    rng = random.Random(0)
+    accepted = 0
+    refused = 0
+    for _ in range(200):
+        merges, parts = random_merges(rng, rng.choice((4, 7, 12)))
+        style = dict(ignore_merges=rng.random() < 0.5, all_splits=rng.random() < 0.5)
+        raw = make_tokenizer(merges=merges, **style)
+        texts = ["".join(rng.choices("ab", k=rng.randrange(1, 14))) for _ in range(80)]
+        try:
+            enc = load_from(raw, tmp_path)
+        except UserError as error:
+            refused += "merges" in str(error)
+            continue
+        accepted += 1
+        for text in texts + parts:
+            assert enc.encode(text) == naive_encode(raw, text), (merges, style, text)
+    assert accepted > 50 and refused > 25
+
+
+def test_accepted_added_tokens_give_the_ids_of_the_library(tmp_path):
+    """Added tokens that begin alike, overlap, are normalised or not, have ids of their own, of the vocabulary, or with
+    a hole before them: refused, or the same ids in every text."""
+    rng = random.Random(0)
+    accepted = 0
+    refused = 0
+    for _ in range(150):
+        raw = make_tokenizer(special=(), count=20, normalizer=rng.choice([None, {"type": "NFC"}]))
+        vocab = raw["model"]["vocab"]
+        following = len(vocab)
+        for _ in range(rng.randrange(1, 5)):
+            text = "".join(rng.choices(["a", "b", "<", "g", "\u0301", "\u01f5", "\u212b"],
+                                       k=rng.randrange(1, 4)))
+            token = vocab.get(text, following) if rng.random() < 0.9 else following + rng.randrange(3)
+            raw["added_tokens"].append(added_token(token, text, normalized=rng.random() < 0.5))
+            following = max(following, token + 1)
+        texts = ["".join(rng.choices("ab<g\u0301\u01f5\u212b", k=rng.randrange(1, 14)))
+                 for _ in range(60)]
+        try:
+            # The library decodes a token with accents as if it were bytes, or as it is normalised.
+            compare_with_library(raw, texts, tmp_path, decode=False)
+            accepted += 1
+        except UserError:
+            refused += 1
+    assert accepted > 50 and refused > 25
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    """As if the package tokenizers were not installed."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+
+
+def edit(*path, **change):
+    """-> a damage: the object at this path in the dict of a tokenizer.json gets these keys."""
+    def damage(raw):
+        for key in path:
+            raw = raw[key]
+        raw.update(change)
+    return damage
+
+
+edit_model = functools.partial(edit, "model")
+edit_vocab = functools.partial(edit, "model", "vocab")
+edit_added = functools.partial(edit, "added_tokens", 2)
+edit_step = functools.partial(edit, "pre_tokenizer", "pretokenizers")
+
+
+def add_merge(merge):
+    return lambda raw: raw["model"]["merges"].append(merge)
+
+
+def drop_byte(letter, **change):
+    def drop(raw):
+        del raw["model"]["vocab"][letter]
+        raw["model"].update(change)
+    return drop
+
+
+def swap_merges(raw):
+    merges = raw["model"]["merges"]
+    merges.insert(3, merges.pop())
+
+
+# What ByteTokenizer cannot hold: where the package tokenizers is missing, the reason and what to install.
+NEEDS_LIBRARY = {
+    "a normalizer": (edit(normalizer={"type": "NFKC"}), r"a normalizer \(NFKC\)"),
+    "a special token that is a byte": (edit_added(content="t", id=121),
+                                       "'t' is the token of a byte, too"),
+    "a special token that strips": (edit_added(lstrip=True), r"'\[INST\]' strips"),
+    "a special token between word borders": (edit_added(single_word=True),
+                                             r"'\[INST\]' .* word borders"),
+    "removed separators": (edit_step(0, behavior="Removed"), "Split, behavior Removed"),
+    "separators merged with what precedes": (edit_step(0, behavior="MergedWithPrevious"),
+                                             "MergedWithPrevious"),
+    "an inverted split": (edit_step(0, invert=True), "invert True"),
+    "a pattern that is no regex": (edit_step(0, pattern={"Regex": "(a"}), "pattern: missing"),
+    "another step": (edit_step(0, type="BertPreTokenizer"), "a step BertPreTokenizer"),
+    "another splitter": (edit(pre_tokenizer={"type": "Metaspace"}), "ByteLevel"),
+    "no splitter": (edit(pre_tokenizer=None), "ByteLevel"),
+    "a prefix space": (edit_step(1, add_prefix_space=True), "prefix space"),
+    "Unigram": (edit_model(type="Unigram"), "model type Unigram"),
+    "no model": (edit(model=None), "not byte-level BPE"),
+    "a word suffix": (edit_model(end_of_word_suffix="</w>"), "end_of_word_suffix = '</w>'"),
+    "byte fallback": (edit_vocab(**{"▁the": 380, "<0x0A>": 381}),
+                      "'▁' is not a character of byte-level BPE"),
+    "a byte that a merge needs": (drop_byte("t"), "not in the vocabulary"),
+    "bytes that become unknown": (drop_byte("\u0100", unk_token="Z"), "bytes without a token"),
+    "merges out of order": (swap_merges, "not in the order of ids"),
+    "a merge of unknown tokens": (add_merge("Z Z"), "not in the vocabulary"),
+    "a token that no merge gives": (edit_vocab(ZZZ=9000), "b'ZZZ' is not what its merges give"),
+    "a very long token": (edit_vocab(**{"Z" * 2000: 9000}), "a token has 2000 bytes"),
+}
+
+# What no package would put right.
+CONTRADICTIONS = {
+    "dropout": (edit_model(dropout=0.1), "model.dropout = 0.1: the ids of a text are random"),
+    "a continuation prefix": (edit_model(continuing_subword_prefix="##"),
+                              "continuing_subword_prefix = '##'"),
+    "a merge of three": (add_merge("Z Z Z"), "a merge does not name two tokens"),
+    "an id that is another's": (edit_vocab(Z=70), "two tokens have the same id"),
+    "an id that is none": (edit_vocab(Z=-1), "-1 is no token id"),
+    "an id that is text": (edit_vocab(Z="7"), "'7' is no token id"),
+    "a special token that is there twice": (edit_added(content="<s>", id=0),
+                                            "'<s>' stands there twice"),
+    "a special token without text": (edit_added(content=""), "'' stands there twice, or is empty"),
+    "a hole before a special token": (edit_added(content="<x>", id=900),
+                                      "the id 900; by the vocabulary it is 3[0-9]+"),
+    "a special token that is in the vocabulary": (edit_added(content="the"),
+                                                  "'the' has the id 2; by the .* it is"),
+    "a list of nothing": (edit(added_tokens=[None]), r"not understood \(TypeError"),
+}
+
+
+@pytest.mark.parametrize("case", NEEDS_LIBRARY)
+def test_what_only_the_library_reads_names_the_reason_and_the_package(case, tmp_path, no_library):
+    damage, words = NEEDS_LIBRARY[case]
+    raw = make_tokenizer()
+    load_from(raw, tmp_path)
+    damage(raw)
+    with pytest.raises(UserError, match=rf"tokenizer.json: .*{words}.*; it needs .*pip install tokenizers$"):
+        load_from(raw, tmp_path)
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_file_that_contradicts_itself_is_refused_with_the_reason(case, tmp_path):
+    damage, words = CONTRADICTIONS[case]
+    raw = make_tokenizer()
+    damage(raw)
+    with pytest.raises(UserError, match=f"tokenizer.json: .*{words}"):
+        load_from(raw, tmp_path)
+
+
+def test_unreadable_tokenizer_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match="tokenizer.json"):
+        load_tokenizer(tmp_path)
+    for text in ("{", "[]", ""):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(UserError, match="tokenizer.json"):
+            load_tokenizer(tmp_path)
+
+
+# The rest goes through the package tokenizers.
+
+def sentencepiece(metaspace=False):
+    """The dict of a tokenizer.json like Llama 2's: byte fallback, a space before every text."""
+    tokens = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    merges = [("\u2581", "t"), ("h", "e"), ("\u2581t", "he"), ("a", "a"), ("\u2581", "\u2581")]
+    tokens += [*"abcdefghijklmnopqrstuvwxyz\u4f60", *(left + right for left, right in merges)]
+    raw = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None}
+    raw["post_processor"] = template_processor("<s>")
+    raw["added_tokens"] = [added_token(i, tokens[i]) for i in range(3)]
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    raw["normalizer"] = {"type": "Sequence", "normalizers": [prepend, replace]}
+    back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    raw["decoder"] = {"type": "Sequence",
+                      "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]}
+    if metaspace:
+        raw["normalizer"] = None
+        space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first",
+                 "split": False}
+        raw["pre_tokenizer"] = space
+    vocab = {token: i for i, token in enumerate(tokens)}
+    raw["model"] = bpe_model(vocab, [" ".join(merge) for merge in merges], unk_token="<unk>",
+                             fuse_unk=True, byte_fallback=True)
+    return raw
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_sentencepiece_goes_through_the_library_with_the_same_four_methods(metaspace, tmp_path):
+    raw = sentencepiece(metaspace)
+    compare_with_library(raw, ["", "the cat", "<s>the  </s>",
+                               "caf\u00e9 \u4f60\u597d \U0001f600\n", "aaa"], tmp_path)
+    enc = load_tokenizer(tmp_path)
+    text = "the caf\u00e9 \u4f60\u597d \U0001f600</s>"
+    ids = enc.encode(text, allowed_special="all")
+    assert b"".join(map(enc.decode_single_token_bytes, ids)).decode() == " " + text
+    assert enc.decode_single_token_bytes(3 + 0xC3) == b"\xc3"
+    assert enc.decode_single_token_bytes(0) == b"<s>"
+    assert enc.max_token_value == len(raw["model"]["vocab"]) - 1
+    with pytest.raises(KeyError):
+        enc.decode_single_token_bytes(enc.max_token_value + 1)
+    assert enc.decode(enc.encode("a cat")) == "a cat"
+    with pytest.raises(UserError, match="special token in a text as plain text"):
+        enc.encode("a</s>")
+
+
+def test_byte_level_kinds_that_go_through_the_library_print_their_bytes(tmp_path):
+    raw = make_tokenizer()
+    edit_added(rstrip=True)(raw)
+    compare_with_library(raw, random_texts(50), tmp_path)
+    enc = load_tokenizer(tmp_path)
+    ids = enc.encode("na\u00efve [INST]  x", allowed_special="all")
+    assert b"".join(map(enc.decode_single_token_bytes, ids)).decode() == "na\u00efve [INST]x"
+
+
+def test_what_the_library_does_not_read_either_says_both_reasons(tmp_path):
+    pytest.importorskip("tokenizers")
+    raw = make_tokenizer()
+    raw["normalizer"] = {"type": "Strange"}
+    with pytest.raises(UserError, match=r"a normalizer \(Strange\); with the package tokenizers: not understood"):
+        load_from(raw, tmp_path)
+    raw = sentencepiece()
+    raw["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    with pytest.raises(UserError, match="the decoder .*WordPiece.* does not say which bytes"):
+        load_from(raw, tmp_path)
+
+
+def template_processor(*before, after=(), ids=ADDED):
+    """A post_processor that puts tokens before and after a text; ids: the texts of the special tokens, by id."""
+    def special(text):
+        return {"SpecialToken": {"id": text, "type_id": 0}}
+    single = [*map(special, before), {"Sequence": {"id": "A", "type_id": 0}}, *map(special, after)]
+    tokens = {text: {"id": text, "ids": [ids.index(text)], "tokens": [text]}
+              for text in [*before, *after]}
+    return {"type": "TemplateProcessing", "single": single, "pair": single,
+            "special_tokens": tokens}
+
+
+@pytest.mark.parametrize("processor, ids", [
+    (None, []),
+    ({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}, []),
+    (template_processor("<s>"), [0]),
+    (template_processor("<s>", after=["</s>"]), [0]),
+    (template_processor(after=["</s>"]), []),
+    ({"type": "Sequence", "processors": [template_processor("</s>", "<s>")]}, [1, 0])])
+def test_begin_tokens_are_those_that_the_library_puts_before_a_text(processor, ids, tmp_path):
+    raw = make_tokenizer()
+    raw["post_processor"] = processor
+    enc = load_from(raw, tmp_path)
+    assert enc.begin == ids
+    library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert library.encode("a").ids[:len(ids) + 1] == [*ids, *enc.encode("a")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chat templates.
+
+CHATML_TEMPLATE = """{% for message in messages %}
+    {%- if loop.first and message.role != 'system' %}
+        {{- '<|im_start|>system\\nYou help.<|im_end|>\\n' }}
+    {%- endif %}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}
+{% endfor %}
+    {% if add_generation_prompt %}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+LLAMA3_TEMPLATE = """{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system = "" %}
+{%- endif %}
+{%- set date = strftime_now("%Y") if strftime_now is defined else "none" %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nThe year: " + date + "\\n" + system + "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+MISTRAL_TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('roles must alternate user/assistant') }}
+{%- endif %}
+{%- if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{%- else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}
+{%- endfor %}"""
+QWEN_TEMPLATE = """{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if message.role == 'assistant' and '</think>' in content and not loop.last %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {%- if message.role == 'tool' %}{% continue %}{% endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n<think>\\n' }}
+    {{- {'tools': tools, 'text': '<&>'} | tojson }}
+{%- endif %}"""
+MARKS = ("<s>", "</s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
+         "<|end_header_id|>", "<|eot_id|>")
+TOKEN_NAMES = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False,
+                                                 "__type": "AddedToken"}}
+TEMPLATES = {"ChatML": (CHATML_TEMPLATE, "<|im_end|>"), "Llama 3": (LLAMA3_TEMPLATE, "<|eot_id|>"),
+             "Mistral": (MISTRAL_TEMPLATE, "</s>"), "Qwen": (QWEN_TEMPLATE, "<|im_end|>")}
+TALKS = [[("user", " Hi\n")], [("user", "a"), ("assistant", "<think>t</think>\n\nb"),
+                               ("user", "c \u00e9 <s>")],
+         [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")],
+         [("assistant", "first")]]
+
+
+def talk(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def chat_from(path, special=MARKS, **config):
+    """A checkpoint's tokenizer files with this tokenizer_config.json -> its Chat."""
+    enc = load_from(make_tokenizer(special=special), path)
+    (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return nano.load_chat(path, enc)
+
+
+def test_a_chatml_template_reads_as_it_is_written(tmp_path):
+    chat = chat_from(tmp_path, chat_template=CHATML_TEMPLATE, **TOKEN_NAMES)
+    text = chat.prompt(talk(("user", "Hi"), ("assistant", "Yes?"), ("user", "No")))
+    assert text == ("<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+                    "Yes?<|im_end|>\n<|im_start|>user\nNo<|im_end|>\n<|im_start|>assistant\n")
+    assert chat.end == "<|im_end|>" and chat.refusal is None
+
+
+@pytest.mark.parametrize("form", ["text", "list", "file"])
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_prompts_are_those_of_transformers(case, form, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    template, end = TEMPLATES[case]
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+    in_config = {"text": template, "list": named, "file": "not this"}
+    chat = chat_from(tmp_path, chat_template=in_config[form], **TOKEN_NAMES)
+    if form == "file":
+        (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+        chat = nano.load_chat(tmp_path, load_tokenizer(tmp_path))
+    assert chat.end == end
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for turns in TALKS:
+        messages = talk(*turns)
+        try:
+            expected = theirs.apply_chat_template(messages, tokenize=False,
+                                                  add_generation_prompt=True)
+        except Exception as error:
+            with pytest.raises(UserError, match=f"its chat template: failed .*{error}"):
+                chat.prompt(messages)
+            continue
+        assert chat.prompt(messages) == expected
+
+
+def test_the_built_in_form_needs_its_marks_as_single_tokens(tmp_path):
+    chat = chat_from(tmp_path)
+    messages = talk(("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"))
+    assert chat.prompt(messages) == "<s>[INST] S\n\na [/INST]b</s>[INST] c [/INST]"
+    assert chat.end == "</s>"
+    chat = chat_from(tmp_path, special=[mark for mark in MARKS if mark != "[INST]"])
+    words = r"no chat template, and .* does not fit: \[INST\] is not a single token"
+    with pytest.raises(UserError, match=words):
+        chat.prompt(messages)
+    with pytest.raises(UserError, match=words):
+        chat.end
+
+
+def test_a_template_without_an_end_token_takes_the_checkpoints(tmp_path):
+    silent = "{{ messages[-1].content }}"
+    assert chat_from(tmp_path, chat_template=silent, **TOKEN_NAMES).end == "</s>"
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|eot_id|>"}')
+    assert chat_from(tmp_path, chat_template=silent).end == "<|eot_id|>"
+    chat = chat_from(tmp_path, chat_template=silent, eos_token="<end>")
+    assert "no single token ends an answer" in chat.refusal and "'<end>'" in chat.refusal
+
+
+@pytest.mark.parametrize("config, words", [
+    (dict(chat_template="{% if %}"), "its chat template: .*Expected an expression"),
+    (dict(chat_template=5), "chat_template: expected a text, found int"),
+    (dict(chat_template=[5]), "chat_template: not understood"),
+    (dict(chat_template=[{"name": "rag", "template": "x"}]),
+     "of the templates rag none is named default")])
+def test_a_template_that_cannot_be_read_is_a_refusal_not_a_failure(config, words, tmp_path):
+    chat = chat_from(tmp_path, **config)
+    assert re.search(f"{tmp_path}: .*{words}", chat.refusal)
+    with pytest.raises(UserError, match=words):
+        chat.prompt(talk(("user", "a")))
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path):
+    chat = chat_from(tmp_path, chat_template="{{ messages.append(1) }}", **TOKEN_NAMES)
+    with pytest.raises(UserError, match="its chat template: .*SecurityError"):
+        chat.prompt(talk(("user", "a")))
+
+
+def test_a_template_without_jinja2_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert chat_from(tmp_path, chat_template=CHATML_TEMPLATE).refusal.endswith("pip install jinja2")
+    assert chat_from(tmp_path).end == "</s>"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running a script: paths, --out, devices.
+
 def test_the_name_of_a_hub_model_and_a_tilde_are_understood(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such directory: .*: hf download meta-llama/Llama-3.2-1B --local-dir DIR"):
         load_pretrained("meta-llama/Llama-3.2-1B")
@@ -2075,11 +2775,6 @@ def test_the_name_of_a_hub_model_and_a_tilde_are_understood(tmp_path, monkeypatc
     args = argparse.Namespace(device="cpu", dtype="float32", out="~/x", model=None, prompt="~/x")
     nano.start_script(args)
     assert (args.out, args.model, args.prompt) == (str(tmp_path / "x"), None, "~/x")
-
-
-def test_float16_is_refused(tmp_path):
-    with pytest.raises(UserError, match="float16"):
-        load_pretrained(write_checkpoint(tmp_path, raw_config()), dtype=torch.float16)
 
 
 # files in --out, flags, what the message must say (None: accepted)
@@ -2133,24 +2828,1030 @@ def test_out_is_never_an_input_however_it_is_spelled(spelling, overwrite, tmp_pa
     assert nano.claim_out("~/out", [out], overwrite, False) == str(tmp_path / "out")
 
 
-@pytest.mark.parametrize("program, read, more", [
-    (distill, "--teacher", ("--replace", "1")),
-    (distill, "--student", ("--replace", "1", "--teacher", "{}")),
-    (train_sft, "--model", ()),
-    (train_sft, "--merge", ("--model", "{}"))])
-def test_no_script_writes_into_a_directory_that_it_reads(program, read, more, traces, tmp_path):
-    shutil.copytree(traces[0], tmp_path / "in")
-    before = small_files(tmp_path / "in")
-    more = [argument.format(traces[0]) for argument in more]
-    with pytest.raises(UserError, match="--out .* is .*, which this run reads"):
-        run(program, read, tmp_path / "in", *more, "--out", f"{tmp_path}/in/", "--overwrite",
-            "--steps", 1)
-    assert small_files(tmp_path / "in") == before
+def test_backend_is_chosen_and_named(monkeypatch):
+    assert nano.scan_backend("cpu") == "chunk"
+    assert nano.scan_backend("cpu", 1) == "loop"
+    assert nano.scan_backend("cuda") == ("chunk" if nano.triton is None else "triton")
+    assert nano.scan_backend_reason("cpu").startswith("scan: chunk (")
+    monkeypatch.setattr(nano, "triton", None)
+    assert nano.scan_backend("cuda") == "chunk"
+    assert "not installed" in nano.scan_backend_reason("cuda")
+    with pytest.raises(UserError, match="needs Triton"):
+        selective_scan(**scan_inputs(), impl="triton")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Conversion: every copied row lies where the table in distill.py says, fresh parts start in their ranges, nothing else
-# changes, and a converted layer with its fresh parts neutral is linear attention.
+# Part 5: Triton. What the scan's tests above do not know of: tiles, the one-token kernel, the compiler, real sizes.
+
+@needs_triton
+@pytest.mark.parametrize("sizes", [
+    # One segment, whole tiles and a rest.
+    (2, 1, 8, 4, 2, 8), (1, 7, 64, 16, 1, 4), (1, 33, 16, 4, 4, 2),
+    # b, t, d, n, groups, c_groups: 64, 1, 48, 3 channels share a group of B, and 1, 64, 16, 24 one of C.
+    (1, 5, 64, 2, 1, 64), (1, 5, 64, 4, 64, 1), (1, 5, 48, 16, 1, 3), (1, 3, 24, 8, 8, 1)])
+def test_triton_scan_is_the_loop(sizes):
+    check_scan("triton", inputs_for("triton", sizes))
+
+
+@needs_triton
+@pytest.mark.parametrize("sizes", [
+    (1, 8, 24, 4, 3, 1), (2, 11, 24, 4, 1, 3), (1, 19, 8, 8, 1, 8), (1, 5, 8, 64, 4, 1),
+    (1, 9, 24, 1, 3, 3)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_triton_scan_in_segments_tiles_and_strips(small_blocks, sizes, packed):
+    inputs = inputs_for("triton", sizes, reset=packed)
+    if packed:
+        # Documents of no step, of one, and of one at the end.
+        inputs["reset"][0, [0, -1]] = True
+        inputs["reset"][-1, 3:5] = True
+    check_scan("triton", inputs)
+
+
+@needs_triton
+def test_triton_softplus_is_exact_for_small_steps():
+    inputs = inputs_for("triton", (1, 2, 32, 4, 1, 1))
+    dt = torch.linspace(-25, 25, 64, device=DEVICE).view(1, 2, 32)
+    y, _ = selective_scan(inputs["u"], dt, inputs["A"], inputs["B"], inputs["C"], impl="triton")
+    read = (inputs["B"] * inputs["C"])[:, 0].sum(-1)
+    want = torch.nn.functional.softplus(dt.double())[:, 0] * inputs["u"][:, 0] * read
+    assert ((y[:, 0] / want - 1).abs() < 2e-6).all()
+
+
+@needs_triton
+def test_triton_scan_in_bfloat16_from_slices(small_blocks):
+    """Inputs as the mixer makes them, slices of one wider tensor in half precision, and turned ones."""
+    inputs = inputs_for("triton", (2, 5, 16, 8, 1, 2), torch.bfloat16, reset=True)
+    wide = torch.cat([inputs[name].flatten(2) for name in ("z", "B", "C", "u")], dim=2)
+    z, B, C, u = wide.split([16, 8, 16, 16], dim=2)
+    sliced = inputs | {"u": u, "z": z, "B": B.view(2, 5, 1, 8), "C": C.view(2, 5, 2, 8)}
+    y, h = selective_scan(**inputs, impl="triton")
+    y_sliced, h_sliced = selective_scan(**sliced, impl="triton")
+    assert torch.equal(y, y_sliced)
+    assert torch.equal(h, h_sliced)
+    for name, value in inputs.items():
+        if value.dim() > 1:
+            inputs[name] = value.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert not inputs["u"].is_contiguous()
+    check_scan("triton", inputs)
+
+
+FULL_SIZE = (1, 4096, 4096, 16, 64, 256)
+
+
+@needs_triton
+@pytest.mark.parametrize("sizes", [(1, 12, 16, 4, 2, 4), pytest.param(FULL_SIZE, marks=needs_gpu)])
+def test_triton_scan_repeats_bit_for_bit(sizes):
+    inputs = inputs_for("triton", sizes, torch.bfloat16, reset=True)
+    first = run_scan(selective_scan, inputs, impl="triton")
+    again = run_scan(selective_scan, inputs, impl="triton")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@needs_triton
+def test_triton_refuses_the_cpu_and_odd_sizes(monkeypatch):
+    inputs = inputs_for("triton", (1, 3, 4, 3, 1, 1))
+    with pytest.warns(UserWarning, match="taking chunk"):
+        got = selective_scan(**inputs, impl="triton")
+    torch.testing.assert_close(got, scan_chunk(**inputs))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match="TRITON_INTERPRET=1"):
+        selective_scan(**scan_inputs(dtype=torch.float32), impl="triton")
+
+
+# The one-token kernel, alone and in a model.
+
+@needs_triton
+@pytest.mark.parametrize("change", [
+    {}, {"expand_before_conv": False}, {"conv_bias": False, "dt_bias": False}, {"d_conv": 1},
+    {"d_conv": 2, "n_kv_head": 1}, {"n_head": 6, "d_state": 8}])
+@pytest.mark.parametrize("position", [None, (0, 1, 5)])
+def test_one_token_kernel_is_the_mixer_and_overwrites_only_a_state_given_away(monkeypatch, change,
+                                                                              position):
+    config = tiny("m2 t", **change).config
+    # Several rounds per chunk.
+    monkeypatch.setattr(nano, "SCAN_CELLS", 8)
+    torch.manual_seed(0)
+    mixer = nano.Mamba(config).to(DEVICE)
+    x = torch.randn(3, 1, config.d_model, device=DEVICE)
+    conv = torch.randn(3, config.d_conv - 1, config.d_xb, device=DEVICE)
+    state = SSM(conv, torch.randn(3, config.d_inner, config.d_state, device=DEVICE))
+    before = state.clone()
+    if position is not None:
+        position = torch.tensor(position, device=DEVICE)[:, None]
+    place = nano.Place(9, position, None, None, None)
+    with torch.no_grad():
+        wanted, after = mixer(x, state, place)
+        monkeypatch.setattr(nano, "scan_backend", always("triton"))
+        y, new = mixer(x, state, place)
+        assert_same({"y": y, "h": new.h}, {"y": wanted, "h": after.h}, 1e-5)
+        assert torch.equal(new.conv, after.conv)
+        assert torch.equal(state.conv, before.conv) and torch.equal(state.h, before.h)
+        y_donated, over = mixer(x, state, place._replace(donated=True))
+    assert torch.equal(y_donated, y)
+    assert torch.equal(over.conv, new.conv) and torch.equal(over.h, new.h)
+    assert over.conv is state.conv and over.h is state.h
+
+
+@needs_triton
+def test_generation_with_triton_is_the_same(monkeypatch):
+    lm = tiny("m2 t", torch.float32).to(DEVICE)
+    # Padded on the left: documents, resets.
+    prompts = [[3, 1, 4, 1, 5, 9], [2, 6]]
+    monkeypatch.setattr(nano, "scan_backend", always("chunk"))
+    want = lm.generate(prompts, 4, stop=())
+    monkeypatch.setattr(nano, "scan_backend", always("triton"))
+    assert lm.generate(prompts, 4, stop=()) == want
+
+
+# What the compiler makes of the kernels, without a GPU.
+
+class PaperGPU:
+    """Enough of Triton's driver to compile for a GPU that is not there. The device's number is its architecture."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return None
+
+    def get_current_target(self):
+        return nano.triton.backends.compiler.GPUTarget("cuda", self.arch, 32)
+
+
+CUOBJDUMP = "backends/nvidia/bin/cuobjdump"
+
+
+def print_usage(kernel, binary, folder):
+    """Registers and bytes spilled of a compiled kernel."""
+    path = os.path.join(folder, "kernel.cubin")
+    with open(path, "wb") as f:
+        f.write(binary)
+    tool = os.path.join(os.path.dirname(nano.triton.__file__), CUOBJDUMP)
+    out = subprocess.check_output([tool, "-res-usage", path], text=True)
+    registers = int(regex.search(r"REG:(\d+)", out)[1])
+    spilled = int(regex.search(r"STACK:(\d+)", out)[1])
+    print(f"{kernel.__name__}: {registers} registers, {spilled} bytes spilled")
+
+
+def compile_launches(folder):
+    """All that a scan and a step launch at the sizes of the 15B model is compiled for two GPUs instead, and printed.
+    Ends the use of Triton in this process for anything else."""
+    def launcher(kernel, grid):
+        def launch(*args, **named):
+            print_usage(kernel, kernel.warmup(*args, grid=grid, **named).asm["cubin"], folder)
+        return launch
+    nano.triton.runtime.jit.JITFunction.__getitem__ = launcher
+    nano.scan_backend = always("triton")
+    mixer = big_mixer("cpu")
+    x = torch.zeros(2, 1, 512).bfloat16()
+    for arch in (80, 90):
+        nano.triton.runtime.driver.set_active(PaperGPU(arch))
+        for packed in (False, True):
+            inputs = scan_inputs(1, 256, 4096, 16, 64, 256, torch.bfloat16, packed)
+            run_scan(selective_scan, inputs, impl="triton")
+        for position in (None, torch.tensor([[0], [5]])):
+            with torch.no_grad():
+                mixer(x, mixer.new_state(2, 1), nano.Place(9, position, None, None, None))
+
+
+def big_mixer(device):
+    """The Mamba layer of the 15B model, but for d_model."""
+    config = Config(vocab_size=8, d_model=512, n_layer=1, n_head=32, n_kv_head=8, head_dim=128,
+                    d_mlp=8, layout=("m2",))
+    return nano.cast(nano.Mamba(config), device, torch.bfloat16)
+
+
+@needs_triton
+def test_kernels_compile_without_spilling(tmp_path):
+    """In a process of its own, where the interpreter was never switched on."""
+    if not os.path.exists(os.path.join(os.path.dirname(nano.triton.__file__), CUOBJDUMP)):
+        pytest.skip("this Triton has no NVIDIA tools")
+    code = f"import test_model; test_model.compile_launches({str(tmp_path)!r})"
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    forward = ["scan_forward", "scan_combine", "scan_forward"]
+    backward = ["scan_forward", "scan_carry", "scan_combine", "scan_backward"]
+    lines = done.stdout.splitlines()
+    names = [line.partition(":")[0] for line in lines]
+    assert names == 2 * (2 * (forward + backward) + 2 * ["step_kernel"])
+    for line in lines:
+        registers, spilled = map(int, regex.findall(r" (\d+) ", line))
+        assert registers <= (255 if line.startswith("scan_backward") else 128), line
+        assert spilled == 0, line
+
+
+# Real sizes, on a GPU: python -m pytest -q -k gpu
+
+@needs_gpu
+@pytest.mark.parametrize("sizes", [
+    FULL_SIZE, (8, 512, 4096, 16, 256, 256), (3, 1000, 1000, 16, 25, 125),
+    (1, 777, 2048, 64, 8, 32), (40, 64, 4096, 16, 64, 256), (1, 2048, 96, 8, 1, 96)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gpu_scan_is_chunk(sizes, packed):
+    """Against scan_chunk in float64 (itself tested against the loop)."""
+    inputs = inputs_for("triton", sizes)
+    if packed:
+        inputs["reset"] = torch.rand(sizes[:2], device=DEVICE) < 0.01
+    check_scan("triton", inputs, tolerance=2e-5, against="chunk")
+
+
+@needs_gpu
+def test_gpu_scan_of_32k_tokens_in_bfloat16_is_chunk():
+    inputs = inputs_for("triton", (1, 32768, 4096, 16, 64, 256), torch.bfloat16)
+    check_scan("triton", inputs, tolerance=6e-3, against="chunk", dtype=torch.float32)
+
+
+@needs_gpu
+def test_gpu_scan_of_equal_rows_beyond_31_bit_offsets_is_equal():
+    """17 texts of 32768 steps and 4096 channels are 2.3e9 elements; equal rows must give equal results."""
+    if torch.cuda.mem_get_info()[0] < 110e9:
+        pytest.skip("needs 110 GB")
+    one = inputs_for("triton", (1, 32768, 4096, 16, 64, 256), torch.bfloat16)
+    many = dict(one)
+    for name in ("u", "dt", "B", "C", "z", "h"):
+        many[name] = one[name].repeat(17, *[1] * (one[name].dim() - 1)).requires_grad_(name != "h")
+    y, h = selective_scan(**many, impl="triton")
+    y.backward(y.detach())
+    y_alone, h_alone = selective_scan(**one, impl="triton")
+    for value in (y, h, *(many[name].grad for name in ("u", "dt", "B", "C", "z"))):
+        assert torch.equal(value[0], value[-1])
+    torch.testing.assert_close(y[-1:].detach(), y_alone, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(h[-1:].detach(), h_alone, rtol=1e-4, atol=1e-4)
+
+
+@needs_gpu
+def test_gpu_step_at_15b_shape_is_the_slow_path():
+    """One token, bfloat16, b 41, against the slow path in float32."""
+    torch.manual_seed(0)
+    mixer = big_mixer(DEVICE)
+    config = mixer.config
+    x = torch.randn(41, 1, 512, device=DEVICE, dtype=torch.bfloat16)
+    place = nano.Place(9, None, None, None, None)
+    conv = torch.randn(41, 3, config.d_xb, device=DEVICE).bfloat16()
+    state = SSM(conv, torch.randn(41, config.d_inner, 16, device=DEVICE))
+    with torch.enable_grad():                                                # gradients on: the slow path
+        wanted, after = mixer(x, state, place)
+    with torch.no_grad():
+        y, new = mixer(x, state, place)
+    torch.testing.assert_close(y, wanted.detach(), rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(new.h, after.h.detach(), rtol=5e-2, atol=5e-2)
+    assert torch.equal(new.conv, after.conv.detach())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train_sft.py: problems, examples, batches, optimiser, the training loop, merging. The teacher has 4 layers and is not
+# trained: none of these properties needs one that can solve anything.
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    """A directory with an untrained 4-layer teacher and the tokenizer of the traces. -> its path, its Codec."""
+    path = tmp_path_factory.mktemp("teacher")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(HERE, "teacher", name), path)
+    torch.manual_seed(0)
+    lm = HybridLM(dataclasses.replace(train_sft.TEACHER, n_layer=4, layout=()))
+    train_sft.init_weights(lm)
+    save_pretrained(lm, path)
+    return str(path), train_sft.load_codec(path)
+
+
+CPU = torch.device("cpu")
+
+
+def encoded(traces, split, per_family):
+    """Problems of a split as training examples."""
+    return [train_sft.encode_problem(traces[1], p)
+            for p in train_sft.problem_set(split, per_family)]
+
+
+def weights(path):
+    return (pathlib.Path(path) / "model.safetensors").read_bytes()
+
+
+def test_splits_share_no_problem_and_repeat():
+    problems = list(itertools.islice(train_sft.problems("train", 1), 300))
+    distinct = len({problem.question for problem in problems})
+    for split in ("test", "probe", "dev"):
+        problems += train_sft.problem_set(split, 40)
+        distinct += len({problem.question for problem in train_sft.problem_set(split, 40)})
+    assert len({problem.question for problem in problems}) == distinct
+    assert train_sft.problem_set("test", 5) == train_sft.problem_set("test", 5)
+
+
+def solve_swaps(question):
+    has = dict(regex.findall(r"(\w+) has the (\w+)\.", question))
+    for a, b in regex.findall(r"\d+: (\w+) and (\w+) swap\.", question):
+        has |= {a: has[b], b: has[a]}
+    return has[regex.search(r"What does (\w+) have\?", question)[1]]
+
+
+def solve_retrieval(question):
+    code = dict(regex.findall(r"The (\w+) has code ([\d ]+)\.", question))
+    owns = dict(regex.findall(r"(\w+) owns the (\w+)\.", question))
+    thing = regex.search(r"of the (\w+)\?$", question)
+    return code[thing[1] if thing else owns[regex.search(r"of (\w+)\?$", question)[1]]]
+
+
+def solve_story(question):
+    facts = dict(regex.findall(r"(\w+) has ([^.?]+)\.", question))
+
+    def value(name):
+        words = facts[name].split()
+        if words[0] == "twice":
+            return 2 * value(words[-1])
+        sign = {"more": 1, "fewer": -1}.get(words[1])
+        return value(words[-1]) + sign * int(words[0]) if sign else int(words[0])
+    return str(value(regex.search(r"does (\w+) have\?", question)[1]))
+
+
+def test_every_answer_can_be_worked_out_from_the_question():
+    solvers = {"swaps": solve_swaps, "retrieval": solve_retrieval, "story": solve_story}
+    for problem in train_sft.problem_set("test", 60):
+        assert solvers[problem.family](problem.question) == problem.answer
+        assert problem.answer in problem.steps
+
+
+def test_a_tokenizer_is_trained_and_gives_its_texts_back(tmp_path):
+    train_sft.make_tokenizer(tmp_path, n_vocab=300, n_problems=20)
+    enc = load_tokenizer(tmp_path)
+    text = "<s>[INST] Dan has 37 caps. [/INST]"
+    ids = enc.encode(text, allowed_special="all")
+    assert enc.decode(ids) == text and enc.max_token_value == 299
+    assert ids[:2] == [1, 3]                                                 # <s> and [INST] are one token each
+
+
+def test_only_the_response_is_trained_and_labels_are_shifted_once(traces):
+    codec = traces[1]
+    problem = train_sft.problem_set("test", 1)[0]
+    ids, trained = train_sft.encode_problem(codec, problem)
+    text = f"<s>[INST] {problem.question} [/INST]", f"<think> {problem.steps}</think> {problem.answer}</s>"
+    assert codec.enc.decode(ids) == "".join(text)
+    assert train_sft.show_example(codec, (ids, trained)) == "{}>>>{}<<<".format(*text)
+    examples = [([5, 6, 0, 8, 9], [False, False, True, True, True]), ([1, 2], [False, True])]
+    tokens, targets = train_sft.collate(examples, "cpu")
+    # An id equal to the padding still counts.
+    assert targets.tolist() == [[-1, 0, 8, 9, -1], [2, -1, -1, -1, -1]]
+    assert tokens.tolist() == [[5, 6, 0, 8, 9], [1, 2, 0, 0, 0]]
+
+
+# Texts of your own. What a record means is written as the text of its examples, the trained parts in >>> <<<.
+
+class Marks:
+    """A template of nothing but marks around each text."""
+    end = "[E]"
+    opening = "[A]"
+    refusal = None
+
+    def prompt(self, messages):
+        marks = {"system": "[S]{}[E]", "user": "[U]{}[E]", "assistant": "[A]{}[E]"}
+        return "".join(marks[m["role"]].format(m["content"]) for m in messages) + self.opening
+
+
+class Forgetful(Marks):
+    """... which drops the thoughts of earlier answers."""
+    def prompt(self, messages):
+        return super().prompt([m | {"content": m["content"].rpartition("</think>")[2]}
+                               for m in messages])
+
+
+class Opening(Marks):
+    """... which opens the thoughts of the next answer."""
+    opening = "[A]<think>\n"
+
+
+def shown(record, codec, chat=Marks()):
+    """The texts of a record's examples, the trained parts in >>> <<<."""
+    texts = []
+    for parts in train_sft.parts_of(record, codec._replace(chat=chat)):
+        assert len(train_sft.encode_parts(codec, parts)[0]) > 1
+        texts.append("".join(f">>>{text}<<<" if trained else text for text, trained in parts))
+    return texts
+
+
+def said(*texts, roles=("user", "assistant"), keys=("role", "content")):
+    """Messages with these texts, the roles in turn."""
+    return [{keys[0]: role, keys[1]: text} for role, text in zip(itertools.cycle(roles), texts)]
+
+
+ASKED = said("q")
+
+
+def answered(content="a", **more):
+    """A record of one question and one answer with more keys."""
+    return {"messages": ASKED + [{"role": "assistant", "content": content, **more}]}
+
+
+def mixed(*roles):
+    """A record of messages with these roles, right or wrong."""
+    return {"messages": said(*"abcdef"[:len(roles)], roles=roles)}
+
+
+SHAREGPT = {"roles": ("human", "gpt"), "keys": ("from", "value")}
+ANSWER = said("a", roles=("assistant",))
+PLAIN = "[U]q[E][A]>>>a[E]<<<"
+THOUGHT = "[U]q[E][A]>>><think>\nt\n</think>\n\na[E]<<<"
+IN_TEXT = "<think>\nt\n</think>\n\na"
+RECORDS = [
+    ({"prompt": "q ", "response": " a"}, "q >>> a[E]<<<"),
+    ({"prompt": "q", "completion": "a[E]\n", "response": None, "id": 7, "tools": []},
+     "q>>>a[E]\n<<<"),
+    ({"messages": said("q", "a\n")}, "[U]q[E][A]>>>a\n[E]<<<"),
+    ({"prompt": "q", "messages": said("q", "a")}, PLAIN),
+    (mixed("system", "user", "assistant"), "[S]a[E][U]b[E][A]>>>c[E]<<<"),
+    ({"messages": said("q", "a", "r", "b")}, "[U]q[E][A]>>>a[E]<<<[U]r[E][A]>>>b[E]<<<"),
+    ({"messages": answered(weight=0)["messages"] + said("r", "b")},
+     "[U]q[E][A]a[E][U]r[E][A]>>>b[E]<<<"),
+    ({"messages": said([{"type": "text", "text": "q"}, {"type": "text", "text": "r"}], "a")},
+     "[U]qr[E][A]>>>a[E]<<<"),
+    (answered(reasoning_content="t", tool_calls=None), THOUGHT),
+    (answered(thinking="t", weight=1), THOUGHT),
+    (answered(IN_TEXT), THOUGHT),
+    (answered(IN_TEXT, reasoning="t"), THOUGHT),
+    ({"prompt": ASKED, "completion": ANSWER}, PLAIN),
+    ({"prompt": said("q", "b", "r"), "completion": ANSWER}, "[U]q[E][A]b[E][U]r[E][A]>>>a[E]<<<"),
+    ({"conversations": said("q", "a", **SHAREGPT), "system": "s"}, "[S]s[E]" + PLAIN),
+]
+
+
+@pytest.mark.parametrize("record, text", RECORDS)
+def test_a_record_trains_what_the_assistant_wrote_and_its_end(traces, record, text):
+    assert shown(record, traces[1]) == [text]
+
+
+def test_a_turn_is_an_example_of_its_own_where_the_template_rewrites_what_was_said(traces):
+    record = {"messages": said("q", "<think>t</think>a", "r", "<think>u</think>b")}
+    assert shown(record, traces[1], Forgetful()) == ["[U]q[E][A]>>><think>t</think>a[E]<<<",
+                                                     "[U]q[E][A]a[E][U]r[E][A]>>><think>u</think>b[E]<<<"]
+    record["messages"][1]["weight"] = 0
+    assert shown(record, traces[1], Forgetful()) == ["[U]q[E][A]a[E][U]r[E][A]>>><think>u</think>b[E]<<<"]
+
+
+@pytest.mark.parametrize("answer, text", [("<think>\nt</think>a", "t</think>a"),
+                                          ("t</think>a", "t</think>a"), ("a", "\n</think>\n\na")])
+def test_thoughts_that_the_template_opens_are_opened_once(traces, answer, text):
+    found = shown({"messages": said("q", answer)}, traces[1], Opening())
+    assert found == [f"[U]q[E][A]<think>\n>>>{text}[E]<<<"]
+
+
+def test_a_pair_begins_as_the_tokenizer_begins_a_text_and_the_built_in_form_is_the_teachers(traces):
+    codec = traces[1]._replace(begin=[1])
+    for prompt in ("q", "<s>q"):
+        parts = train_sft.parts_of({"prompt": prompt, "response": "a"}, codec)
+        assert train_sft.show_example(codec, train_sft.encode_parts(codec, parts[0])) == "<s>q>>>a</s><<<"
+    parts = train_sft.parts_of({"messages": said("q", "a")}, traces[1])
+    assert parts == [[("<s>[INST] q [/INST]", False), ("a</s>", True)]]
+
+
+@pytest.mark.parametrize("name", ["ChatML", "Llama 3"])
+def test_a_conversation_is_trained_as_the_checkpoints_template_writes_it(name, tmp_path):
+    pytest.importorskip("jinja2")
+    template, end = TEMPLATES[name]
+    chat = chat_from(tmp_path, chat_template=template, **TOKEN_NAMES)
+    codec = train_sft.load_codec(tmp_path)
+    messages = said("a", "b", "c", "d")
+    [parts] = train_sft.parts_of({"messages": messages}, codec)
+    text = "".join(text for text, _ in parts)
+    assert text == chat.render(messages, add_generation_prompt=False).rstrip("\n")
+    assert [text for text, trained in parts if trained] == ["b" + end, "d" + end]
+    assert train_sft.encode_parts(codec, parts)[0] == codec.enc.encode(text, allowed_special="all")
+
+
+GOOD = json.dumps({"prompt": "q", "response": "a</s>"})
+REFUSED = [
+    ("{oops", "not JSON"),
+    ("[" * 100_000, "JSON array"),
+    (json.dumps([{"prompt": "q", "response": "a"}]), "JSON array"),
+    ("3", "3 is no record"),
+    ({}, "neither prompt"),
+    ({"text": "a"}, '"text"'),
+    ({"instruction": "q", "input": "", "output": "a"}, "Alpaca"),
+    ({"prompt": "q"}, "without a response"),
+    ({"prompt": "q", "completion": ANSWER}, "same kind"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference pair"),
+    ({"prompt": "q", "response": ""}, "empty response"),
+    ({"prompt": "q", "response": "a", "thinking": "t"}, "thinking"),
+    ({"prompt": "q", "response": "a", "system": "s"}, "system"),
+    ({"messages": "q"}, "not a list"),
+    ({"messages": ["q"]}, 'message that is "q"'),
+    ({"messages": []}, "last message"),
+    ({"messages": said("q", None)}, "content null"),
+    ({"messages": said("q", " ")}, "empty response"),
+    ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
+    ({"messages": said(["q"], "a")}, 'type "q"'),
+    (answered("", tool_calls=[{"name": "f"}]), "tool calls"),
+    ({"messages": said("q", "a"), "tools": [{}]}, "tool calls"),
+    (mixed("tool", "assistant"), 'role "tool"'),
+    (mixed([], "assistant"), "role"),
+    (mixed("user", "user", "assistant"), "out of order"),
+    (mixed("user", "assistant", "user"), "last message"),
+    (mixed("user", "assistant", "system"), "second system message, or one that is not the first"),
+    ({"messages": [ASKED[0] | {"thinking": "t"}] + ANSWER}, "somebody else"),
+    (answered(weight=0), "no response to train on"),
+    (answered(weight=0.5), "weight 0.5"),
+    (answered(thinking=3), "no text"),
+    (answered("<think>u</think>a", thinking="t"), "others in <think>"),
+    ({"conversations": said("q", "a", **SHAREGPT | {"roles": ("human", "observation")})},
+     "observation"),
+]
+
+
+@pytest.mark.parametrize("line, words", REFUSED)
+def test_a_record_that_is_not_read_is_refused_by_line_and_by_what_it_is(traces, tmp_path, line,
+                                                                        words):
+    text = line if isinstance(line, str) else json.dumps(line)
+    (tmp_path / "x.jsonl").write_text(f"{GOOD}\n\n{text}\n")
+    with pytest.raises(UserError, match=f"x.jsonl, line 3: .*{words}"):
+        train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 538)
+
+
+def test_a_line_that_the_tokenizer_or_the_model_cannot_take_is_named(traces, tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text(f"{GOOD}\n{GOOD}\n")
+    with pytest.raises(UserError, match="line 1: token id 120, the model knows 2"):
+        train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 2)
+
+    def encode(*args, **kw):
+        raise UserError("a million spaces")
+    enc = argparse.Namespace(encode=encode, decode=traces[1].enc.decode)
+    with pytest.raises(UserError, match="line 1: a million spaces"):
+        train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1]._replace(enc=enc), 64, 538)
+
+
+def test_plain_and_packed_files_are_read_alike(traces, tmp_path):
+    lines = [json.dumps({"prompt": f"{i} \u2028", "response": "\u00e4"}, ensure_ascii=False)
+             for i in range(3)]
+    text = "\n".join(lines)
+    files = {"plain": text.encode(), "bom": text.encode("utf-8-sig"),
+             "crlf": text.replace("\n", "\r\n\r\n").encode(),
+             "packed": gzip.compress(text.encode("utf-8-sig"))}
+    found = []
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        found.append(train_sft.read_jsonl(tmp_path / name, traces[1], 64, 538))
+    assert len(found[0][0]) == 2 and all(other == found[0] for other in found)
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"PAR1\x15\x04PAR1", "parquet"), (b'{"prompt": "\xff"}', "UTF-8"),
+    (GOOD.encode("utf-16"), "UTF-8"), (gzip.compress(GOOD.encode() * 99)[:-20], "cannot read"),
+    (b"\x1f\x8bno", "cannot read"), (b"", "0 usable records")])
+def test_a_file_that_is_no_text_is_refused_by_what_it_is(traces, tmp_path, data, words):
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        train_sft.read_jsonl(tmp_path / "x", traces[1], 64, 538)
+
+
+def test_every_fiftieth_record_is_held_out_with_all_its_examples_and_long_ones_are_left_out(traces, tmp_path, capsys):
+    talk = json.dumps({"messages": said("q", "<think>t</think>a", "r", "b")})
+    long = json.dumps({"prompt": "q" * 99, "response": "a"})
+    (tmp_path / "x.jsonl").write_text("\n".join([talk, long] + [GOOD] * 50))
+    codec = traces[1]._replace(chat=Forgetful())
+    train, held = train_sft.read_jsonl(tmp_path / "x.jsonl", codec, 64, 538)
+    assert (len(train), len(held)) == (49, 3)
+    assert "1 of 53 examples exceed --ctx 64" in capsys.readouterr().err
+
+
+# Batches, optimiser.
+
+def test_batches_depend_on_seed_and_number_alone():
+    examples = [([i] * (i % 7 + 2), [True] * (i % 7 + 2)) for i in range(50)]
+    block = train_sft.list_block(examples, seed=3)
+    stream = train_sft.batches(block, 4)
+    first = [next(stream) for _ in range(40)]
+    for start in (1, 15, 16, 33):
+        assert next(train_sft.batches(block, 4, start)) == first[start]
+
+
+def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces):
+    codec = traces[1]
+    generic = train_sft.generic_block(codec, 5)(3, 40)
+    assert generic == train_sft.generic_block(codec, 5)(3, 40) != train_sft.generic_block(codec, 6)(3, 40)
+    for (ids, trained), (other, _) in zip(generic, train_sft.trace_block(codec, 5)(3, 40)):
+        text = codec.enc.decode(ids)
+        assert trained == [False] + [True] * (len(ids) - 1)
+        assert text.startswith("<s> ")
+        assert text.endswith(".</s>")
+        assert not any(word in text for word in ("?", "INST", "think", "How", "What", "=", ";"))
+        # At most one sentence longer.
+        assert len(other) <= len(ids) < len(other) + 60
+        assert train_sft.split_of(text[4:-4]) == "train"
+
+
+@pytest.fixture
+def hybrid(traces):
+    """The teacher with Mamba in layer 0, and a batch: tokens, targets."""
+    model = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
+    problems = train_sft.problem_set("dev", 1)
+    examples = [train_sft.encode_problem(traces[1], problem) for problem in problems]
+    return model, train_sft.collate(examples, "cpu")
+
+
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+
+
+@OPTIMIZERS
+def test_decay_only_for_matrices_inside_the_layers(hybrid, optimizer):
+    """A step without a gradient shrinks them and changes nothing else."""
+    model, _ = hybrid
+    before = copy.deepcopy(model)
+    optimizers = train_sft.make_optimizers(model, 0.1, optimizer, weight_decay=0.5)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    train_sft.clipped_step(model, optimizers, 0.1)
+    decayed = set()
+    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        if not torch.equal(p, old):
+            torch.testing.assert_close(p, 0.95 * old, msg=name)
+            decayed.add(name)
+    expected = {name for name, p in model.named_parameters() if p.ndim == 2
+                and name.startswith("layers.")}
+    assert decayed == {name for name in expected if not name.endswith(("A_log", ".D"))}
+    assert "layers.0.mixer.in_proj.weight" in decayed
+
+
+@OPTIMIZERS
+def test_a_step_moves_every_parameter(hybrid, optimizer):
+    model, batch = hybrid
+    before = copy.deepcopy(model)
+    optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, weight_decay=0.0)
+    assert len(optimizers) == (2 if optimizer == "muon" else 1)
+    loss, count = train_sft.cross_entropy(model, *batch)
+    (loss / count).backward()
+    train_sft.clipped_step(model, optimizers, 1e-3)
+    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert torch.isfinite(p).all() and not torch.equal(p, old), name
+
+
+@OPTIMIZERS
+def test_lr_rest_is_the_rate_of_everything_but_mamba_mixers(hybrid, optimizer):
+    """The size of an optimiser's first step is its rate: with a tenth of it the others go a tenth of the way."""
+    start, batch = hybrid
+    models = {}
+    for lr_rest in (None, 1e-4):
+        model = models[lr_rest] = copy.deepcopy(start)
+        optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, lr_rest, weight_decay=0.0)
+        train_sft.cross_entropy(model, *batch)[0].backward()
+        train_sft.clipped_step(model, optimizers, 1e-3)
+    for rates in ((0.0, optimizer), (1.0, optimizer, -1.0)):
+        with pytest.raises(UserError, match="must be above 0"):
+            train_sft.make_optimizers(start, *rates)
+    inside = train_sft.mamba_names(start)
+    assert inside and all(name.startswith("layers.0.mixer.") for name in inside)
+    after = zip(start.named_parameters(), models[None].parameters(), models[1e-4].parameters())
+    for (name, old), one, other in after:
+        share = ((other - old).norm() / (one - old).norm()).item()
+        assert share == pytest.approx(1 if name in inside else 0.1, rel=0.05), name
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
+def test_muon_turns_a_gradient_into_a_nearly_orthogonal_matrix(shape):
+    """The same singular vectors, singular values near 1 (Newton-Schulz is stopped early, on purpose)."""
+    torch.manual_seed(0)
+    gradients = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
+    u, values, v = torch.linalg.svd(gradients, full_matrices=False)
+    inner = u.mT @ train_sft.orthogonalize(gradients) @ v.mT
+    new = inner.diagonal(dim1=-2, dim2=-1)
+    # Tiny ones need more iterations.
+    large = values > 0.1 * values[:, :1]
+    assert new[large].min() > 0.5 and new.max() < 1.3
+    assert (inner - torch.diag_embed(new)).abs().max() < 1e-2
+
+
+def test_learning_rate_rises_stays_and_falls():
+    rates = [train_sft.learning_rate(step, 100, 2.0, 10) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10:61] == [2.0] * 51
+    assert all(a > b for a, b in zip(rates[60:], rates[61:])) and rates[80] == pytest.approx(1.0)
+    assert rates[-1] < 0.1 and train_sft.learning_rate(100, 100, 2.0, 10) == pytest.approx(0.06)
+    assert train_sft.learning_rate(0, 5, 1.0, 0) == 1.0                      # no warm-up
+
+
+# The training loop, of both scripts.
+
+BOTH = pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
+
+
+def began(*args):
+    pytest.fail("training began")
+
+
+def solve_nothing(lm, enc, problems, **named):
+    return [""] * len(problems)
+
+
+@pytest.fixture
+def no_answers(monkeypatch):
+    """Nobody solves problems: writing 192 tokens takes far longer than what the tests below are about."""
+    monkeypatch.setattr(distill, "solve", solve_nothing)
+
+
+def short_run(program, traces, out, *more):
+    """Arguments of a run of 4 steps."""
+    base = ("--device", "cpu", "--steps", 4, "--batch", 2, "--warmup", 1, "--out", out)
+    if program is train_sft:
+        return ("--model", traces[0], "--every", 1, "--eval", 0, *base, *more)
+    return ("--teacher", traces[0], "--replace", 1, "--rank", "first", "--eval", 1, *base, *more)
+
+
+@pytest.mark.parametrize("program, more", [
+    (train_sft, ("--every", 3, "--easy", 0.5)),
+    (train_sft, ("--optimizer", "adamw", "--lr-rest", 1e-4)), (distill, ("--train", "all")),
+    (distill, ("--train", "mixers"))])
+def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, no_answers,
+                                             interrupt_after):
+    """Bit for bit the same weights, the same log but for the clock; what was saved on the way is gone at the end."""
+    def go(out, *resume):
+        run(program, *short_run(program, traces, tmp_path / out, *more, *resume))
+    go("a")
+    taken = interrupt_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        go("b")
+    assert len(taken) == 2 and not (tmp_path / "b" / "model.safetensors").exists()
+    go("b", "--resume")
+    assert len(taken) == 4
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    report = "training.json" if program is train_sft else "report.json"
+    logs = [json.loads((tmp_path / out / report).read_text())["log"] for out in "ab"]
+    for entry in logs[0] + logs[1]:
+        assert entry.pop("seconds") >= 0
+    assert logs[0] == logs[1] and logs[0][-1]["step"] == 4
+    assert not (tmp_path / "b" / "progress.safetensors").exists()
+
+
+def test_the_log_holds_means_over_the_tokens_since_its_last_entry(hybrid, tmp_path):
+    model, _ = hybrid
+    block = train_sft.list_block([([5] * n, [True] * n) for n in range(2, 9)], seed=0)
+    seen = []
+
+    def loss_of(model, tokens, targets):
+        loss, count = train_sft.cross_entropy(model, tokens, targets)
+        seen.append((loss.item(), count, tokens.numel()))
+        return loss, count
+    plan = train_sft.Plan(steps=5, lr=1e-3, warmup=1, every=9, log_every=2, name="loss")
+    progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
+    log = train_sft.fit(model, loss_of, block, 3, plan, progress, torch.device("cpu"),
+                        torch.float32)
+    assert [entry["step"] for entry in log] == [2, 4, 5]
+    for entry, part in zip(log, (seen[:2], seen[2:4], seen[4:])):
+        loss, count, _ = map(sum, zip(*part))
+        assert entry["loss"] == pytest.approx(loss / count, abs=1e-6)
+        assert entry["tokens"] == sum(tokens for _, _, tokens in seen[:entry["step"]])
+    assert not os.listdir(tmp_path)
+
+
+def test_ctrl_c_during_a_save_spoils_nothing(traces, tmp_path, monkeypatch, interrupt_after):
+    real = nano.write_atomic
+
+    def write(*args):
+        signal.raise_signal(signal.SIGINT)
+        real(*args)
+        signal.raise_signal(signal.SIGINT)
+    taken = interrupt_after(2)
+    monkeypatch.setattr(nano, "write_atomic", write)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9))
+    monkeypatch.setattr(nano, "write_atomic", real)
+    run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9, "--resume"))
+    assert len(taken) == 4
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_save(traces, tmp_path, interrupt_after):
+    def tune(out):
+        run(train_sft, *short_run(train_sft, traces, tmp_path / out, "--resume"))
+    tune("a")
+    interrupt_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        tune("b")
+    before = small_files(tmp_path / "b")
+    with small_disk(len(before["progress.safetensors"]) // 2):
+        with pytest.raises(UserError, match="cannot write .*--resume continues"):
+            tune("b")
+    assert small_files(tmp_path / "b") == before
+    tune("b")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+@OPTIMIZERS
+def test_what_a_run_needs_on_disk_is_known_before_its_first_step(hybrid, traces, tmp_path,
+                                                                 monkeypatch, optimizer):
+    model, batch = hybrid
+    optimizers = train_sft.make_optimizers(model, 1e-3, optimizer)
+    progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
+    needed = progress.needs(model, optimizers)
+    train_sft.cross_entropy(model, *batch)[0].backward()
+    train_sft.clipped_step(model, optimizers, 1e-3)
+    progress.save(model, optimizers)
+    # One is there and one is to come; the rest is names.
+    assert progress.needs(model, optimizers) == pytest.approx(needed / 2, rel=0.05)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", always(usage._replace(free=needed // 3)))
+    monkeypatch.setattr(train_sft, "clipped_step", began)
+    with pytest.raises(UserError, match="needs .* GB of disk"):
+        run(train_sft, *short_run(train_sft, traces, tmp_path / "out", "--optimizer", optimizer))
+
+
+def change_a_weight(path):
+    lm = load_pretrained(path)
+    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3
+    save_pretrained(lm, path)
+
+
+@BOTH
+def test_a_run_is_continued_only_with_the_same_model_and_data(
+        program, traces, tmp_path, no_answers, interrupt_after):
+    """The same content, whatever the directories are called: a model may be moved, but not changed, nor the data."""
+    model = tmp_path / "model"
+    moved = tmp_path / "moved"
+    shutil.copytree(traces[0], model)
+    shutil.copytree(traces[0], moved)
+    data = tmp_path / "x.jsonl"
+    lines = "".join(f'{{"prompt": "a {i}", "response": "b</s>"}}\n' for i in range(9))
+    data.write_text(lines)
+
+    def go(model):
+        flag = "--model" if program is train_sft else "--teacher"
+        own = flag, model, "--data", data, "--resume"
+        return run(program, *short_run(program, traces, tmp_path / "out", *own)).out
+
+    interrupt_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        go(model)
+    change_a_weight(model)
+    with pytest.raises(UserError, match="content of (the model|--teacher)"):
+        go(model)
+    data.write_text(lines.replace("a 3", "a 33"))
+    with pytest.raises(UserError, match="content of --data"):
+        go(moved)
+    data.write_text(lines)
+    go(moved)
+    if program is distill:
+        assert "finished already" in go(moved)
+        with pytest.raises(UserError, match="content of --teacher"):
+            go(model)
+
+
+def saved_progress(path, model, batch):
+    """A progress file after one step of 9. -> the Plan, its tensors, its JSON."""
+    plan = train_sft.Plan(9, 1e-3, 1, 1, 1, "loss")
+    optimizers = train_sft.make_optimizers(model, plan.lr)
+    train_sft.cross_entropy(model, *batch)[0].backward()
+    train_sft.clipped_step(model, optimizers, plan.lr)
+    log = [{"step": 1, "loss": 0.5, "tokens": 8, "seconds": 0.1}]
+    train_sft.Progress(str(path), {"seed": 0}, step=1, log=log).save(model, optimizers)
+    with safe_open(path, "pt") as f:
+        return plan, load_file(path), json.loads(f.metadata()["meta"])
+
+
+def load_progress(path, model, plan, tensors, meta):
+    """Write these as a progress file, load it. -> the Progress."""
+    save_file(tensors, path, metadata={"meta": meta if isinstance(meta, str) else json.dumps(meta)})
+    progress = train_sft.Progress(str(path), {"seed": 0}, resume=True)
+    progress.load(model, train_sft.make_optimizers(model, plan.lr), plan)
+    return progress
+
+
+def test_a_damaged_progress_file_is_refused(hybrid, tmp_path):
+    model, batch = hybrid
+    path = tmp_path / "progress.safetensors"
+    plan, tensors, meta = saved_progress(path, model, batch)
+    assert load_progress(path, model, plan, tensors, meta).step == 1
+    bad = [(tensors, other) for other in ("", "[]", "{}", "[" * 99_999, "3")]
+    for key in meta:
+        for value in (None, "x", [], {}, [3], -1, 10**30, [{"step": 1}], math.inf):
+            sound = {"log": [], "loss": -1, "seconds": -1}
+            if key not in sound or value != sound[key]:
+                bad.append((tensors, meta | {key: value}))
+    bad.append((tensors, meta | {"step": 10}))
+    bad.append((tensors, meta | {"step": 9, "log": []}))
+    for key in ("weight|norm.weight", "momentum|layers.0.mixer.in_proj.weight",
+                "exp_avg|norm.weight", "step|norm.weight"):
+        bad.append(({name: w for name, w in tensors.items() if name != key}, meta))
+        bad.append((tensors | {key: torch.ones(1)}, meta))
+    bad.append((tensors | {"norm.weight": torch.ones(3)}, meta))
+    bad.append((tensors | {"weight|nothing": torch.ones(3)}, meta))
+    for other_tensors, other_meta in bad:
+        with pytest.raises(UserError, match="progress.safetensors"):
+            load_progress(path, model, plan, other_tensors, other_meta)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="does not continue this run"):
+        train_sft.Progress(str(path), {"seed": 0}, resume=True).load(model, [], plan)
+
+
+@BOTH
+def test_a_loss_that_is_nan_leaves_what_was_saved(program, traces, tmp_path, monkeypatch,
+                                                  no_answers, interrupt_after):
+    """One line, and progress from before the accident, from which a lower rate could continue."""
+    interrupt_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(program, *short_run(program, traces, tmp_path))
+    before = (tmp_path / "progress.safetensors").read_bytes()
+    files = sorted(os.listdir(tmp_path))
+    name = "cross_entropy" if program is train_sft else "batch_loss"
+    real = getattr(program, name)
+
+    def broken(*args):
+        loss, count = real(*args)
+        return loss * math.nan, count
+    monkeypatch.setattr(program, name, broken)
+    with pytest.raises(UserError, match="not finite"):
+        run(program, *short_run(program, traces, tmp_path, "--resume"))
+    assert (tmp_path / "progress.safetensors").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == files
+
+
+@BOTH
+def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, no_answers):
+    """Products in bfloat16, weights kept in float32."""
+    printed = run(program, *short_run(program, traces, tmp_path, "--dtype", "bfloat16")).out
+    report = json.loads(printed.splitlines()[-1])
+    keys = ["loss"] if program is train_sft else ["kl_first", "kl_last"]
+    assert all(math.isfinite(report[key]) for key in keys)
+    weights = load_file(tmp_path / "model.safetensors").values()
+    assert all(torch.isfinite(w).all() for w in weights)
+    assert program is distill or {w.dtype for w in weights} == {torch.float32}
+    with pytest.raises(UserError, match="float16"):
+        nano.pick_dtype("float16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_waits_for_the_end_of_a_step_however_often_it_comes(number, capfd):
+    """A step taken in half would be saved, and taken again after --resume. What is ignored (nohup) stays ignored."""
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with train_sft.signals_noted() as noted:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+        assert noted == [number, number]
+        assert capfd.readouterr().err.count("stopping after this step") == 1
+        assert signal.getsignal(number) is signal.default_int_handler
+        signal.signal(number, signal.SIG_IGN)
+        with train_sft.signals_noted() as noted:
+            signal.raise_signal(number)
+        assert noted == []
+    finally:
+        signal.signal(number, before)
+
+
+# From nothing, and merging.
+
+def test_a_stack_of_layers_becomes_deeper_or_shallower():
+    """As a whole: the old layers repeated in order, or the first of them; copies, so that each can be trained alone."""
+    old = tiny("t t t")
+    tokens = some_tokens(2, 9)
+    for n in (2, 3, 6):
+        new = train_sft.restack(old, n)
+        assert new.config.layout == ("t",) * n == ("t",) * len(new.layers)
+        assert new.config.n_layer == n
+        for i, block in enumerate(new.layers):
+            for p, q in zip(block.parameters(), old.layers[i % 3].parameters(), strict=True):
+                assert torch.equal(p, q.float()) and p.data_ptr() != q.data_ptr()
+        places = {p.data_ptr() for p in new.layers.parameters()}
+        assert len(places) == n * len(list(old.layers[0].parameters()))
+        assert new.norm is old.norm and new.embed_tokens is old.embed_tokens
+    same = train_sft.restack(old.float(), 3)(tokens)[0]
+    assert off(same, old(tokens)[0]) < 1e-6
+    for model, n in ((old, 4), (old, 0), (old, -1), (tiny("t m2"), 2)):
+        with pytest.raises(UserError, match="only all-attention models"):
+            train_sft.restack(model, n)
+
+
+def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family, tmp_path,
+                                                                  monkeypatch):
+    other = tmp_path / "other"
+    model = load_pretrained(family / "h1")
+    for p in model.parameters():
+        p.data += torch.randn(p.shape) / 100
+    save_pretrained(model, other)
+
+    def tune(out, *more):
+        command = "--model", family / "h1", "--steps", 2, "--batch", 2, "--eval", 0, "--threads", 1
+        run(train_sft, *command, "--out", tmp_path / out, *more)
+    tune("alone")
+    tune("merged", "--merge", other, "--merge-weight", 0.25)
+    alone = load_file(tmp_path / "alone" / "model.safetensors")
+    added = load_file(other / "model.safetensors")
+    for name, w in load_file(tmp_path / "merged" / "model.safetensors").items():
+        assert torch.equal(w, 0.25 * alone[name] + 0.75 * added[name])
+    args = json.loads((tmp_path / "merged" / "training.json").read_text())["args"]
+    assert args["merge"] == str(other) and args["merge_weight"] == 0.25
+    monkeypatch.setattr(train_sft, "fit", began)
+    refused = [(("--merge", family / "h2"), "layout"),
+               (("--merge", tmp_path / "none"), "no such directory"),
+               (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"),
+               (("--merge-weight", -1), "between")]
+    for more, words in refused:
+        with pytest.raises(UserError, match=words):
+            tune("refused", *more)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# distill.py: conversion. Every copied row lies where the table in distill.py says, fresh parts start in their ranges,
+# nothing else changes, and a converted layer with its fresh parts neutral is linear attention.
 
 def converted(init, layers=(0,), layout="t", seed=5, batch=None, dtype=torch.float64, **shape):
     """-> a teacher, and a student (other weights, same shape) whose layers were converted under this seed."""
@@ -2430,985 +4131,371 @@ def teacher_place(model, x):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer, against a naive reading of tokenizer.json: cut out the added tokens, normalise, split by one step of the
-# pre-tokenizer after the other (what a pattern skips is a piece too), take a whole piece if ignore_merges says so, else
-# join the neighbours of lowest merge rank, leftmost one first. Where the package `tokenizers` is installed, against
-# that as well; the long run of it: python test_model.py --texts 20000
+# distill.py: the loss, which layers come first, stages that can be killed.
 
-PATTERNS = {
-    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-              r"\s*[\r\n]+|\s+(?!\S)|\s+",
-    "nemo": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
-            r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "words only": r"\p{L}+",                                                 # skips all the rest
-    "up to three digits": r"\p{N}{1,3}",
-    "CJK": r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-    "DeepSeek": r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
-                r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
-
-CORPUS = """It's the 1999 story of 12345 apples; don't count them twice. The teacher's answer: 3 + 4 = 7, 70 / 7 = 10.
-def f(x):\n    return {'a': [1, 22, 333], "b": x ** 2}\n\n\tif x:\r\n        pass\r\n    \nWE'RE HERE, HERE AND THERE!!!
-Ça va? Äpfel und Öl, naïve cafe\u0301 Привет мир, привет 你好世界 你好 मन्ते हिन्दी 한국어 \u3000 👩‍👩‍👧 🇩🇪 👍🏽
-∑∂ … — “q” http://x.y/z?a=b&c=d
-the then there these them they other another mother brother aaa aaaa aaaaa    spaces     and      tabs\t\t\t """ * 2
+def distill_setup(traces, teacher):
+    """-> a distill.Run for calling parts of distill.py by themselves: few texts, on the CPU."""
+    codec = traces[1]
+    block = train_sft.trace_block(codec, 0)
+    calibration = distill.calibration_batch(block, CPU, count=8)
+    content = {"content of --teacher": train_sft.weights_hash(teacher)}
+    return distill.Run(teacher, codec, CPU, torch.float32, block, [encoded(traces, "probe", 1)],
+                       block(1, 4), calibration, content, solved={})
 
 
-def byte_letters():
-    """Character of tokenizer.json by byte, written down once more."""
-    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-            *range(ord("®"), ord("ÿ") + 1)}
-    free = iter(range(256, 512))
-    return [chr(byte) if byte in seen else chr(next(free)) for byte in range(256)]
+def last_report(printed):
+    """The last line that a script printed, which is for machines."""
+    return json.loads(printed.out.splitlines()[-1])
 
 
-def spell(text):
-    """A text by its bytes, each as its letter."""
-    return text.encode().decode("latin-1").translate(byte_letters())
+SMALL = ("--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1)
 
 
-def split_by(pattern, text):
-    """Pieces of text: the matches, and what lies between them."""
-    pieces = []
-    end = 0
-    for match in regex.finditer(pattern, text):
-        pieces += [text[end:match.start()], match.group()]
-        end = match.end()
-    return [piece for piece in pieces + [text[end:]] if piece]
+def small_run(teacher, out, *flags):
+    """distill.py with little work. -> what it printed."""
+    return run(distill, "--teacher", teacher, *SMALL, "--out", out, *flags)
 
 
-def join(parts, rank):
-    while True:
-        found = [(rank[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in rank]
-        if not found:
-            return parts
-        i = min(found)[1]
-        parts = parts[:i] + [parts[i] + parts[i + 1]] + parts[i + 2:]
+@pytest.fixture(scope="module")
+def family(traces, tmp_path_factory):
+    """A finished family of two members of the 4-layer teacher. -> the directory above them."""
+    path = tmp_path_factory.mktemp("family")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "solve", solve_nothing)
+        small_run(traces[0], path, "--stages", "1,2")
+    return path
 
 
-def split_step(step):
-    """One step of a pre-tokenizer -> its pattern, or None."""
-    if step["type"] == "Split":
-        return step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
-    if step["type"] == "Digits":
-        return r"\p{N}" if step["individual_digits"] else r"\p{N}+"
-    return GPT2_PATTERN if step["use_regex"] else None
+def test_kl_is_zero_for_equal_logits_exact_and_finite():
+    torch.manual_seed(0)
+    a = torch.randn(6, 11)
+    b = torch.randn(6, 11)
+    assert distill.kl_divergence(a, a).abs().max() < 1e-6
+    a.requires_grad_()
+    q = a.softmax(-1)
+    p = b.softmax(-1)
+    kl = distill.kl_divergence(a, b)
+    torch.testing.assert_close(kl, (q * (q / p).log()).sum(-1), rtol=1e-5, atol=1e-6)
+    kl.sum().backward()
+    gradient = q * ((q / p).log() - kl[:, None])
+    torch.testing.assert_close(a.grad, gradient.detach(), rtol=1e-4, atol=1e-6)
+    forward = distill.kl_divergence(a, b, "forward_kl")
+    torch.testing.assert_close(forward, (p * (p / q).log()).sum(-1), rtol=1e-5, atol=1e-6)
+    far = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    distill.kl_divergence(far, -far.detach()).sum().backward()
+    assert torch.isfinite(far.grad).all()
 
 
-def naive_words(raw, text):
-    """A text without added tokens -> its words, in the letters of tokenizer.json, without those that it lacks."""
-    pieces = [text]
-    for step in raw["pre_tokenizer"]["pretokenizers"]:
-        pattern = split_step(step)
-        if pattern:
-            pieces = [smaller for piece in pieces for smaller in split_by(pattern, piece)]
-    lost = dict.fromkeys(map(ord, set(byte_letters()) - set(raw["model"]["vocab"])))
-    return [spell(piece).translate(lost) for piece in pieces]
+def test_kl_is_a_mean_over_tokens_whatever_the_batch_and_its_length(traces):
+    """The same texts in one batch, one by one, twice, or beside an untrained one give one and the same loss."""
+    teacher = load_pretrained(traces[0])
+    student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
+    texts = encoded(traces, "dev", 1)
+
+    def mean(*fixed):
+        return distill.mean_loss(student, teacher, fixed, "reverse_kl", CPU, torch.float32)
+
+    ids, _ = texts[0]
+    silent = ids, [False] * len(ids)
+    for fixed in ([[text] for text in texts], [texts, texts], [texts + [silent]]):
+        assert abs(mean(*fixed) / mean(texts) - 1) < 1e-5
+    assert mean([silent]) == 0
 
 
-def naive_encode(raw, text):
-    model = raw["model"]
-    rank = {tuple(m.split(" ") if isinstance(m, str) else m): i
-            for i, m in enumerate(model["merges"])}
-    added = {token["content"]: token["id"] for token in raw["added_tokens"]}
-    form = raw["normalizer"]["type"] if raw["normalizer"] else "Sequence"
-    cuts = "|".join(map(regex.escape, sorted(added, key=len, reverse=True)))
-    ids = []
-    for piece in regex.split(f"({cuts})", text) if cuts else [text]:
-        if piece in added:
-            ids.append(added[piece])
-            continue
-        if form != "Sequence":
-            piece = unicodedata.normalize(form, piece)
-        for word in naive_words(raw, piece):
-            whole = model.get("ignore_merges") and word in model["vocab"]
-            parts = [word] if whole else join(list(word), rank)
-            ids += [model["vocab"][part] for part in parts]
-    return ids
+def test_kl_in_pieces_is_the_same_in_value_and_gradients():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False)
+    teacher_head = torch.nn.Linear(8, 50, bias=False)
+    x = torch.randn(23, 8, requires_grad=True)
+    teacher_x = torch.randn(23, 8)
+    results = []
+    for piece in (None, 5):
+        loss = distill.distillation_loss(x, teacher_x, head, teacher_head, piece=piece)
+        results.append((loss, *torch.autograd.grad(loss, (x, head.weight))))
+    for whole, pieces in zip(*results):
+        torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
 
 
-@functools.cache
-def train_merges(pattern, count):
-    """The plain BPE trainer on CORPUS: join the most frequent pair, again and again."""
-    words = [list(spell(word)) for word in split_by(pattern, CORPUS)]
-    merges = []
-    for _ in range(count):
-        counts = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
-        best = max(counts, key=lambda pair: (counts[pair], pair))
-        merges.append(best)
-        words = [join(word, {best: 0}) if best[0] in word else word for word in words]
-    return merges
+def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(traces):
+    teacher = load_pretrained(traces[0])
+    student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
+    tokens = torch.randint(7, 200, (2, 9))
+    targets = torch.full((2, 9), -1)
+    targets[:, 2:5] = tokens[:, 3:6]
+    changed = tokens.clone()
+    changed[:, 6:] = 9                                                       # after the last trained position
+    loss, _ = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
+    again, _ = distill.batch_loss(student, teacher, changed, targets, "reverse_kl")
+    assert torch.equal(loss, again)
+    empty, count = train_sft.cross_entropy(student, tokens, torch.full((2, 9), -1))
+    (empty / max(1, count)).backward()
+    assert count == 0 and empty.item() == 0
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
 
 
-ADDED = ("<s>", "</s>", "[INST]", "[/INST]", "<think>")
+# Which layers first.
+
+def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypatch):
+    teacher = load_pretrained(traces[0])
+    args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, ctx=99, probe=1,
+                              dtype="float32")
+    calls = spy(monkeypatch, distill, "leave_one_out")
+
+    def rank():
+        return distill.rank_layers(args, distill_setup(traces, teacher), teacher)
+
+    first = rank()
+    assert rank() == first and len(calls) == 1
+    teacher.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3                  # one weight of another layer
+    assert rank() != first and len(calls) == 2
+    args.probe = 2                                                           # other problems, other scores
+    rank()
+    assert len(calls) == 3
 
 
-def added_token(token, text, **change):
-    return {"id": token, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False,
-            "special": True} | change
+def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces):
+    teacher = load_pretrained(traces[0])
+    torch.nn.init.zeros_(teacher.layers[2].mixer.o_proj.weight)
+    examples = encoded(traces, "probe", 2)
+    scores = distill.leave_one_out(teacher, [examples], CPU, torch.float32, use_accuracy=False)
+    assert distill.least_important_first(scores)[0] == 2
+    tokens, targets = train_sft.collate(examples, CPU)
+    for layer in (0, 3):
+        without = convert(copy.deepcopy(teacher), teacher, [layer], "identity")
+        loss, count = train_sft.cross_entropy(without, tokens, targets)
+        assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
 
 
-def bpe_model(vocab, merges, named=True, **change):
-    """The model of a tokenizer.json. named: it has a type."""
-    model = {"type": "BPE"} if named else {}
-    return model | {"dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                    "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                    "ignore_merges": False, "vocab": vocab, "merges": merges} | change
+def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
+    teacher = load_pretrained(traces[0])
+    for i, block in enumerate(teacher.layers):
+        # Layers 0 and 2 write nothing, the others a lot.
+        block.mixer.o_proj.weight.data *= 0 if i in (0, 2) else 5
+    before = distill.weights_hash(teacher)
+    setup = distill_setup(traces, teacher)
+    args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all",
+                              lr=1e-4, lr_rest=None, optimizer="muon", init="calibrated",
+                              loss="reverse_kl")
+    student = convert(copy.deepcopy(teacher), teacher, [0], "aligned")       # as in a later stage
+    trials = distill.try_each_layer(args, setup, student, {})
+    assert distill.least_important_first(trials)[0] == 2
+    assert len({trial["loss"] for trial in trials}) == 3                     # layers 1, 2 and 3, each a loss of its own
+    assert student.config.layout == ("m2", "t", "t", "t")
+    assert distill.weights_hash(teacher) == before
 
 
-def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merges=False,
-                   all_splits=False, as_strings=True, extra=(), merges=None, special=ADDED,
-                   normalizer=None, missing="", byte_regex=False, named=True):
-    """The dict of a tokenizer.json. steps: names in PATTERNS, "digits", or a text to split by.
-    byte_regex: ByteLevel splits, too. all_splits: list every way to make a token, as files converted
-    from tiktoken do. extra: tokens without any merge, found only when a whole piece is looked up.
-    missing: bytes without a token. named: the model names its type."""
-    first = PATTERNS.get(steps[0] if steps else "", GPT2_PATTERN)
-    merges = train_merges(first, count) if merges is None else merges
-    letters = [letter for byte, letter in enumerate(byte_letters()) if chr(byte) not in missing]
-    tokens = [*letters, *dict.fromkeys(left + right for left, right in merges), *extra]
-    tokens = [*special, *tokens] if special_first else [*tokens, *special]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if all_splits:
-        ordinary = [token for token in tokens if token not in special]
-        cuts = [(token[:i], token[i:]) for token in ordinary for i in range(1, len(token))]
-        merges = [(left, right) for left, right in cuts if left in vocab and right in vocab]
-    pre = []
-    for name in steps:
-        if name == "digits":
-            pre.append({"type": "Digits", "individual_digits": True})
+def test_the_published_order_skips_layer_2():
+    assert sorted(nano.APRIEL15B) == [i for i in range(50) if i != 2]
+    assert bench.ORDER[:49] == nano.APRIEL15B
+    args = argparse.Namespace(rank="apriel15b", teacher="x")
+
+    def order(replaced):
+        layout = ["m2" if i in replaced else "t" for i in range(50)]
+        config = dataclasses.replace(train_sft.TEACHER, n_layer=50, layout=layout)
+        layers, scores = distill.rank_layers(args, None, HybridLM(config))
+        assert scores is None
+        return layers
+
+    assert order([])[:27] == nano.APRIEL15B[:25] + [3, 5]
+    assert order([47, 24])[:3] == [39, 36, 31]
+    with pytest.raises(UserError, match="50 layers"):
+        distill.rank_layers(args, None, tiny("t t"))
+
+
+NO_ORDER = ["{", "3", "[]x", '["a"]', "[0, 0]", "[9]", "[-1]", "[true]", "[1.0]", "[[0]]",
+            '{"order": 3}', "{}"]
+
+
+@pytest.mark.parametrize("text", NO_ORDER)
+def test_a_file_that_is_no_order_is_refused(text, tmp_path):
+    path = tmp_path / "order.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="order.json"):
+        distill.read_order(str(path), 4)
+    path.write_text('{"order": [2, 0]}')
+    assert distill.read_order(str(path), 4) == [2, 0]
+
+
+# Distillation, stage after stage.
+
+def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces):
+    teacher = load_pretrained(traces[0])
+    before = copy.deepcopy(dict(teacher.named_parameters()))
+    student = convert(distill.clone(teacher, "mixers"), teacher, [1, 2], "aligned")
+    distill.set_trained(student, "mixers").train()
+    start = copy.deepcopy(dict(student.named_parameters()))
+    tokens, targets = train_sft.collate(encoded(traces, "dev", 1), CPU)
+    loss, count = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
+    (loss / count).backward()
+    train_sft.clipped_step(student, train_sft.make_optimizers(student, 1e-2), 1e-2)
+    original = dict(teacher.named_parameters())
+    for name, p in student.named_parameters():
+        if name.startswith(("layers.1.mixer.", "layers.2.mixer.")):
+            assert p.requires_grad and not torch.equal(p, start[name]), name
         else:
-            pattern = {"Regex": PATTERNS[name]} if name in PATTERNS else {"String": name}
-            pre.append({"type": "Split", "pattern": pattern, "behavior": "Isolated",
-                        "invert": False})
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-             "use_regex": byte_regex}
-    merges = [" ".join(merge) if as_strings else list(merge) for merge in merges]
-    return {"version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [added_token(vocab[text], text) for text in special],
-            "normalizer": normalizer, "post_processor": None, "decoder": dict(level),
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*pre, level]},
-            "model": bpe_model(vocab, merges, named, ignore_merges=ignore_merges)}
-
-
-def byte_tokenizer(special):
-    """The dict of a tokenizer.json with a token per byte and the special ones behind them."""
-    return make_tokenizer((), count=0, special_first=False, byte_regex=True, special=special)
-
-
-def load_from(raw, path):
-    path.mkdir(exist_ok=True)
-    (path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
-    return load_tokenizer(path)
-
-
-SNIPPETS = [
-    "the", "The", " other", "aaaa", "ab", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\xa0", "1",
-    "2024", "12345678", "½", "'s", "'S", "'re", "don't", "é", "e\u0301", "\u0301", "ß", "ǅ",
-    "Привет", "你好", "हिन्दी", "한국", "👩‍👩‍👧", "🇩🇪", "👍🏽", "\u200d", "\ufe0f", "?!", "...", "/",
-    "//", "#", "_x", "\x00", "\x7f", "\ufffd", "\u0340", "\u212b", "\u1100\u1161", "<s>", "</s>",
-    "<think>", "[INST]", "[/INST]", "<s", "<thin", "[[INST]]", "<s>>", "s>"]
-
-TOKENIZERS = {
-    "Nemo kind": dict(steps=("nemo",)),
-    "Llama 3 kind": dict(steps=("llama3",), special_first=False, ignore_merges=True,
-                         all_splits=True, extra=["xyzzy", "Ġplugh"]),
-    "pairs, trained merges, ignore_merges": dict(ignore_merges=True, as_strings=False),
-    "GPT-2's own file": dict(steps=(), special_first=False, byte_regex=True, named=False),
-    "a pattern that skips text": dict(steps=("words only",), as_strings=False),
-    "SmolLM kind": dict(steps=("digits",), missing="\x00\x04\x7f\xc0\xc1\xf1", byte_regex=True),
-    "half of the bytes missing": dict(missing="".join(map(chr, range(1, 256, 2))), count=0),
-    "Qwen kind": dict(steps=("llama3",), normalizer={"type": "NFC"}),
-    "DeepSeek kind": dict(steps=("up to three digits", "CJK", "DeepSeek"),
-                          normalizer={"type": "Sequence", "normalizers": []}),
-    "a split by a text, and by two patterns": dict(steps=("? ", "words only"), byte_regex=True),
-    "special tokens that begin alike": dict(special=("<s>", "<s>>", "<s", "</s>", "[INST]",
-                                                     "[[INST]")),
-}
-
-
-def random_texts(count, seed=0):
-    """Mixtures of digits, whitespace runs, line ends, emoji, combining marks, special tokens and parts of them."""
-    rng = random.Random(seed)
-    texts = [CORPUS, "", *SNIPPETS, "xyzzy plugh xyzzyx", "a" * 300, " " * 70]
-    for _ in range(count):
-        parts = rng.choices(SNIPPETS, k=rng.randrange(1, 12))
-        if rng.random() < 0.3:
-            spaces = rng.choice(" \n\r\t\v\f\x1c\x85\u2028\u3000") * rng.randrange(1, 5)
-            parts[rng.randrange(len(parts))] = spaces
-        for _ in range(rng.choice([0, 0, 3])):
-            plane = rng.choice([0x80, 0x2000, 0xD800, 0x110000])
-            letter = chr(rng.randrange(plane))
-            # The libraries know different versions of Unicode: only letters that none has to reorder.
-            parts.append(letter if letter.isprintable() and not unicodedata.combining(letter)
-                         else "")
-        texts.append("".join(parts))
-    return texts
-
-
-@pytest.mark.parametrize("case", TOKENIZERS)
-def test_token_ids_are_those_of_the_naive_reading(case, tmp_path):
-    raw = make_tokenizer(**TOKENIZERS[case])
-    enc = load_from(raw, tmp_path)
-    for text in random_texts(1000):
-        ids = enc.encode(text, allowed_special="all")
-        assert ids == naive_encode(raw, text), repr(text)
-        if not raw["normalizer"] and not enc.missing:
-            assert enc.decode(ids) == text
-    merged = len(enc.encode(CORPUS)) < 0.8 * len(CORPUS.encode())
-    assert merged or not raw["model"]["merges"]
-
-
-def compare_with_library(raw, texts, path, decode=True):
-    """Raises AssertionError for the first text whose ids, or whose text from these ids, are not the library's."""
-    tokenizers = pytest.importorskip("tokenizers")
-    enc = load_from(raw, path)
-    library = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-    for text in texts:
-        ids = library.encode(text, add_special_tokens=False).ids
-        assert enc.encode(text, allowed_special="all") == ids, repr(text)
-        assert not decode or enc.decode(ids) == library.decode(ids, skip_special_tokens=False), repr(text)
-
-
-@pytest.mark.parametrize("case", TOKENIZERS)
-def test_token_ids_are_those_of_the_library(case, tmp_path):
-    compare_with_library(make_tokenizer(**TOKENIZERS[case]), random_texts(400, seed=1), tmp_path)
-
-
-def test_special_tokens_are_cut_out_only_when_allowed_and_lone_surrogates_replaced(tmp_path):
-    enc = load_from(make_tokenizer(), tmp_path)
-    assert enc.encode("a</s>b", allowed_special="all").count(1) == 1
-    assert 1 not in enc.encode("a</s>b")
-    assert enc.decode(enc.encode("a</s>b")) == "a</s>b"
-    assert enc.decode(enc.encode("a\ud83d\ude00b\ud800c")) == "a\U0001f600b\ufffdc"
-
-
-@pytest.mark.parametrize("unit", ["a", " ", "\n"])
-def test_a_million_times_the_same_character_is_encoded(unit, tmp_path):
-    """tiktoken's own patterns run out of stack at half a million spaces; older ones end the process."""
-    enc = load_from(make_tokenizer(), tmp_path)
-    text = unit * 1_000_000
-    assert enc.decode(enc.encode(text)) == text
-
-
-def random_merges(rng, size):
-    """Merges over two letters, sometimes two ways to the same token -> merges, all tokens."""
-    parts = ["a", "b"]
-    merges = []
-    while len(parts) < size:
-        pair = (rng.choice(parts), rng.choice(parts))
-        if "".join(pair) in parts:
-            continue
-        merges.append(pair)
-        parts.append("".join(pair))
-        while rng.random() < 0.3:
-            at = rng.randrange(1, len(parts[-1])) if len(parts[-1]) > 1 else 0
-            second = (parts[-1][:at], parts[-1][at:])
-            if set(second) <= set(parts) and second not in merges:
-                merges.append(second)
-    return merges, parts
-
-
-def test_accepted_merges_give_the_same_ids_however_strange_they_are(tmp_path, no_library):
-    """tiktoken joins whatever is in the vocabulary, tokenizer.json only what its merges allow. Random merges, where the
-    two rules often differ: what is accepted must agree, and what is refused must be for a reason."""
-    rng = random.Random(0)
-    accepted = 0
-    refused = 0
-    for _ in range(200):
-        merges, parts = random_merges(rng, rng.choice((4, 7, 12)))
-        style = dict(ignore_merges=rng.random() < 0.5, all_splits=rng.random() < 0.5)
-        raw = make_tokenizer(merges=merges, **style)
-        texts = ["".join(rng.choices("ab", k=rng.randrange(1, 14))) for _ in range(80)]
-        try:
-            enc = load_from(raw, tmp_path)
-        except UserError as error:
-            refused += "merges" in str(error)
-            continue
-        accepted += 1
-        for text in texts + parts:
-            assert enc.encode(text) == naive_encode(raw, text), (merges, style, text)
-    assert accepted > 50 and refused > 25
-
-
-def test_accepted_added_tokens_give_the_ids_of_the_library(tmp_path):
-    """Added tokens that begin alike, overlap, are normalised or not, have ids of their own, of the vocabulary, or with
-    a hole before them: refused, or the same ids in every text."""
-    rng = random.Random(0)
-    accepted = 0
-    refused = 0
-    for _ in range(150):
-        raw = make_tokenizer(special=(), count=20, normalizer=rng.choice([None, {"type": "NFC"}]))
-        vocab = raw["model"]["vocab"]
-        following = len(vocab)
-        for _ in range(rng.randrange(1, 5)):
-            text = "".join(rng.choices(["a", "b", "<", "g", "\u0301", "\u01f5", "\u212b"],
-                                       k=rng.randrange(1, 4)))
-            token = vocab.get(text, following) if rng.random() < 0.9 else following + rng.randrange(3)
-            raw["added_tokens"].append(added_token(token, text, normalized=rng.random() < 0.5))
-            following = max(following, token + 1)
-        texts = ["".join(rng.choices("ab<g\u0301\u01f5\u212b", k=rng.randrange(1, 14)))
-                 for _ in range(60)]
-        try:
-            # The library decodes a token with accents as if it were bytes, or as it is normalised.
-            compare_with_library(raw, texts, tmp_path, decode=False)
-            accepted += 1
-        except UserError:
-            refused += 1
-    assert accepted > 50 and refused > 25
-
-
-@pytest.fixture
-def no_library(monkeypatch):
-    """As if the package tokenizers were not installed."""
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-
-
-def edit(*path, **change):
-    """-> a damage: the object at this path in the dict of a tokenizer.json gets these keys."""
-    def damage(raw):
-        for key in path:
-            raw = raw[key]
-        raw.update(change)
-    return damage
-
-
-edit_model = functools.partial(edit, "model")
-edit_vocab = functools.partial(edit, "model", "vocab")
-edit_added = functools.partial(edit, "added_tokens", 2)
-edit_step = functools.partial(edit, "pre_tokenizer", "pretokenizers")
-
-
-def add_merge(merge):
-    return lambda raw: raw["model"]["merges"].append(merge)
-
-
-def drop_byte(letter, **change):
-    def drop(raw):
-        del raw["model"]["vocab"][letter]
-        raw["model"].update(change)
-    return drop
-
-
-def swap_merges(raw):
-    merges = raw["model"]["merges"]
-    merges.insert(3, merges.pop())
-
-
-# What ByteTokenizer cannot hold: where the package tokenizers is missing, the reason and what to install.
-NEEDS_LIBRARY = {
-    "a normalizer": (edit(normalizer={"type": "NFKC"}), r"a normalizer \(NFKC\)"),
-    "a special token that is a byte": (edit_added(content="t", id=121),
-                                       "'t' is the token of a byte, too"),
-    "a special token that strips": (edit_added(lstrip=True), r"'\[INST\]' strips"),
-    "a special token between word borders": (edit_added(single_word=True),
-                                             r"'\[INST\]' .* word borders"),
-    "removed separators": (edit_step(0, behavior="Removed"), "Split, behavior Removed"),
-    "separators merged with what precedes": (edit_step(0, behavior="MergedWithPrevious"),
-                                             "MergedWithPrevious"),
-    "an inverted split": (edit_step(0, invert=True), "invert True"),
-    "a pattern that is no regex": (edit_step(0, pattern={"Regex": "(a"}), "pattern: missing"),
-    "another step": (edit_step(0, type="BertPreTokenizer"), "a step BertPreTokenizer"),
-    "another splitter": (edit(pre_tokenizer={"type": "Metaspace"}), "ByteLevel"),
-    "no splitter": (edit(pre_tokenizer=None), "ByteLevel"),
-    "a prefix space": (edit_step(1, add_prefix_space=True), "prefix space"),
-    "Unigram": (edit_model(type="Unigram"), "model type Unigram"),
-    "no model": (edit(model=None), "not byte-level BPE"),
-    "a word suffix": (edit_model(end_of_word_suffix="</w>"), "end_of_word_suffix = '</w>'"),
-    "byte fallback": (edit_vocab(**{"▁the": 380, "<0x0A>": 381}),
-                      "'▁' is not a character of byte-level BPE"),
-    "a byte that a merge needs": (drop_byte("t"), "not in the vocabulary"),
-    "bytes that become unknown": (drop_byte("\u0100", unk_token="Z"), "bytes without a token"),
-    "merges out of order": (swap_merges, "not in the order of ids"),
-    "a merge of unknown tokens": (add_merge("Z Z"), "not in the vocabulary"),
-    "a token that no merge gives": (edit_vocab(ZZZ=9000), "b'ZZZ' is not what its merges give"),
-    "a very long token": (edit_vocab(**{"Z" * 2000: 9000}), "a token has 2000 bytes"),
-}
-# What no package would put right.
-CONTRADICTIONS = {
-    "dropout": (edit_model(dropout=0.1), "model.dropout = 0.1: the ids of a text are random"),
-    "a continuation prefix": (edit_model(continuing_subword_prefix="##"),
-                              "continuing_subword_prefix = '##'"),
-    "a merge of three": (add_merge("Z Z Z"), "a merge does not name two tokens"),
-    "an id that is another's": (edit_vocab(Z=70), "two tokens have the same id"),
-    "an id that is none": (edit_vocab(Z=-1), "-1 is no token id"),
-    "an id that is text": (edit_vocab(Z="7"), "'7' is no token id"),
-    "a special token that is there twice": (edit_added(content="<s>", id=0),
-                                            "'<s>' stands there twice"),
-    "a special token without text": (edit_added(content=""), "'' stands there twice, or is empty"),
-    "a hole before a special token": (edit_added(content="<x>", id=900),
-                                      "the id 900; by the vocabulary it is 3[0-9]+"),
-    "a special token that is in the vocabulary": (edit_added(content="the"),
-                                                  "'the' has the id 2; by the .* it is"),
-    "a list of nothing": (edit(added_tokens=[None]), r"not understood \(TypeError"),
-}
-
-
-@pytest.mark.parametrize("case", NEEDS_LIBRARY)
-def test_what_only_the_library_reads_names_the_reason_and_the_package(case, tmp_path, no_library):
-    damage, words = NEEDS_LIBRARY[case]
-    raw = make_tokenizer()
-    load_from(raw, tmp_path)
-    damage(raw)
-    with pytest.raises(UserError, match=rf"tokenizer.json: .*{words}.*; it needs .*pip install tokenizers$"):
-        load_from(raw, tmp_path)
-
-
-@pytest.mark.parametrize("case", CONTRADICTIONS)
-def test_a_file_that_contradicts_itself_is_refused_with_the_reason(case, tmp_path):
-    damage, words = CONTRADICTIONS[case]
-    raw = make_tokenizer()
-    damage(raw)
-    with pytest.raises(UserError, match=f"tokenizer.json: .*{words}"):
-        load_from(raw, tmp_path)
-
-
-def test_unreadable_tokenizer_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="tokenizer.json"):
-        load_tokenizer(tmp_path)
-    for text in ("{", "[]", ""):
-        (tmp_path / "tokenizer.json").write_text(text)
-        with pytest.raises(UserError, match="tokenizer.json"):
-            load_tokenizer(tmp_path)
-
-
-# The rest goes through the package tokenizers.
-
-def sentencepiece(metaspace=False):
-    """The dict of a tokenizer.json like Llama 2's: byte fallback, a space before every text."""
-    tokens = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
-    merges = [("\u2581", "t"), ("h", "e"), ("\u2581t", "he"), ("a", "a"), ("\u2581", "\u2581")]
-    tokens += [*"abcdefghijklmnopqrstuvwxyz\u4f60", *(left + right for left, right in merges)]
-    raw = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None}
-    raw["post_processor"] = template_processor("<s>")
-    raw["added_tokens"] = [added_token(i, tokens[i]) for i in range(3)]
-    prepend = {"type": "Prepend", "prepend": "\u2581"}
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    raw["normalizer"] = {"type": "Sequence", "normalizers": [prepend, replace]}
-    back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    raw["decoder"] = {"type": "Sequence",
-                      "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]}
-    if metaspace:
-        raw["normalizer"] = None
-        space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first",
-                 "split": False}
-        raw["pre_tokenizer"] = space
-    vocab = {token: i for i, token in enumerate(tokens)}
-    raw["model"] = bpe_model(vocab, [" ".join(merge) for merge in merges], unk_token="<unk>",
-                             fuse_unk=True, byte_fallback=True)
-    return raw
-
-
-@pytest.mark.parametrize("metaspace", [False, True])
-def test_sentencepiece_goes_through_the_library_with_the_same_four_methods(metaspace, tmp_path):
-    raw = sentencepiece(metaspace)
-    compare_with_library(raw, ["", "the cat", "<s>the  </s>",
-                               "caf\u00e9 \u4f60\u597d \U0001f600\n", "aaa"], tmp_path)
-    enc = load_tokenizer(tmp_path)
-    text = "the caf\u00e9 \u4f60\u597d \U0001f600</s>"
-    ids = enc.encode(text, allowed_special="all")
-    assert b"".join(map(enc.decode_single_token_bytes, ids)).decode() == " " + text
-    assert enc.decode_single_token_bytes(3 + 0xC3) == b"\xc3"
-    assert enc.decode_single_token_bytes(0) == b"<s>"
-    assert enc.max_token_value == len(raw["model"]["vocab"]) - 1
-    with pytest.raises(KeyError):
-        enc.decode_single_token_bytes(enc.max_token_value + 1)
-    assert enc.decode(enc.encode("a cat")) == "a cat"
-    with pytest.raises(UserError, match="special token in a text as plain text"):
-        enc.encode("a</s>")
-
-
-def test_byte_level_kinds_that_go_through_the_library_print_their_bytes(tmp_path):
-    raw = make_tokenizer()
-    edit_added(rstrip=True)(raw)
-    compare_with_library(raw, random_texts(50), tmp_path)
-    enc = load_tokenizer(tmp_path)
-    ids = enc.encode("na\u00efve [INST]  x", allowed_special="all")
-    assert b"".join(map(enc.decode_single_token_bytes, ids)).decode() == "na\u00efve [INST]x"
-
-
-def test_what_the_library_does_not_read_either_says_both_reasons(tmp_path):
-    pytest.importorskip("tokenizers")
-    raw = make_tokenizer()
-    raw["normalizer"] = {"type": "Strange"}
-    with pytest.raises(UserError, match=r"a normalizer \(Strange\); with the package tokenizers: not understood"):
-        load_from(raw, tmp_path)
-    raw = sentencepiece()
-    raw["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
-    with pytest.raises(UserError, match="the decoder .*WordPiece.* does not say which bytes"):
-        load_from(raw, tmp_path)
-
-
-def template_processor(*before, after=(), ids=ADDED):
-    """A post_processor that puts tokens before and after a text; ids: the texts of the special tokens, by id."""
-    def special(text):
-        return {"SpecialToken": {"id": text, "type_id": 0}}
-    single = [*map(special, before), {"Sequence": {"id": "A", "type_id": 0}}, *map(special, after)]
-    tokens = {text: {"id": text, "ids": [ids.index(text)], "tokens": [text]}
-              for text in [*before, *after]}
-    return {"type": "TemplateProcessing", "single": single, "pair": single,
-            "special_tokens": tokens}
-
-
-@pytest.mark.parametrize("processor, ids", [
-    (None, []),
-    ({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}, []),
-    (template_processor("<s>"), [0]),
-    (template_processor("<s>", after=["</s>"]), [0]),
-    (template_processor(after=["</s>"]), []),
-    ({"type": "Sequence", "processors": [template_processor("</s>", "<s>")]}, [1, 0])])
-def test_begin_tokens_are_those_that_the_library_puts_before_a_text(processor, ids, tmp_path):
-    raw = make_tokenizer()
-    raw["post_processor"] = processor
-    enc = load_from(raw, tmp_path)
-    assert enc.begin == ids
-    library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert library.encode("a").ids[:len(ids) + 1] == [*ids, *enc.encode("a")]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Chat templates.
-
-CHATML_TEMPLATE = """{% for message in messages %}
-    {%- if loop.first and message.role != 'system' %}
-        {{- '<|im_start|>system\\nYou help.<|im_end|>\\n' }}
-    {%- endif %}
-{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}
-{% endfor %}
-    {% if add_generation_prompt %}
-{{ '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-
-LLAMA3_TEMPLATE = """{{- bos_token }}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system = messages[0]['content'] | trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system = "" %}
-{%- endif %}
-{%- set date = strftime_now("%Y") if strftime_now is defined else "none" %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\nThe year: " + date + "\\n" + system + "<|eot_id|>" }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-    {{- message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
-
-MISTRAL_TEMPLATE = """{{ bos_token }}{% for message in messages %}
-{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-{{- raise_exception('roles must alternate user/assistant') }}
-{%- endif %}
-{%- if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
-{%- else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}
-{%- endfor %}"""
-
-QWEN_TEMPLATE = """{%- for message in messages %}
-    {%- set content = message.content %}
-    {%- if message.role == 'assistant' and '</think>' in content and not loop.last %}
-        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
-    {%- endif %}
-    {%- if message.role == 'tool' %}{% continue %}{% endif %}
-    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n<think>\\n' }}
-    {{- {'tools': tools, 'text': '<&>'} | tojson }}
-{%- endif %}"""
-
-MARKS = ("<s>", "</s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
-         "<|end_header_id|>", "<|eot_id|>")
-TOKEN_NAMES = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False,
-                                                 "__type": "AddedToken"}}
-TEMPLATES = {"ChatML": (CHATML_TEMPLATE, "<|im_end|>"), "Llama 3": (LLAMA3_TEMPLATE, "<|eot_id|>"),
-             "Mistral": (MISTRAL_TEMPLATE, "</s>"), "Qwen": (QWEN_TEMPLATE, "<|im_end|>")}
-TALKS = [[("user", " Hi\n")], [("user", "a"), ("assistant", "<think>t</think>\n\nb"),
-                               ("user", "c \u00e9 <s>")],
-         [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")],
-         [("assistant", "first")]]
-
-
-def talk(*turns):
-    return [{"role": role, "content": content} for role, content in turns]
-
-
-def chat_from(path, special=MARKS, **config):
-    """A checkpoint's tokenizer files with this tokenizer_config.json -> its Chat."""
-    enc = load_from(make_tokenizer(special=special), path)
-    (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return nano.load_chat(path, enc)
-
-
-def test_a_chatml_template_reads_as_it_is_written(tmp_path):
-    chat = chat_from(tmp_path, chat_template=CHATML_TEMPLATE, **TOKEN_NAMES)
-    text = chat.prompt(talk(("user", "Hi"), ("assistant", "Yes?"), ("user", "No")))
-    assert text == ("<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-                    "Yes?<|im_end|>\n<|im_start|>user\nNo<|im_end|>\n<|im_start|>assistant\n")
-    assert chat.end == "<|im_end|>" and chat.refusal is None
-
-
-@pytest.mark.parametrize("form", ["text", "list", "file"])
-@pytest.mark.parametrize("case", TEMPLATES)
-def test_prompts_are_those_of_transformers(case, form, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    template, end = TEMPLATES[case]
-    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
-    in_config = {"text": template, "list": named, "file": "not this"}
-    chat = chat_from(tmp_path, chat_template=in_config[form], **TOKEN_NAMES)
-    if form == "file":
-        (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
-        chat = nano.load_chat(tmp_path, load_tokenizer(tmp_path))
-    assert chat.end == end
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    for turns in TALKS:
-        messages = talk(*turns)
-        try:
-            expected = theirs.apply_chat_template(messages, tokenize=False,
-                                                  add_generation_prompt=True)
-        except Exception as error:
-            with pytest.raises(UserError, match=f"its chat template: failed .*{error}"):
-                chat.prompt(messages)
-            continue
-        assert chat.prompt(messages) == expected
-
-
-def test_the_built_in_form_needs_its_marks_as_single_tokens(tmp_path):
-    chat = chat_from(tmp_path)
-    messages = talk(("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"))
-    assert chat.prompt(messages) == "<s>[INST] S\n\na [/INST]b</s>[INST] c [/INST]"
-    assert chat.end == "</s>"
-    chat = chat_from(tmp_path, special=[mark for mark in MARKS if mark != "[INST]"])
-    words = r"no chat template, and .* does not fit: \[INST\] is not a single token"
-    with pytest.raises(UserError, match=words):
-        chat.prompt(messages)
-    with pytest.raises(UserError, match=words):
-        chat.end
-
-
-def test_a_template_without_an_end_token_takes_the_checkpoints(tmp_path):
-    silent = "{{ messages[-1].content }}"
-    assert chat_from(tmp_path, chat_template=silent, **TOKEN_NAMES).end == "</s>"
-    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|eot_id|>"}')
-    assert chat_from(tmp_path, chat_template=silent).end == "<|eot_id|>"
-    chat = chat_from(tmp_path, chat_template=silent, eos_token="<end>")
-    assert "no single token ends an answer" in chat.refusal and "'<end>'" in chat.refusal
-
-
-@pytest.mark.parametrize("config, words", [
-    (dict(chat_template="{% if %}"), "its chat template: .*Expected an expression"),
-    (dict(chat_template=5), "chat_template: expected a text, found int"),
-    (dict(chat_template=[5]), "chat_template: not understood"),
-    (dict(chat_template=[{"name": "rag", "template": "x"}]),
-     "of the templates rag none is named default")])
-def test_a_template_that_cannot_be_read_is_a_refusal_not_a_failure(config, words, tmp_path):
-    chat = chat_from(tmp_path, **config)
-    assert re.search(f"{tmp_path}: .*{words}", chat.refusal)
-    with pytest.raises(UserError, match=words):
-        chat.prompt(talk(("user", "a")))
-
-
-def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path):
-    chat = chat_from(tmp_path, chat_template="{{ messages.append(1) }}", **TOKEN_NAMES)
-    with pytest.raises(UserError, match="its chat template: .*SecurityError"):
-        chat.prompt(talk(("user", "a")))
-
-
-def test_a_template_without_jinja2_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert chat_from(tmp_path, chat_template=CHATML_TEMPLATE).refusal.endswith("pip install jinja2")
-    assert chat_from(tmp_path).end == "</s>"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Triton. Without a GPU the kernels run in Triton's interpreter, at toy sizes; with one, on it, and at real sizes, too.
-
-# The Triton scan against the definition in float64.
-
-
-@needs_triton
-@pytest.mark.parametrize("sizes", [
-    # One segment, whole tiles and a rest.
-    (2, 1, 8, 4, 2, 8), (1, 7, 64, 16, 1, 4), (1, 33, 16, 4, 4, 2),
-    # b, t, d, n, groups, c_groups: 64, 1, 48, 3 channels share a group of B, and 1, 64, 16, 24 one of C.
-    (1, 5, 64, 2, 1, 64), (1, 5, 64, 4, 64, 1), (1, 5, 48, 16, 1, 3), (1, 3, 24, 8, 8, 1)])
-def test_triton_scan_is_the_loop(sizes):
-    check_scan("triton", inputs_for("triton", sizes))
-
-
-@needs_triton
-@pytest.mark.parametrize("sizes", [
-    (1, 8, 24, 4, 3, 1), (2, 11, 24, 4, 1, 3), (1, 19, 8, 8, 1, 8), (1, 5, 8, 64, 4, 1),
-    (1, 9, 24, 1, 3, 3)])
-@pytest.mark.parametrize("packed", [False, True])
-def test_triton_scan_in_segments_tiles_and_strips(small_blocks, sizes, packed):
-    inputs = inputs_for("triton", sizes, reset=packed)
-    if packed:
-        # Documents of no step, of one, and of one at the end.
-        inputs["reset"][0, [0, -1]] = True
-        inputs["reset"][-1, 3:5] = True
-    check_scan("triton", inputs)
-
-
-@needs_triton
-def test_triton_softplus_is_exact_for_small_steps():
-    inputs = inputs_for("triton", (1, 2, 32, 4, 1, 1))
-    dt = torch.linspace(-25, 25, 64, device=DEVICE).view(1, 2, 32)
-    y, _ = selective_scan(inputs["u"], dt, inputs["A"], inputs["B"], inputs["C"], impl="triton")
-    read = (inputs["B"] * inputs["C"])[:, 0].sum(-1)
-    want = torch.nn.functional.softplus(dt.double())[:, 0] * inputs["u"][:, 0] * read
-    assert ((y[:, 0] / want - 1).abs() < 2e-6).all()
-
-
-@needs_triton
-def test_triton_scan_in_bfloat16_from_slices(small_blocks):
-    """Inputs as the mixer makes them, slices of one wider tensor in half precision, and turned ones."""
-    inputs = inputs_for("triton", (2, 5, 16, 8, 1, 2), torch.bfloat16, reset=True)
-    wide = torch.cat([inputs[name].flatten(2) for name in ("z", "B", "C", "u")], dim=2)
-    z, B, C, u = wide.split([16, 8, 16, 16], dim=2)
-    sliced = inputs | {"u": u, "z": z, "B": B.view(2, 5, 1, 8), "C": C.view(2, 5, 2, 8)}
-    y, h = selective_scan(**inputs, impl="triton")
-    y_sliced, h_sliced = selective_scan(**sliced, impl="triton")
-    assert torch.equal(y, y_sliced)
-    assert torch.equal(h, h_sliced)
-    for name, value in inputs.items():
-        if value.dim() > 1:
-            inputs[name] = value.transpose(-1, -2).contiguous().transpose(-1, -2)
-    assert not inputs["u"].is_contiguous()
-    check_scan("triton", inputs)
-
-
-FULL_SIZE = (1, 4096, 4096, 16, 64, 256)
-
-
-@needs_triton
-@pytest.mark.parametrize("sizes", [(1, 12, 16, 4, 2, 4), pytest.param(FULL_SIZE, marks=needs_gpu)])
-def test_triton_scan_repeats_bit_for_bit(sizes):
-    inputs = inputs_for("triton", sizes, torch.bfloat16, reset=True)
-    first = run_scan(selective_scan, inputs, impl="triton")
-    again = run_scan(selective_scan, inputs, impl="triton")
-    assert all(torch.equal(first[name], again[name]) for name in first)
-
-
-# The one-token kernel, alone and in a model.
-
-@needs_triton
-@pytest.mark.parametrize("change", [
-    {}, {"expand_before_conv": False}, {"conv_bias": False, "dt_bias": False}, {"d_conv": 1},
-    {"d_conv": 2, "n_kv_head": 1}, {"n_head": 6, "d_state": 8}])
-@pytest.mark.parametrize("position", [None, (0, 1, 5)])
-def test_one_token_kernel_is_the_mixer_and_overwrites_only_a_state_given_away(monkeypatch, change,
-                                                                              position):
-    config = tiny("m2 t", **change).config
-    # Several rounds per chunk.
-    monkeypatch.setattr(nano, "SCAN_CELLS", 8)
+            assert p.data_ptr() == original[name].data_ptr() and p.grad is None, name
+    assert all(torch.equal(p, before[name]) for name, p in original.items())
+
+
+def test_a_copy_shares_what_stays_frozen_and_nothing_that_trains(traces):
+    """Also where mixers were replaced in an earlier stage: a trial must not train those of the student."""
+    teacher = load_pretrained(traces[0])
+    student = convert(distill.clone(teacher, "mixers"), teacher, [1], "aligned")
+    trained = train_sft.mamba_names(student)
+    trial = distill.clone(student, "mixers")
+    for (name, p), same in zip(student.named_parameters(), trial.parameters(), strict=True):
+        assert (p is same) == (name not in trained), name
+
+
+def test_mixers_that_train_beside_bfloat16_weights_are_measured_as_saved(traces, tmp_path):
+    """The frozen weights are bfloat16 here, the mixers float32 while they train."""
+    flags = ("--train", "mixers", "--dtype", "bfloat16", "--init", "aligned")
+    report = last_report(run(distill, *short_run(distill, traces, tmp_path, *flags)))
+    assert report["student_accuracy"] is not None
+    saved = load_file(tmp_path / "model.safetensors")
+    for name, w in saved.items():
+        assert w.dtype == (torch.float32 if nano.keeps_float32(name) else torch.bfloat16), name
+
+
+def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_path):
+    lines = [{"prompt": f"<s>[INST] {i} [/INST]", "response": f" {i + 1}</s>"} for i in range(55)]
+    turns = [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]
+    lines[7] = {"messages": turns}
+    data = tmp_path / "x.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = "--data", data, "--replace", 2, "--probe", 48
+    report = last_report(small_run(traces[0], tmp_path / "out", *flags))
+    for key in ("teacher_accuracy", "student_accuracy", "accuracy_by_family"):
+        assert report[key] is None
+    assert report["kl_first"] > 0 and math.isfinite(report["kl_last"])
+    stored = json.loads((tmp_path / "out" / "loo.json").read_text())
+    kl = {}
+    for score in stored["scores"]:
+        assert score["accuracy"] is None and score["kl"] >= 0 and score["loss"] > 0
+        kl[score["layer"]] = score["kl"]
+    assert stored["order"] == sorted(kl, key=kl.get) and report["replaced"] == stored["order"][:2]
+
+
+def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces, tmp_path):
+    before = weights(traces[0])
+    report = last_report(small_run(traces[0], tmp_path, "--stages", "1,2"))
+    assert set(report) == {
+        "replaced", "layout", "teacher_accuracy", "student_accuracy", "accuracy_by_family",
+        "kl_first", "kl_last", "steps", "tokens", "seconds", "seed"}
+    assert report["layout"].count("m2") == 2 == len(report["replaced"])
+    assert load_pretrained(tmp_path / "h2").config.layout == tuple(report["layout"])
+    assert weights(traces[0]) == before
+    # A finished result is not lost unasked, and a number that is reached already is no stage.
+    refused = {
+        "overwrite": ("h2", "--replace", 2),
+        "2 layers are replaced already": ("x", "--replace", 1, "--student", tmp_path / "h2"),
+        "no Mamba mixer": (
+            "y", "--replace", 1, "--rank", "first", "--init", "identity", "--train", "mixers")}
+    for named, (out, *flags) in refused.items():
+        with pytest.raises(UserError, match=named):
+            small_run(traces[0], tmp_path / out, *flags)
+
+
+def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_path, no_answers):
+    flags = "--replace", 1, "--rank", "first", "--init", "aligned"
+    reports = {}
+    for kind in ("reasoning", "generic"):
+        printed = small_run(traces[0], tmp_path / kind, *flags, "--traces", kind).out
+        reports[kind] = json.loads((tmp_path / kind / "report.json").read_text())
+        example, _, _ = printed.partition("problem ")
+        assert (">>> " in example) == (kind == "generic")
+        assert ("[INST]" in example) == (kind == "reasoning")
+    generic = reports["generic"]
+    reasoning = reports["reasoning"]
+    assert generic["args"]["traces"] == "generic"
+    assert generic["kl_first"] == reasoning["kl_first"]                      # the same held-out batch
+    assert generic["log"][0]["kl"] != reasoning["log"][0]["kl"]              # other training texts
+
+
+@pytest.mark.parametrize("killed_after", [3, 6])                             # of 2 steps, 3 trials of 1 step, 2 steps
+def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(
+        traces, family, tmp_path, no_answers, interrupt_after, killed_after):
+    def go():
+        small_run(traces[0], tmp_path, "--stages", "1,2")
+
+    taken = interrupt_after(killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    assert len(taken) == killed_after
+    go()
+    # What was done is not done again, but for a trial that was not over.
+    assert len(taken) == 2 + 3 + 2 + (killed_after == 3)
+    for member in ("h1", "h2"):
+        assert weights(tmp_path / member) == weights(family / member)
+        continued = json.loads((tmp_path / member / "report.json").read_text())
+        undisturbed = json.loads((family / member / "report.json").read_text())
+        for key in ("replaced", "scores", "kl_first", "kl_last", "tokens"):
+            assert continued[key] == undisturbed[key]
+
+
+def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(
+        traces, family, tmp_path, no_answers, interrupt_after):
+    def go(*more):
+        return small_run(traces[0], family, "--stages", "1,2", *more)
+
+    assert go().out.count("finished already") == 2
+    changes = {"traces": "generic", "warmup": 3, "ctx": 99, "rank": "last", "probe_steps": 2}
+    for flag, value in changes.items():
+        with pytest.raises(UserError, match=flag):
+            go("--" + flag.replace("_", "-"), value)
+
+    def one(*more):
+        small_run(traces[0], tmp_path, "--replace", 1, "--resume", "--rank", "first", *more)
+
+    interrupt_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        one()
+    with pytest.raises(UserError, match="traces = reasoning, now traces = generic"):
+        one("--traces", "generic")
+
+
+@pytest.mark.parametrize("change", [AS_QWEN2 | {"rope_scaling": SCALING}, AS_QWEN3])
+def test_every_family_is_converted_and_distilled(change, traces, tmp_path, no_answers):
+    """In two stages, so that a hybrid of it is read again; what was saved computes what the report says."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(traces[0], teacher)
+    shape = dataclasses.replace(train_sft.TEACHER, n_layer=3, layout=(), **change)
     torch.manual_seed(0)
-    mixer = nano.Mamba(config).to(DEVICE)
-    x = torch.randn(3, 1, config.d_model, device=DEVICE)
-    conv = torch.randn(3, config.d_conv - 1, config.d_xb, device=DEVICE)
-    state = SSM(conv, torch.randn(3, config.d_inner, config.d_state, device=DEVICE))
-    before = state.clone()
-    if position is not None:
-        position = torch.tensor(position, device=DEVICE)[:, None]
-    place = nano.Place(9, position, None, None, None)
-    with torch.no_grad():
-        wanted, after = mixer(x, state, place)
-        monkeypatch.setattr(nano, "scan_backend", always("triton"))
-        y, new = mixer(x, state, place)
-        assert_same({"y": y, "h": new.h}, {"y": wanted, "h": after.h}, 1e-5)
-        assert torch.equal(new.conv, after.conv)
-        assert torch.equal(state.conv, before.conv) and torch.equal(state.h, before.h)
-        y_donated, over = mixer(x, state, place._replace(donated=True))
-    assert torch.equal(y_donated, y)
-    assert torch.equal(over.conv, new.conv) and torch.equal(over.h, new.h)
-    assert over.conv is state.conv and over.h is state.h
+    lm = HybridLM(shape)
+    train_sft.init_weights(lm)
+    save_pretrained(lm, teacher)
+    printed = small_run(teacher, tmp_path, "--stages", "1,2")
+    assert "not carried over: the softmax, the rotation" in printed.out
+    assert ("root mean square" in printed.out) == ("qk_norm" in change)
+    hybrid = load_pretrained(tmp_path / "h2")
+    assert hybrid.config.layout.count("m2") == 2
+    assert hybrid.config.proj_bias == ("qkv_bias" in change)
+    report = last_report(printed)
+    held_out = encoded((teacher, traces[1]), "dev", 16)
+    kl = distill.mean_loss(hybrid, lm, [held_out], "reverse_kl", CPU, torch.float32)
+    assert kl == pytest.approx(report["kl_last"], rel=1e-4) and kl > 0
 
 
-@needs_triton
-def test_generation_with_triton_is_the_same(monkeypatch):
-    lm = tiny("m2 t", torch.float32).to(DEVICE)
-    # Padded on the left: documents, resets.
-    prompts = [[3, 1, 4, 1, 5, 9], [2, 6]]
-    monkeypatch.setattr(nano, "scan_backend", always("chunk"))
-    want = lm.generate(prompts, 4, stop=())
-    monkeypatch.setattr(nano, "scan_backend", always("triton"))
-    assert lm.generate(prompts, 4, stop=()) == want
+def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_path, no_answers):
+    """Otherwise the run is refused; with --overwrite every stage is made again."""
+    shutil.copytree(family, tmp_path, dirs_exist_ok=True)
+    assert small_run(traces[0], tmp_path, "--stages", "1,2").out.count("finished already") == 2
+    change_a_weight(tmp_path / "h1")
+    with pytest.raises(UserError, match="h2 was made with content of --student"):
+        small_run(traces[0], tmp_path, "--stages", "1,2")
+    small_run(traces[0], tmp_path, "--stages", "1,2", "--overwrite")
+    assert weights(tmp_path / "h2") == weights(family / "h2")
 
 
-# Who runs where.
-
-def test_backend_is_chosen_and_named(monkeypatch):
-    assert nano.scan_backend("cpu") == "chunk"
-    assert nano.scan_backend("cpu", 1) == "loop"
-    assert nano.scan_backend("cuda") == ("chunk" if nano.triton is None else "triton")
-    assert nano.scan_backend_reason("cpu").startswith("scan: chunk (")
-    monkeypatch.setattr(nano, "triton", None)
-    assert nano.scan_backend("cuda") == "chunk"
-    assert "not installed" in nano.scan_backend_reason("cuda")
-    with pytest.raises(UserError, match="needs Triton"):
-        selective_scan(**scan_inputs(), impl="triton")
-
-
-@needs_triton
-def test_triton_refuses_the_cpu_and_odd_sizes(monkeypatch):
-    inputs = inputs_for("triton", (1, 3, 4, 3, 1, 1))
-    with pytest.warns(UserWarning, match="taking chunk"):
-        got = selective_scan(**inputs, impl="triton")
-    torch.testing.assert_close(got, scan_chunk(**inputs))
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(UserError, match="TRITON_INTERPRET=1"):
-        selective_scan(**scan_inputs(dtype=torch.float32), impl="triton")
-
-
-# What the compiler makes of the kernels, without a GPU.
-
-class PaperGPU:
-    """Enough of Triton's driver to compile for a GPU that is not there. The device's number is its architecture."""
-
-    def __init__(self, arch):
-        self.arch = arch
-
-    def get_current_device(self):
-        return self.arch
-
-    def get_current_stream(self, device):
-        return None
-
-    def get_current_target(self):
-        return nano.triton.backends.compiler.GPUTarget("cuda", self.arch, 32)
-
-
-CUOBJDUMP = "backends/nvidia/bin/cuobjdump"
-
-
-def print_usage(kernel, binary, folder):
-    """Registers and bytes spilled of a compiled kernel."""
-    path = os.path.join(folder, "kernel.cubin")
-    with open(path, "wb") as f:
-        f.write(binary)
-    tool = os.path.join(os.path.dirname(nano.triton.__file__), CUOBJDUMP)
-    out = subprocess.check_output([tool, "-res-usage", path], text=True)
-    registers = int(regex.search(r"REG:(\d+)", out)[1])
-    spilled = int(regex.search(r"STACK:(\d+)", out)[1])
-    print(f"{kernel.__name__}: {registers} registers, {spilled} bytes spilled")
-
-
-def compile_launches(folder):
-    """All that a scan and a step launch at the sizes of the 15B model is compiled for two GPUs instead, and printed.
-    Ends the use of Triton in this process for anything else."""
-    def launcher(kernel, grid):
-        def launch(*args, **named):
-            print_usage(kernel, kernel.warmup(*args, grid=grid, **named).asm["cubin"], folder)
-        return launch
-    nano.triton.runtime.jit.JITFunction.__getitem__ = launcher
-    nano.scan_backend = always("triton")
-    mixer = big_mixer("cpu")
-    x = torch.zeros(2, 1, 512).bfloat16()
-    for arch in (80, 90):
-        nano.triton.runtime.driver.set_active(PaperGPU(arch))
-        for packed in (False, True):
-            inputs = scan_inputs(1, 256, 4096, 16, 64, 256, torch.bfloat16, packed)
-            run_scan(selective_scan, inputs, impl="triton")
-        for position in (None, torch.tensor([[0], [5]])):
-            with torch.no_grad():
-                mixer(x, mixer.new_state(2, 1), nano.Place(9, position, None, None, None))
-
-
-def big_mixer(device):
-    """The Mamba layer of the 15B model, but for d_model."""
-    config = Config(vocab_size=8, d_model=512, n_layer=1, n_head=32, n_kv_head=8, head_dim=128,
-                    d_mlp=8, layout=("m2",))
-    return nano.cast(nano.Mamba(config), device, torch.bfloat16)
-
-
-@needs_triton
-def test_kernels_compile_without_spilling(tmp_path):
-    """In a process of its own, where the interpreter was never switched on."""
-    if not os.path.exists(os.path.join(os.path.dirname(nano.triton.__file__), CUOBJDUMP)):
-        pytest.skip("this Triton has no NVIDIA tools")
-    code = f"import test_model; test_model.compile_launches({str(tmp_path)!r})"
-    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
-    forward = ["scan_forward", "scan_combine", "scan_forward"]
-    backward = ["scan_forward", "scan_carry", "scan_combine", "scan_backward"]
-    lines = done.stdout.splitlines()
-    names = [line.partition(":")[0] for line in lines]
-    assert names == 2 * (2 * (forward + backward) + 2 * ["step_kernel"])
-    for line in lines:
-        registers, spilled = map(int, regex.findall(r" (\d+) ", line))
-        assert registers <= (255 if line.startswith("scan_backward") else 128), line
-        assert spilled == 0, line
-
-
-# Real sizes, on a GPU: python -m pytest -q -k gpu
-
-@needs_gpu
-@pytest.mark.parametrize("sizes", [
-    FULL_SIZE, (8, 512, 4096, 16, 256, 256), (3, 1000, 1000, 16, 25, 125),
-    (1, 777, 2048, 64, 8, 32), (40, 64, 4096, 16, 64, 256), (1, 2048, 96, 8, 1, 96)])
-@pytest.mark.parametrize("packed", [False, True])
-def test_gpu_scan_is_chunk(sizes, packed):
-    """Against scan_chunk in float64 (itself tested against the loop)."""
-    inputs = inputs_for("triton", sizes)
-    if packed:
-        inputs["reset"] = torch.rand(sizes[:2], device=DEVICE) < 0.01
-    check_scan("triton", inputs, tolerance=2e-5, against="chunk")
-
-
-@needs_gpu
-def test_gpu_scan_of_32k_tokens_in_bfloat16_is_chunk():
-    inputs = inputs_for("triton", (1, 32768, 4096, 16, 64, 256), torch.bfloat16)
-    check_scan("triton", inputs, tolerance=6e-3, against="chunk", dtype=torch.float32)
-
-
-@needs_gpu
-def test_gpu_scan_of_equal_rows_beyond_31_bit_offsets_is_equal():
-    """17 texts of 32768 steps and 4096 channels are 2.3e9 elements; equal rows must give equal results."""
-    if torch.cuda.mem_get_info()[0] < 110e9:
-        pytest.skip("needs 110 GB")
-    one = inputs_for("triton", (1, 32768, 4096, 16, 64, 256), torch.bfloat16)
-    many = dict(one)
-    for name in ("u", "dt", "B", "C", "z", "h"):
-        many[name] = one[name].repeat(17, *[1] * (one[name].dim() - 1)).requires_grad_(name != "h")
-    y, h = selective_scan(**many, impl="triton")
-    y.backward(y.detach())
-    y_alone, h_alone = selective_scan(**one, impl="triton")
-    for value in (y, h, *(many[name].grad for name in ("u", "dt", "B", "C", "z"))):
-        assert torch.equal(value[0], value[-1])
-    torch.testing.assert_close(y[-1:].detach(), y_alone, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(h[-1:].detach(), h_alone, rtol=1e-4, atol=1e-4)
-
-
-@needs_gpu
-def test_gpu_step_at_15b_shape_is_the_slow_path():
-    """One token, bfloat16, b 41, against the slow path in float32."""
-    torch.manual_seed(0)
-    mixer = big_mixer(DEVICE)
-    config = mixer.config
-    x = torch.randn(41, 1, 512, device=DEVICE, dtype=torch.bfloat16)
-    place = nano.Place(9, None, None, None, None)
-    conv = torch.randn(41, 3, config.d_xb, device=DEVICE).bfloat16()
-    state = SSM(conv, torch.randn(41, config.d_inner, 16, device=DEVICE))
-    with torch.enable_grad():                                                # gradients on: the slow path
-        wanted, after = mixer(x, state, place)
-    with torch.no_grad():
-        y, new = mixer(x, state, place)
-    torch.testing.assert_close(y, wanted.detach(), rtol=5e-2, atol=5e-2)
-    torch.testing.assert_close(new.h, after.h.detach(), rtol=5e-2, atol=5e-2)
-    assert torch.equal(new.conv, after.conv.detach())
+def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(traces, family, tmp_path,
+                                                                no_answers):
+    printed = small_run(family / "h1", tmp_path, "--replace", 1)
+    assert "1 of its 4 layers have no attention" in printed.out
+    assert last_report(printed)["layout"].count("m2") == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Generation in batches, sample.py and bench.py. Scripts run in this process where that is enough, since a start costs
-# seconds; exit codes and stderr need a process of their own.
+# sample.py. Scripts run in this process where that is enough, since a start costs seconds.
 
 SPECIAL = ["<s>", "</s>", "[INST]", "[/INST]", "<think>", "</think>"]
 
@@ -3436,8 +4523,6 @@ def talker(tmp_path_factory):
     load_from(byte_tokenizer(SPECIAL), path)
     return path
 
-
-# sample.py
 
 def ask(checkpoint, *args, stdin=None):
     """sample.py with this checkpoint in this process -> what it printed."""
@@ -3744,7 +4829,7 @@ def test_traces_of_two_kinds_never_meet_in_one_file(talker, checkpoint, question
         ask(talker, *TRACES, "--prompt-file", questions, "--traces", file)
 
 
-# Terminals, pipes, mistakes.
+# Terminals and pipes.
 
 def test_a_reader_that_has_enough_and_a_poor_terminal_do_no_harm(checkpoint, tmp_path):
     """sample.py | head -1 ends without a word; a terminal without a character shows its number. A mark at the beginning
@@ -3772,8 +4857,8 @@ def test_the_help_explains_every_flag(capsys):
     assert len(explained) == 18 and options.lower().count("default:") >= 13
 
 
-# bench.py
-
+# ----------------------------------------------------------------------------------------------------------------------
+# bench.py: bytes, measuring, rows.
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("k", [0, 25, 50])
@@ -3946,1083 +5031,17 @@ def test_a_row_that_fails_keeps_its_measured_cells(error, word, monkeypatch, cap
         assert "(1)" in last and word in last
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# train_sft.py and distill.py: problems, masks, losses, optimisers, resume, ranking, refusals. The teacher has 4 layers
-# and is not trained: none of these properties needs one that can solve anything.
-
-@pytest.fixture(scope="module")
-def traces(tmp_path_factory):
-    """A directory with an untrained 4-layer teacher and the tokenizer of the traces. -> its path, its Codec."""
-    path = tmp_path_factory.mktemp("teacher")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(os.path.join(HERE, "teacher", name), path)
-    torch.manual_seed(0)
-    lm = HybridLM(dataclasses.replace(train_sft.TEACHER, n_layer=4, layout=()))
-    train_sft.init_weights(lm)
-    save_pretrained(lm, path)
-    return str(path), train_sft.load_codec(path)
-
-
-CPU = torch.device("cpu")
-
-
-def encoded(traces, split, per_family):
-    """Problems of a split as training examples."""
-    return [train_sft.encode_problem(traces[1], p)
-            for p in train_sft.problem_set(split, per_family)]
-
-
-def distill_setup(traces, teacher):
-    """-> a distill.Run for calling parts of distill.py by themselves: few texts, on the CPU."""
-    codec = traces[1]
-    block = train_sft.trace_block(codec, 0)
-    calibration = distill.calibration_batch(block, CPU, count=8)
-    content = {"content of --teacher": train_sft.weights_hash(teacher)}
-    return distill.Run(teacher, codec, CPU, torch.float32, block, [encoded(traces, "probe", 1)],
-                       block(1, 4), calibration, content, solved={})
-
-
-def last_report(printed):
-    """The last line that a script printed, which is for machines."""
-    return json.loads(printed.out.splitlines()[-1])
-
-
-def test_a_tokenizer_is_trained_and_gives_its_texts_back(tmp_path):
-    train_sft.make_tokenizer(tmp_path, n_vocab=300, n_problems=20)
-    enc = load_tokenizer(tmp_path)
-    text = "<s>[INST] Dan has 37 caps. [/INST]"
-    ids = enc.encode(text, allowed_special="all")
-    assert enc.decode(ids) == text and enc.max_token_value == 299
-    assert ids[:2] == [1, 3]                                                 # <s> and [INST] are one token each
-
-
-def test_splits_share_no_problem_and_repeat():
-    problems = list(itertools.islice(train_sft.problems("train", 1), 300))
-    distinct = len({problem.question for problem in problems})
-    for split in ("test", "probe", "dev"):
-        problems += train_sft.problem_set(split, 40)
-        distinct += len({problem.question for problem in train_sft.problem_set(split, 40)})
-    assert len({problem.question for problem in problems}) == distinct
-    assert train_sft.problem_set("test", 5) == train_sft.problem_set("test", 5)
-
-
-def solve_swaps(question):
-    has = dict(regex.findall(r"(\w+) has the (\w+)\.", question))
-    for a, b in regex.findall(r"\d+: (\w+) and (\w+) swap\.", question):
-        has |= {a: has[b], b: has[a]}
-    return has[regex.search(r"What does (\w+) have\?", question)[1]]
-
-
-def solve_retrieval(question):
-    code = dict(regex.findall(r"The (\w+) has code ([\d ]+)\.", question))
-    owns = dict(regex.findall(r"(\w+) owns the (\w+)\.", question))
-    thing = regex.search(r"of the (\w+)\?$", question)
-    return code[thing[1] if thing else owns[regex.search(r"of (\w+)\?$", question)[1]]]
-
-
-def solve_story(question):
-    facts = dict(regex.findall(r"(\w+) has ([^.?]+)\.", question))
-
-    def value(name):
-        words = facts[name].split()
-        if words[0] == "twice":
-            return 2 * value(words[-1])
-        sign = {"more": 1, "fewer": -1}.get(words[1])
-        return value(words[-1]) + sign * int(words[0]) if sign else int(words[0])
-    return str(value(regex.search(r"does (\w+) have\?", question)[1]))
-
-
-def test_every_answer_can_be_worked_out_from_the_question():
-    solvers = {"swaps": solve_swaps, "retrieval": solve_retrieval, "story": solve_story}
-    for problem in train_sft.problem_set("test", 60):
-        assert solvers[problem.family](problem.question) == problem.answer
-        assert problem.answer in problem.steps
-
-
-def test_only_the_response_is_trained_and_labels_are_shifted_once(traces):
-    codec = traces[1]
-    problem = train_sft.problem_set("test", 1)[0]
-    ids, trained = train_sft.encode_problem(codec, problem)
-    text = f"<s>[INST] {problem.question} [/INST]", f"<think> {problem.steps}</think> {problem.answer}</s>"
-    assert codec.enc.decode(ids) == "".join(text)
-    assert train_sft.show_example(codec, (ids, trained)) == "{}>>>{}<<<".format(*text)
-    examples = [([5, 6, 0, 8, 9], [False, False, True, True, True]), ([1, 2], [False, True])]
-    tokens, targets = train_sft.collate(examples, "cpu")
-    # An id equal to the padding still counts.
-    assert targets.tolist() == [[-1, 0, 8, 9, -1], [2, -1, -1, -1, -1]]
-    assert tokens.tolist() == [[5, 6, 0, 8, 9], [1, 2, 0, 0, 0]]
-
-
-# Texts of your own. What a record means is written as the text of its examples, the trained parts in >>> <<<.
-
-class Marks:
-    """A template of nothing but marks around each text."""
-    end = "[E]"
-    opening = "[A]"
-    refusal = None
-
-    def prompt(self, messages):
-        marks = {"system": "[S]{}[E]", "user": "[U]{}[E]", "assistant": "[A]{}[E]"}
-        return "".join(marks[m["role"]].format(m["content"]) for m in messages) + self.opening
-
-
-class Forgetful(Marks):
-    """... which drops the thoughts of earlier answers."""
-    def prompt(self, messages):
-        return super().prompt([m | {"content": m["content"].rpartition("</think>")[2]}
-                               for m in messages])
-
-
-class Opening(Marks):
-    """... which opens the thoughts of the next answer."""
-    opening = "[A]<think>\n"
-
-
-def shown(record, codec, chat=Marks()):
-    """The texts of a record's examples, the trained parts in >>> <<<."""
-    texts = []
-    for parts in train_sft.parts_of(record, codec._replace(chat=chat)):
-        assert len(train_sft.encode_parts(codec, parts)[0]) > 1
-        texts.append("".join(f">>>{text}<<<" if trained else text for text, trained in parts))
-    return texts
-
-
-def said(*texts, roles=("user", "assistant"), keys=("role", "content")):
-    """Messages with these texts, the roles in turn."""
-    return [{keys[0]: role, keys[1]: text} for role, text in zip(itertools.cycle(roles), texts)]
-
-
-ASKED = said("q")
-
-
-def answered(content="a", **more):
-    """A record of one question and one answer with more keys."""
-    return {"messages": ASKED + [{"role": "assistant", "content": content, **more}]}
-
-
-def mixed(*roles):
-    """A record of messages with these roles, right or wrong."""
-    return {"messages": said(*"abcdef"[:len(roles)], roles=roles)}
-
-
-SHAREGPT = {"roles": ("human", "gpt"), "keys": ("from", "value")}
-ANSWER = said("a", roles=("assistant",))
-PLAIN = "[U]q[E][A]>>>a[E]<<<"
-THOUGHT = "[U]q[E][A]>>><think>\nt\n</think>\n\na[E]<<<"
-IN_TEXT = "<think>\nt\n</think>\n\na"
-RECORDS = [
-    ({"prompt": "q ", "response": " a"}, "q >>> a[E]<<<"),
-    ({"prompt": "q", "completion": "a[E]\n", "response": None, "id": 7, "tools": []},
-     "q>>>a[E]\n<<<"),
-    ({"messages": said("q", "a\n")}, "[U]q[E][A]>>>a\n[E]<<<"),
-    ({"prompt": "q", "messages": said("q", "a")}, PLAIN),
-    (mixed("system", "user", "assistant"), "[S]a[E][U]b[E][A]>>>c[E]<<<"),
-    ({"messages": said("q", "a", "r", "b")}, "[U]q[E][A]>>>a[E]<<<[U]r[E][A]>>>b[E]<<<"),
-    ({"messages": answered(weight=0)["messages"] + said("r", "b")},
-     "[U]q[E][A]a[E][U]r[E][A]>>>b[E]<<<"),
-    ({"messages": said([{"type": "text", "text": "q"}, {"type": "text", "text": "r"}], "a")},
-     "[U]qr[E][A]>>>a[E]<<<"),
-    (answered(reasoning_content="t", tool_calls=None), THOUGHT),
-    (answered(thinking="t", weight=1), THOUGHT),
-    (answered(IN_TEXT), THOUGHT),
-    (answered(IN_TEXT, reasoning="t"), THOUGHT),
-    ({"prompt": ASKED, "completion": ANSWER}, PLAIN),
-    ({"prompt": said("q", "b", "r"), "completion": ANSWER}, "[U]q[E][A]b[E][U]r[E][A]>>>a[E]<<<"),
-    ({"conversations": said("q", "a", **SHAREGPT), "system": "s"}, "[S]s[E]" + PLAIN),
-]
-
-
-@pytest.mark.parametrize("record, text", RECORDS)
-def test_a_record_trains_what_the_assistant_wrote_and_its_end(traces, record, text):
-    assert shown(record, traces[1]) == [text]
-
-
-def test_a_turn_is_an_example_of_its_own_where_the_template_rewrites_what_was_said(traces):
-    record = {"messages": said("q", "<think>t</think>a", "r", "<think>u</think>b")}
-    assert shown(record, traces[1], Forgetful()) == ["[U]q[E][A]>>><think>t</think>a[E]<<<",
-                                                     "[U]q[E][A]a[E][U]r[E][A]>>><think>u</think>b[E]<<<"]
-    record["messages"][1]["weight"] = 0
-    assert shown(record, traces[1], Forgetful()) == ["[U]q[E][A]a[E][U]r[E][A]>>><think>u</think>b[E]<<<"]
-
-
-@pytest.mark.parametrize("answer, text", [("<think>\nt</think>a", "t</think>a"),
-                                          ("t</think>a", "t</think>a"), ("a", "\n</think>\n\na")])
-def test_thoughts_that_the_template_opens_are_opened_once(traces, answer, text):
-    found = shown({"messages": said("q", answer)}, traces[1], Opening())
-    assert found == [f"[U]q[E][A]<think>\n>>>{text}[E]<<<"]
-
-
-def test_a_pair_begins_as_the_tokenizer_begins_a_text_and_the_built_in_form_is_the_teachers(traces):
-    codec = traces[1]._replace(begin=[1])
-    for prompt in ("q", "<s>q"):
-        parts = train_sft.parts_of({"prompt": prompt, "response": "a"}, codec)
-        assert train_sft.show_example(codec, train_sft.encode_parts(codec, parts[0])) == "<s>q>>>a</s><<<"
-    parts = train_sft.parts_of({"messages": said("q", "a")}, traces[1])
-    assert parts == [[("<s>[INST] q [/INST]", False), ("a</s>", True)]]
-
-
-@pytest.mark.parametrize("name", ["ChatML", "Llama 3"])
-def test_a_conversation_is_trained_as_the_checkpoints_template_writes_it(name, tmp_path):
-    pytest.importorskip("jinja2")
-    template, end = TEMPLATES[name]
-    chat = chat_from(tmp_path, chat_template=template, **TOKEN_NAMES)
-    codec = train_sft.load_codec(tmp_path)
-    messages = said("a", "b", "c", "d")
-    [parts] = train_sft.parts_of({"messages": messages}, codec)
-    text = "".join(text for text, _ in parts)
-    assert text == chat.render(messages, add_generation_prompt=False).rstrip("\n")
-    assert [text for text, trained in parts if trained] == ["b" + end, "d" + end]
-    assert train_sft.encode_parts(codec, parts)[0] == codec.enc.encode(text, allowed_special="all")
-
-
-GOOD = json.dumps({"prompt": "q", "response": "a</s>"})
-REFUSED = [
-    ("{oops", "not JSON"),
-    ("[" * 100_000, "JSON array"),
-    (json.dumps([{"prompt": "q", "response": "a"}]), "JSON array"),
-    ("3", "3 is no record"),
-    ({}, "neither prompt"),
-    ({"text": "a"}, '"text"'),
-    ({"instruction": "q", "input": "", "output": "a"}, "Alpaca"),
-    ({"prompt": "q"}, "without a response"),
-    ({"prompt": "q", "completion": ANSWER}, "same kind"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference pair"),
-    ({"prompt": "q", "response": ""}, "empty response"),
-    ({"prompt": "q", "response": "a", "thinking": "t"}, "thinking"),
-    ({"prompt": "q", "response": "a", "system": "s"}, "system"),
-    ({"messages": "q"}, "not a list"),
-    ({"messages": ["q"]}, 'message that is "q"'),
-    ({"messages": []}, "last message"),
-    ({"messages": said("q", None)}, "content null"),
-    ({"messages": said("q", " ")}, "empty response"),
-    ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
-    ({"messages": said(["q"], "a")}, 'type "q"'),
-    (answered("", tool_calls=[{"name": "f"}]), "tool calls"),
-    ({"messages": said("q", "a"), "tools": [{}]}, "tool calls"),
-    (mixed("tool", "assistant"), 'role "tool"'),
-    (mixed([], "assistant"), "role"),
-    (mixed("user", "user", "assistant"), "out of order"),
-    (mixed("user", "assistant", "user"), "last message"),
-    (mixed("user", "assistant", "system"), "second system message, or one that is not the first"),
-    ({"messages": [ASKED[0] | {"thinking": "t"}] + ANSWER}, "somebody else"),
-    (answered(weight=0), "no response to train on"),
-    (answered(weight=0.5), "weight 0.5"),
-    (answered(thinking=3), "no text"),
-    (answered("<think>u</think>a", thinking="t"), "others in <think>"),
-    ({"conversations": said("q", "a", **SHAREGPT | {"roles": ("human", "observation")})},
-     "observation"),
-]
-
-
-@pytest.mark.parametrize("line, words", REFUSED)
-def test_a_record_that_is_not_read_is_refused_by_line_and_by_what_it_is(traces, tmp_path, line,
-                                                                        words):
-    text = line if isinstance(line, str) else json.dumps(line)
-    (tmp_path / "x.jsonl").write_text(f"{GOOD}\n\n{text}\n")
-    with pytest.raises(UserError, match=f"x.jsonl, line 3: .*{words}"):
-        train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 538)
-
-
-def test_a_line_that_the_tokenizer_or_the_model_cannot_take_is_named(traces, tmp_path, monkeypatch):
-    (tmp_path / "x.jsonl").write_text(f"{GOOD}\n{GOOD}\n")
-    with pytest.raises(UserError, match="line 1: token id 120, the model knows 2"):
-        train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1], 64, 2)
-
-    def encode(*args, **kw):
-        raise UserError("a million spaces")
-    enc = argparse.Namespace(encode=encode, decode=traces[1].enc.decode)
-    with pytest.raises(UserError, match="line 1: a million spaces"):
-        train_sft.read_jsonl(tmp_path / "x.jsonl", traces[1]._replace(enc=enc), 64, 538)
-
-
-def test_plain_and_packed_files_are_read_alike(traces, tmp_path):
-    lines = [json.dumps({"prompt": f"{i} \u2028", "response": "\u00e4"}, ensure_ascii=False)
-             for i in range(3)]
-    text = "\n".join(lines)
-    files = {"plain": text.encode(), "bom": text.encode("utf-8-sig"),
-             "crlf": text.replace("\n", "\r\n\r\n").encode(),
-             "packed": gzip.compress(text.encode("utf-8-sig"))}
-    found = []
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-        found.append(train_sft.read_jsonl(tmp_path / name, traces[1], 64, 538))
-    assert len(found[0][0]) == 2 and all(other == found[0] for other in found)
-
-
-@pytest.mark.parametrize("data, words", [
-    (b"PAR1\x15\x04PAR1", "parquet"), (b'{"prompt": "\xff"}', "UTF-8"),
-    (GOOD.encode("utf-16"), "UTF-8"), (gzip.compress(GOOD.encode() * 99)[:-20], "cannot read"),
-    (b"\x1f\x8bno", "cannot read"), (b"", "0 usable records")])
-def test_a_file_that_is_no_text_is_refused_by_what_it_is(traces, tmp_path, data, words):
-    (tmp_path / "x").write_bytes(data)
-    with pytest.raises(UserError, match=words):
-        train_sft.read_jsonl(tmp_path / "x", traces[1], 64, 538)
-
-
-def test_every_fiftieth_record_is_held_out_with_all_its_examples_and_long_ones_are_left_out(traces, tmp_path, capsys):
-    talk = json.dumps({"messages": said("q", "<think>t</think>a", "r", "b")})
-    long = json.dumps({"prompt": "q" * 99, "response": "a"})
-    (tmp_path / "x.jsonl").write_text("\n".join([talk, long] + [GOOD] * 50))
-    codec = traces[1]._replace(chat=Forgetful())
-    train, held = train_sft.read_jsonl(tmp_path / "x.jsonl", codec, 64, 538)
-    assert (len(train), len(held)) == (49, 3)
-    assert "1 of 53 examples exceed --ctx 64" in capsys.readouterr().err
-
-
-def test_batches_depend_on_seed_and_number_alone():
-    examples = [([i] * (i % 7 + 2), [True] * (i % 7 + 2)) for i in range(50)]
-    block = train_sft.list_block(examples, seed=3)
-    stream = train_sft.batches(block, 4)
-    first = [next(stream) for _ in range(40)]
-    for start in (1, 15, 16, 33):
-        assert next(train_sft.batches(block, 4, start)) == first[start]
-
-
-def test_kl_is_zero_for_equal_logits_exact_and_finite():
-    torch.manual_seed(0)
-    a = torch.randn(6, 11)
-    b = torch.randn(6, 11)
-    assert distill.kl_divergence(a, a).abs().max() < 1e-6
-    a.requires_grad_()
-    q = a.softmax(-1)
-    p = b.softmax(-1)
-    kl = distill.kl_divergence(a, b)
-    torch.testing.assert_close(kl, (q * (q / p).log()).sum(-1), rtol=1e-5, atol=1e-6)
-    kl.sum().backward()
-    gradient = q * ((q / p).log() - kl[:, None])
-    torch.testing.assert_close(a.grad, gradient.detach(), rtol=1e-4, atol=1e-6)
-    forward = distill.kl_divergence(a, b, "forward_kl")
-    torch.testing.assert_close(forward, (p * (p / q).log()).sum(-1), rtol=1e-5, atol=1e-6)
-    far = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
-    distill.kl_divergence(far, -far.detach()).sum().backward()
-    assert torch.isfinite(far.grad).all()
-
-
-def test_kl_is_a_mean_over_tokens_whatever_the_batch_and_its_length(traces):
-    """The same texts in one batch, one by one, twice, or beside an untrained one give one and the same loss."""
-    teacher = load_pretrained(traces[0])
-    student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
-    texts = encoded(traces, "dev", 1)
-
-    def mean(*fixed):
-        return distill.mean_loss(student, teacher, fixed, "reverse_kl", CPU, torch.float32)
-
-    ids, _ = texts[0]
-    silent = ids, [False] * len(ids)
-    for fixed in ([[text] for text in texts], [texts, texts], [texts + [silent]]):
-        assert abs(mean(*fixed) / mean(texts) - 1) < 1e-5
-    assert mean([silent]) == 0
-
-
-def test_kl_in_pieces_is_the_same_in_value_and_gradients():
-    torch.manual_seed(0)
-    head = torch.nn.Linear(8, 50, bias=False)
-    teacher_head = torch.nn.Linear(8, 50, bias=False)
-    x = torch.randn(23, 8, requires_grad=True)
-    teacher_x = torch.randn(23, 8)
-    results = []
-    for piece in (None, 5):
-        loss = distill.distillation_loss(x, teacher_x, head, teacher_head, piece=piece)
-        results.append((loss, *torch.autograd.grad(loss, (x, head.weight))))
-    for whole, pieces in zip(*results):
-        torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
-
-
-def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(traces):
-    teacher = load_pretrained(traces[0])
-    student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
-    tokens = torch.randint(7, 200, (2, 9))
-    targets = torch.full((2, 9), -1)
-    targets[:, 2:5] = tokens[:, 3:6]
-    changed = tokens.clone()
-    changed[:, 6:] = 9                                                       # after the last trained position
-    loss, _ = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
-    again, _ = distill.batch_loss(student, teacher, changed, targets, "reverse_kl")
-    assert torch.equal(loss, again)
-    empty, count = train_sft.cross_entropy(student, tokens, torch.full((2, 9), -1))
-    (empty / max(1, count)).backward()
-    assert count == 0 and empty.item() == 0
-    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
-
-
-@pytest.fixture
-def hybrid(traces):
-    """The teacher with Mamba in layer 0, and a batch: tokens, targets."""
-    model = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
-    problems = train_sft.problem_set("dev", 1)
-    examples = [train_sft.encode_problem(traces[1], problem) for problem in problems]
-    return model, train_sft.collate(examples, "cpu")
-
-
-BOTH = pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
-OPTIMIZERS = pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-
-
-@OPTIMIZERS
-def test_decay_only_for_matrices_inside_the_layers(hybrid, optimizer):
-    """A step without a gradient shrinks them and changes nothing else."""
-    model, _ = hybrid
-    before = copy.deepcopy(model)
-    optimizers = train_sft.make_optimizers(model, 0.1, optimizer, weight_decay=0.5)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    train_sft.clipped_step(model, optimizers, 0.1)
-    decayed = set()
-    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
-        if not torch.equal(p, old):
-            torch.testing.assert_close(p, 0.95 * old, msg=name)
-            decayed.add(name)
-    expected = {name for name, p in model.named_parameters() if p.ndim == 2
-                and name.startswith("layers.")}
-    assert decayed == {name for name in expected if not name.endswith(("A_log", ".D"))}
-    assert "layers.0.mixer.in_proj.weight" in decayed
-
-
-@OPTIMIZERS
-def test_a_step_moves_every_parameter(hybrid, optimizer):
-    model, batch = hybrid
-    before = copy.deepcopy(model)
-    optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, weight_decay=0.0)
-    assert len(optimizers) == (2 if optimizer == "muon" else 1)
-    loss, count = train_sft.cross_entropy(model, *batch)
-    (loss / count).backward()
-    train_sft.clipped_step(model, optimizers, 1e-3)
-    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
-        assert torch.isfinite(p).all() and not torch.equal(p, old), name
-
-
-@OPTIMIZERS
-def test_lr_rest_is_the_rate_of_everything_but_mamba_mixers(hybrid, optimizer):
-    """The size of an optimiser's first step is its rate: with a tenth of it the others go a tenth of the way."""
-    start, batch = hybrid
-    models = {}
-    for lr_rest in (None, 1e-4):
-        model = models[lr_rest] = copy.deepcopy(start)
-        optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, lr_rest, weight_decay=0.0)
-        train_sft.cross_entropy(model, *batch)[0].backward()
-        train_sft.clipped_step(model, optimizers, 1e-3)
-    for rates in ((0.0, optimizer), (1.0, optimizer, -1.0)):
-        with pytest.raises(UserError, match="must be above 0"):
-            train_sft.make_optimizers(start, *rates)
-    inside = train_sft.mamba_names(start)
-    assert inside and all(name.startswith("layers.0.mixer.") for name in inside)
-    after = zip(start.named_parameters(), models[None].parameters(), models[1e-4].parameters())
-    for (name, old), one, other in after:
-        share = ((other - old).norm() / (one - old).norm()).item()
-        assert share == pytest.approx(1 if name in inside else 0.1, rel=0.05), name
-
-
-@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
-def test_muon_turns_a_gradient_into_a_nearly_orthogonal_matrix(shape):
-    """The same singular vectors, singular values near 1 (Newton-Schulz is stopped early, on purpose)."""
-    torch.manual_seed(0)
-    gradients = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
-    u, values, v = torch.linalg.svd(gradients, full_matrices=False)
-    inner = u.mT @ train_sft.orthogonalize(gradients) @ v.mT
-    new = inner.diagonal(dim1=-2, dim2=-1)
-    # Tiny ones need more iterations.
-    large = values > 0.1 * values[:, :1]
-    assert new[large].min() > 0.5 and new.max() < 1.3
-    assert (inner - torch.diag_embed(new)).abs().max() < 1e-2
-
-
-def test_learning_rate_rises_stays_and_falls():
-    rates = [train_sft.learning_rate(step, 100, 2.0, 10) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
-    assert rates[10:61] == [2.0] * 51
-    assert all(a > b for a, b in zip(rates[60:], rates[61:])) and rates[80] == pytest.approx(1.0)
-    assert rates[-1] < 0.1 and train_sft.learning_rate(100, 100, 2.0, 10) == pytest.approx(0.06)
-    assert train_sft.learning_rate(0, 5, 1.0, 0) == 1.0                      # no warm-up
-
-
-def weights(path):
-    return (pathlib.Path(path) / "model.safetensors").read_bytes()
-
-
-def began(*args):
-    pytest.fail("training began")
-
-
-def solve_nothing(lm, enc, problems, **named):
-    return [""] * len(problems)
-
-
-@pytest.fixture
-def no_answers(monkeypatch):
-    """Nobody solves problems: writing 192 tokens takes far longer than what the tests below are about."""
-    monkeypatch.setattr(distill, "solve", solve_nothing)
-
-
-def short_run(program, traces, out, *more):
-    """Arguments of a run of 4 steps."""
-    base = ("--device", "cpu", "--steps", 4, "--batch", 2, "--warmup", 1, "--out", out)
-    if program is train_sft:
-        return ("--model", traces[0], "--every", 1, "--eval", 0, *base, *more)
-    return ("--teacher", traces[0], "--replace", 1, "--rank", "first", "--eval", 1, *base, *more)
-
-
-@pytest.mark.parametrize("program, more", [
-    (train_sft, ("--every", 3, "--easy", 0.5)),
-    (train_sft, ("--optimizer", "adamw", "--lr-rest", 1e-4)), (distill, ("--train", "all")),
-    (distill, ("--train", "mixers"))])
-def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, no_answers,
-                                             interrupt_after):
-    """Bit for bit the same weights, the same log but for the clock; what was saved on the way is gone at the end."""
-    def go(out, *resume):
-        run(program, *short_run(program, traces, tmp_path / out, *more, *resume))
-    go("a")
-    taken = interrupt_after(2)
-    with pytest.raises(KeyboardInterrupt):
-        go("b")
-    assert len(taken) == 2 and not (tmp_path / "b" / "model.safetensors").exists()
-    go("b", "--resume")
-    assert len(taken) == 4
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
-    report = "training.json" if program is train_sft else "report.json"
-    logs = [json.loads((tmp_path / out / report).read_text())["log"] for out in "ab"]
-    for entry in logs[0] + logs[1]:
-        assert entry.pop("seconds") >= 0
-    assert logs[0] == logs[1] and logs[0][-1]["step"] == 4
-    assert not (tmp_path / "b" / "progress.safetensors").exists()
-
-
-def test_the_log_holds_means_over_the_tokens_since_its_last_entry(hybrid, tmp_path):
-    model, _ = hybrid
-    block = train_sft.list_block([([5] * n, [True] * n) for n in range(2, 9)], seed=0)
-    seen = []
-
-    def loss_of(model, tokens, targets):
-        loss, count = train_sft.cross_entropy(model, tokens, targets)
-        seen.append((loss.item(), count, tokens.numel()))
-        return loss, count
-    plan = train_sft.Plan(steps=5, lr=1e-3, warmup=1, every=9, log_every=2, name="loss")
-    progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
-    log = train_sft.fit(model, loss_of, block, 3, plan, progress, torch.device("cpu"),
-                        torch.float32)
-    assert [entry["step"] for entry in log] == [2, 4, 5]
-    for entry, part in zip(log, (seen[:2], seen[2:4], seen[4:])):
-        loss, count, _ = map(sum, zip(*part))
-        assert entry["loss"] == pytest.approx(loss / count, abs=1e-6)
-        assert entry["tokens"] == sum(tokens for _, _, tokens in seen[:entry["step"]])
-    assert not os.listdir(tmp_path)
-
-
-def test_ctrl_c_during_a_save_spoils_nothing(traces, tmp_path, monkeypatch, interrupt_after):
-    real = nano.write_atomic
-
-    def write(*args):
-        signal.raise_signal(signal.SIGINT)
-        real(*args)
-        signal.raise_signal(signal.SIGINT)
-    taken = interrupt_after(2)
-    monkeypatch.setattr(nano, "write_atomic", write)
-    with pytest.raises(KeyboardInterrupt):
-        run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9))
-    monkeypatch.setattr(nano, "write_atomic", real)
-    run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9, "--resume"))
-    assert len(taken) == 4
-
-
-def test_a_full_disk_is_one_line_and_leaves_the_last_save(traces, tmp_path, interrupt_after):
-    def tune(out):
-        run(train_sft, *short_run(train_sft, traces, tmp_path / out, "--resume"))
-    tune("a")
-    interrupt_after(2)
-    with pytest.raises(KeyboardInterrupt):
-        tune("b")
-    before = small_files(tmp_path / "b")
-    with small_disk(len(before["progress.safetensors"]) // 2):
-        with pytest.raises(UserError, match="cannot write .*--resume continues"):
-            tune("b")
-    assert small_files(tmp_path / "b") == before
-    tune("b")
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
-
-
-@OPTIMIZERS
-def test_what_a_run_needs_on_disk_is_known_before_its_first_step(hybrid, traces, tmp_path,
-                                                                 monkeypatch, optimizer):
-    model, batch = hybrid
-    optimizers = train_sft.make_optimizers(model, 1e-3, optimizer)
-    progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
-    needed = progress.needs(model, optimizers)
-    train_sft.cross_entropy(model, *batch)[0].backward()
-    train_sft.clipped_step(model, optimizers, 1e-3)
-    progress.save(model, optimizers)
-    # One is there and one is to come; the rest is names.
-    assert progress.needs(model, optimizers) == pytest.approx(needed / 2, rel=0.05)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", always(usage._replace(free=needed // 3)))
-    monkeypatch.setattr(train_sft, "clipped_step", began)
-    with pytest.raises(UserError, match="needs .* GB of disk"):
-        run(train_sft, *short_run(train_sft, traces, tmp_path / "out", "--optimizer", optimizer))
-
-
-def change_a_weight(path):
-    lm = load_pretrained(path)
-    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3
-    save_pretrained(lm, path)
-
-
-@BOTH
-def test_a_run_is_continued_only_with_the_same_model_and_data(
-        program, traces, tmp_path, no_answers, interrupt_after):
-    """The same content, whatever the directories are called: a model may be moved, but not changed, nor the data."""
-    model = tmp_path / "model"
-    moved = tmp_path / "moved"
-    shutil.copytree(traces[0], model)
-    shutil.copytree(traces[0], moved)
-    data = tmp_path / "x.jsonl"
-    lines = "".join(f'{{"prompt": "a {i}", "response": "b</s>"}}\n' for i in range(9))
-    data.write_text(lines)
-
-    def go(model):
-        flag = "--model" if program is train_sft else "--teacher"
-        own = flag, model, "--data", data, "--resume"
-        return run(program, *short_run(program, traces, tmp_path / "out", *own)).out
-
-    interrupt_after(1)
-    with pytest.raises(KeyboardInterrupt):
-        go(model)
-    change_a_weight(model)
-    with pytest.raises(UserError, match="content of (the model|--teacher)"):
-        go(model)
-    data.write_text(lines.replace("a 3", "a 33"))
-    with pytest.raises(UserError, match="content of --data"):
-        go(moved)
-    data.write_text(lines)
-    go(moved)
-    if program is distill:
-        assert "finished already" in go(moved)
-        with pytest.raises(UserError, match="content of --teacher"):
-            go(model)
-
-
-def saved_progress(path, model, batch):
-    """A progress file after one step of 9. -> the Plan, its tensors, its JSON."""
-    plan = train_sft.Plan(9, 1e-3, 1, 1, 1, "loss")
-    optimizers = train_sft.make_optimizers(model, plan.lr)
-    train_sft.cross_entropy(model, *batch)[0].backward()
-    train_sft.clipped_step(model, optimizers, plan.lr)
-    log = [{"step": 1, "loss": 0.5, "tokens": 8, "seconds": 0.1}]
-    train_sft.Progress(str(path), {"seed": 0}, step=1, log=log).save(model, optimizers)
-    with safe_open(path, "pt") as f:
-        return plan, load_file(path), json.loads(f.metadata()["meta"])
-
-
-def load_progress(path, model, plan, tensors, meta):
-    """Write these as a progress file, load it. -> the Progress."""
-    save_file(tensors, path, metadata={"meta": meta if isinstance(meta, str) else json.dumps(meta)})
-    progress = train_sft.Progress(str(path), {"seed": 0}, resume=True)
-    progress.load(model, train_sft.make_optimizers(model, plan.lr), plan)
-    return progress
-
-
-def test_a_damaged_progress_file_is_refused(hybrid, tmp_path):
-    model, batch = hybrid
-    path = tmp_path / "progress.safetensors"
-    plan, tensors, meta = saved_progress(path, model, batch)
-    assert load_progress(path, model, plan, tensors, meta).step == 1
-    bad = [(tensors, other) for other in ("", "[]", "{}", "[" * 99_999, "3")]
-    for key in meta:
-        for value in (None, "x", [], {}, [3], -1, 10**30, [{"step": 1}], math.inf):
-            sound = {"log": [], "loss": -1, "seconds": -1}
-            if key not in sound or value != sound[key]:
-                bad.append((tensors, meta | {key: value}))
-    bad.append((tensors, meta | {"step": 10}))
-    bad.append((tensors, meta | {"step": 9, "log": []}))
-    for key in ("weight|norm.weight", "momentum|layers.0.mixer.in_proj.weight",
-                "exp_avg|norm.weight", "step|norm.weight"):
-        bad.append(({name: w for name, w in tensors.items() if name != key}, meta))
-        bad.append((tensors | {key: torch.ones(1)}, meta))
-    bad.append((tensors | {"norm.weight": torch.ones(3)}, meta))
-    bad.append((tensors | {"weight|nothing": torch.ones(3)}, meta))
-    for other_tensors, other_meta in bad:
-        with pytest.raises(UserError, match="progress.safetensors"):
-            load_progress(path, model, plan, other_tensors, other_meta)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match="does not continue this run"):
-        train_sft.Progress(str(path), {"seed": 0}, resume=True).load(model, [], plan)
-
-
-@BOTH
-def test_a_loss_that_is_nan_leaves_what_was_saved(program, traces, tmp_path, monkeypatch,
-                                                  no_answers, interrupt_after):
-    """One line, and progress from before the accident, from which a lower rate could continue."""
-    interrupt_after(2)
-    with pytest.raises(KeyboardInterrupt):
-        run(program, *short_run(program, traces, tmp_path))
-    before = (tmp_path / "progress.safetensors").read_bytes()
-    files = sorted(os.listdir(tmp_path))
-    name = "cross_entropy" if program is train_sft else "batch_loss"
-    real = getattr(program, name)
-
-    def broken(*args):
-        loss, count = real(*args)
-        return loss * math.nan, count
-    monkeypatch.setattr(program, name, broken)
-    with pytest.raises(UserError, match="not finite"):
-        run(program, *short_run(program, traces, tmp_path, "--resume"))
-    assert (tmp_path / "progress.safetensors").read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == files
-
-
-@BOTH
-def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, no_answers):
-    """Products in bfloat16, weights kept in float32."""
-    printed = run(program, *short_run(program, traces, tmp_path, "--dtype", "bfloat16")).out
-    report = json.loads(printed.splitlines()[-1])
-    keys = ["loss"] if program is train_sft else ["kl_first", "kl_last"]
-    assert all(math.isfinite(report[key]) for key in keys)
-    weights = load_file(tmp_path / "model.safetensors").values()
-    assert all(torch.isfinite(w).all() for w in weights)
-    assert program is distill or {w.dtype for w in weights} == {torch.float32}
-    with pytest.raises(UserError, match="float16"):
-        nano.pick_dtype("float16", torch.device("cpu"))
-
-
-def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypatch):
-    teacher = load_pretrained(traces[0])
-    args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, ctx=99, probe=1,
-                              dtype="float32")
-    calls = spy(monkeypatch, distill, "leave_one_out")
-
-    def rank():
-        return distill.rank_layers(args, distill_setup(traces, teacher), teacher)
-
-    first = rank()
-    assert rank() == first and len(calls) == 1
-    teacher.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3                  # one weight of another layer
-    assert rank() != first and len(calls) == 2
-    args.probe = 2                                                           # other problems, other scores
-    rank()
-    assert len(calls) == 3
-
-
-def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces):
-    teacher = load_pretrained(traces[0])
-    before = copy.deepcopy(dict(teacher.named_parameters()))
-    student = convert(distill.clone(teacher, "mixers"), teacher, [1, 2], "aligned")
-    distill.set_trained(student, "mixers").train()
-    start = copy.deepcopy(dict(student.named_parameters()))
-    tokens, targets = train_sft.collate(encoded(traces, "dev", 1), CPU)
-    loss, count = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
-    (loss / count).backward()
-    train_sft.clipped_step(student, train_sft.make_optimizers(student, 1e-2), 1e-2)
-    original = dict(teacher.named_parameters())
-    for name, p in student.named_parameters():
-        if name.startswith(("layers.1.mixer.", "layers.2.mixer.")):
-            assert p.requires_grad and not torch.equal(p, start[name]), name
-        else:
-            assert p.data_ptr() == original[name].data_ptr() and p.grad is None, name
-    assert all(torch.equal(p, before[name]) for name, p in original.items())
-
-
-def test_a_copy_shares_what_stays_frozen_and_nothing_that_trains(traces):
-    """Also where mixers were replaced in an earlier stage: a trial must not train those of the student."""
-    teacher = load_pretrained(traces[0])
-    student = convert(distill.clone(teacher, "mixers"), teacher, [1], "aligned")
-    trained = train_sft.mamba_names(student)
-    trial = distill.clone(student, "mixers")
-    for (name, p), same in zip(student.named_parameters(), trial.parameters(), strict=True):
-        assert (p is same) == (name not in trained), name
-
-
-def test_mixers_that_train_beside_bfloat16_weights_are_measured_as_saved(traces, tmp_path):
-    """The frozen weights are bfloat16 here, the mixers float32 while they train."""
-    flags = ("--train", "mixers", "--dtype", "bfloat16", "--init", "aligned")
-    report = last_report(run(distill, *short_run(distill, traces, tmp_path, *flags)))
-    assert report["student_accuracy"] is not None
-    saved = load_file(tmp_path / "model.safetensors")
-    for name, w in saved.items():
-        assert w.dtype == (torch.float32 if nano.keeps_float32(name) else torch.bfloat16), name
-
-
-def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_path):
-    lines = [{"prompt": f"<s>[INST] {i} [/INST]", "response": f" {i + 1}</s>"} for i in range(55)]
-    turns = [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]
-    lines[7] = {"messages": turns}
-    data = tmp_path / "x.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = "--data", data, "--replace", 2, "--probe", 48
-    report = last_report(small_run(traces[0], tmp_path / "out", *flags))
-    for key in ("teacher_accuracy", "student_accuracy", "accuracy_by_family"):
-        assert report[key] is None
-    assert report["kl_first"] > 0 and math.isfinite(report["kl_last"])
-    stored = json.loads((tmp_path / "out" / "loo.json").read_text())
-    kl = {}
-    for score in stored["scores"]:
-        assert score["accuracy"] is None and score["kl"] >= 0 and score["loss"] > 0
-        kl[score["layer"]] = score["kl"]
-    assert stored["order"] == sorted(kl, key=kl.get) and report["replaced"] == stored["order"][:2]
-
-
-def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces):
-    teacher = load_pretrained(traces[0])
-    torch.nn.init.zeros_(teacher.layers[2].mixer.o_proj.weight)
-    examples = encoded(traces, "probe", 2)
-    scores = distill.leave_one_out(teacher, [examples], CPU, torch.float32, use_accuracy=False)
-    assert distill.least_important_first(scores)[0] == 2
-    tokens, targets = train_sft.collate(examples, CPU)
-    for layer in (0, 3):
-        without = convert(copy.deepcopy(teacher), teacher, [layer], "identity")
-        loss, count = train_sft.cross_entropy(without, tokens, targets)
-        assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
-
-
-def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces, tmp_path):
-    before = weights(traces[0])
-    report = last_report(small_run(traces[0], tmp_path, "--stages", "1,2"))
-    assert set(report) == {
-        "replaced", "layout", "teacher_accuracy", "student_accuracy", "accuracy_by_family",
-        "kl_first", "kl_last", "steps", "tokens", "seconds", "seed"}
-    assert report["layout"].count("m2") == 2 == len(report["replaced"])
-    assert load_pretrained(tmp_path / "h2").config.layout == tuple(report["layout"])
-    assert weights(traces[0]) == before
-    # A finished result is not lost unasked, and a number that is reached already is no stage.
-    refused = {
-        "overwrite": ("h2", "--replace", 2),
-        "2 layers are replaced already": ("x", "--replace", 1, "--student", tmp_path / "h2"),
-        "no Mamba mixer": (
-            "y", "--replace", 1, "--rank", "first", "--init", "identity", "--train", "mixers")}
-    for named, (out, *flags) in refused.items():
-        with pytest.raises(UserError, match=named):
-            small_run(traces[0], tmp_path / out, *flags)
+def test_a_burst_of_another_program_spoils_no_speed(monkeypatch):
+    """Three rounds over all models, the median of each: one slow call of three does not show."""
+    seconds = iter([1.0, 8.0, 9.0, 1.0, 2.0, 4.0])                           # a call per model and round
+    monkeypatch.setattr(bench, "filled_state", always(None))
+    monkeypatch.setattr(bench, "time_decode", lambda *rest: (next(seconds), 0.0))
+    configs = [tiny(layout).config for layout in ("t t", "m2 t", "t m2")]    # the last two are equally fast
+    assert bench.measured_speeds(configs, torch.device("cpu"), torch.float32) == [2.0, 1.0, 1.0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The family: stages that can be killed, trials that find the harmless layer, generic text, merging, tables, pictures.
-
-SMALL = ("--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1)
-
-
-def small_run(teacher, out, *flags):
-    """distill.py with little work. -> what it printed."""
-    return run(distill, "--teacher", teacher, *SMALL, "--out", out, *flags)
-
-
-@pytest.fixture(scope="module")
-def family(traces, tmp_path_factory):
-    """A finished family of two members of the 4-layer teacher. -> the directory above them."""
-    path = tmp_path_factory.mktemp("family")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "solve", solve_nothing)
-        small_run(traces[0], path, "--stages", "1,2")
-    return path
-
-
-@pytest.mark.parametrize("killed_after", [3, 6])                             # of 2 steps, 3 trials of 1 step, 2 steps
-def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(
-        traces, family, tmp_path, no_answers, interrupt_after, killed_after):
-    def go():
-        small_run(traces[0], tmp_path, "--stages", "1,2")
-
-    taken = interrupt_after(killed_after)
-    with pytest.raises(KeyboardInterrupt):
-        go()
-    assert len(taken) == killed_after
-    go()
-    # What was done is not done again, but for a trial that was not over.
-    assert len(taken) == 2 + 3 + 2 + (killed_after == 3)
-    for member in ("h1", "h2"):
-        assert weights(tmp_path / member) == weights(family / member)
-        continued = json.loads((tmp_path / member / "report.json").read_text())
-        undisturbed = json.loads((family / member / "report.json").read_text())
-        for key in ("replaced", "scores", "kl_first", "kl_last", "tokens"):
-            assert continued[key] == undisturbed[key]
-
-
-def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(
-        traces, family, tmp_path, no_answers, interrupt_after):
-    def go(*more):
-        return small_run(traces[0], family, "--stages", "1,2", *more)
-
-    assert go().out.count("finished already") == 2
-    changes = {"traces": "generic", "warmup": 3, "ctx": 99, "rank": "last", "probe_steps": 2}
-    for flag, value in changes.items():
-        with pytest.raises(UserError, match=flag):
-            go("--" + flag.replace("_", "-"), value)
-
-    def one(*more):
-        small_run(traces[0], tmp_path, "--replace", 1, "--resume", "--rank", "first", *more)
-
-    interrupt_after(1)
-    with pytest.raises(KeyboardInterrupt):
-        one()
-    with pytest.raises(UserError, match="traces = reasoning, now traces = generic"):
-        one("--traces", "generic")
-
-
-@pytest.mark.parametrize("change", [AS_QWEN2 | {"rope_scaling": SCALING}, AS_QWEN3])
-def test_every_family_is_converted_and_distilled(change, traces, tmp_path, no_answers):
-    """In two stages, so that a hybrid of it is read again; what was saved computes what the report says."""
-    teacher = tmp_path / "teacher"
-    shutil.copytree(traces[0], teacher)
-    shape = dataclasses.replace(train_sft.TEACHER, n_layer=3, layout=(), **change)
-    torch.manual_seed(0)
-    lm = HybridLM(shape)
-    train_sft.init_weights(lm)
-    save_pretrained(lm, teacher)
-    printed = small_run(teacher, tmp_path, "--stages", "1,2")
-    assert "not carried over: the softmax, the rotation" in printed.out
-    assert ("root mean square" in printed.out) == ("qk_norm" in change)
-    hybrid = load_pretrained(tmp_path / "h2")
-    assert hybrid.config.layout.count("m2") == 2
-    assert hybrid.config.proj_bias == ("qkv_bias" in change)
-    report = last_report(printed)
-    held_out = encoded((teacher, traces[1]), "dev", 16)
-    kl = distill.mean_loss(hybrid, lm, [held_out], "reverse_kl", CPU, torch.float32)
-    assert kl == pytest.approx(report["kl_last"], rel=1e-4) and kl > 0
-
-
-def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_path, no_answers):
-    """Otherwise the run is refused; with --overwrite every stage is made again."""
-    shutil.copytree(family, tmp_path, dirs_exist_ok=True)
-    assert small_run(traces[0], tmp_path, "--stages", "1,2").out.count("finished already") == 2
-    change_a_weight(tmp_path / "h1")
-    with pytest.raises(UserError, match="h2 was made with content of --student"):
-        small_run(traces[0], tmp_path, "--stages", "1,2")
-    small_run(traces[0], tmp_path, "--stages", "1,2", "--overwrite")
-    assert weights(tmp_path / "h2") == weights(family / "h2")
-
-
-NO_ORDER = ["{", "3", "[]x", '["a"]', "[0, 0]", "[9]", "[-1]", "[true]", "[1.0]", "[[0]]",
-            '{"order": 3}', "{}"]
-
-
-@pytest.mark.parametrize("text", NO_ORDER)
-def test_a_file_that_is_no_order_is_refused(text, tmp_path):
-    path = tmp_path / "order.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match="order.json"):
-        distill.read_order(str(path), 4)
-    path.write_text('{"order": [2, 0]}')
-    assert distill.read_order(str(path), 4) == [2, 0]
-
-
-def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(traces, family, tmp_path,
-                                                                no_answers):
-    printed = small_run(family / "h1", tmp_path, "--replace", 1)
-    assert "1 of its 4 layers have no attention" in printed.out
-    assert last_report(printed)["layout"].count("m2") == 2
-
-
-def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
-    teacher = load_pretrained(traces[0])
-    for i, block in enumerate(teacher.layers):
-        # Layers 0 and 2 write nothing, the others a lot.
-        block.mixer.o_proj.weight.data *= 0 if i in (0, 2) else 5
-    before = distill.weights_hash(teacher)
-    setup = distill_setup(traces, teacher)
-    args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all",
-                              lr=1e-4, lr_rest=None, optimizer="muon", init="calibrated",
-                              loss="reverse_kl")
-    student = convert(copy.deepcopy(teacher), teacher, [0], "aligned")       # as in a later stage
-    trials = distill.try_each_layer(args, setup, student, {})
-    assert distill.least_important_first(trials)[0] == 2
-    assert len({trial["loss"] for trial in trials}) == 3                     # layers 1, 2 and 3, each a loss of its own
-    assert student.config.layout == ("m2", "t", "t", "t")
-    assert distill.weights_hash(teacher) == before
-
-
-def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces):
-    codec = traces[1]
-    generic = train_sft.generic_block(codec, 5)(3, 40)
-    assert generic == train_sft.generic_block(codec, 5)(3, 40) != train_sft.generic_block(codec, 6)(3, 40)
-    for (ids, trained), (other, _) in zip(generic, train_sft.trace_block(codec, 5)(3, 40)):
-        text = codec.enc.decode(ids)
-        assert trained == [False] + [True] * (len(ids) - 1)
-        assert text.startswith("<s> ")
-        assert text.endswith(".</s>")
-        assert not any(word in text for word in ("?", "INST", "think", "How", "What", "=", ";"))
-        # At most one sentence longer.
-        assert len(other) <= len(ids) < len(other) + 60
-        assert train_sft.split_of(text[4:-4]) == "train"
-
-
-def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_path, no_answers):
-    flags = "--replace", 1, "--rank", "first", "--init", "aligned"
-    reports = {}
-    for kind in ("reasoning", "generic"):
-        printed = small_run(traces[0], tmp_path / kind, *flags, "--traces", kind).out
-        reports[kind] = json.loads((tmp_path / kind / "report.json").read_text())
-        example, _, _ = printed.partition("problem ")
-        assert (">>> " in example) == (kind == "generic")
-        assert ("[INST]" in example) == (kind == "reasoning")
-    generic = reports["generic"]
-    reasoning = reports["reasoning"]
-    assert generic["args"]["traces"] == "generic"
-    assert generic["kl_first"] == reasoning["kl_first"]                      # the same held-out batch
-    assert generic["log"][0]["kl"] != reasoning["log"][0]["kl"]              # other training texts
-
-
-def test_the_published_order_skips_layer_2():
-    assert sorted(nano.APRIEL15B) == [i for i in range(50) if i != 2]
-    assert bench.ORDER[:49] == nano.APRIEL15B
-    args = argparse.Namespace(rank="apriel15b", teacher="x")
-
-    def order(replaced):
-        layout = ["m2" if i in replaced else "t" for i in range(50)]
-        config = dataclasses.replace(train_sft.TEACHER, n_layer=50, layout=layout)
-        layers, scores = distill.rank_layers(args, None, HybridLM(config))
-        assert scores is None
-        return layers
-
-    assert order([])[:27] == nano.APRIEL15B[:25] + [3, 5]
-    assert order([47, 24])[:3] == [39, 36, 31]
-    with pytest.raises(UserError, match="50 layers"):
-        distill.rank_layers(args, None, tiny("t t"))
-
-
-def test_a_stack_of_layers_becomes_deeper_or_shallower():
-    """As a whole: the old layers repeated in order, or the first of them; copies, so that each can be trained alone."""
-    old = tiny("t t t")
-    tokens = some_tokens(2, 9)
-    for n in (2, 3, 6):
-        new = train_sft.restack(old, n)
-        assert new.config.layout == ("t",) * n == ("t",) * len(new.layers)
-        assert new.config.n_layer == n
-        for i, block in enumerate(new.layers):
-            for p, q in zip(block.parameters(), old.layers[i % 3].parameters(), strict=True):
-                assert torch.equal(p, q.float()) and p.data_ptr() != q.data_ptr()
-        places = {p.data_ptr() for p in new.layers.parameters()}
-        assert len(places) == n * len(list(old.layers[0].parameters()))
-        assert new.norm is old.norm and new.embed_tokens is old.embed_tokens
-    same = train_sft.restack(old.float(), 3)(tokens)[0]
-    assert off(same, old(tokens)[0]) < 1e-6
-    for model, n in ((old, 4), (old, 0), (old, -1), (tiny("t m2"), 2)):
-        with pytest.raises(UserError, match="only all-attention models"):
-            train_sft.restack(model, n)
-
-
-def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family, tmp_path,
-                                                                  monkeypatch):
-    other = tmp_path / "other"
-    model = load_pretrained(family / "h1")
-    for p in model.parameters():
-        p.data += torch.randn(p.shape) / 100
-    save_pretrained(model, other)
-
-    def tune(out, *more):
-        command = "--model", family / "h1", "--steps", 2, "--batch", 2, "--eval", 0, "--threads", 1
-        run(train_sft, *command, "--out", tmp_path / out, *more)
-    tune("alone")
-    tune("merged", "--merge", other, "--merge-weight", 0.25)
-    alone = load_file(tmp_path / "alone" / "model.safetensors")
-    added = load_file(other / "model.safetensors")
-    for name, w in load_file(tmp_path / "merged" / "model.safetensors").items():
-        assert torch.equal(w, 0.25 * alone[name] + 0.75 * added[name])
-    args = json.loads((tmp_path / "merged" / "training.json").read_text())["args"]
-    assert args["merge"] == str(other) and args["merge_weight"] == 0.25
-    monkeypatch.setattr(train_sft, "fit", began)
-    refused = [(("--merge", family / "h2"), "layout"),
-               (("--merge", tmp_path / "none"), "no such directory"),
-               (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"),
-               (("--merge-weight", -1), "between")]
-    for more, words in refused:
-        with pytest.raises(UserError, match=words):
-            tune("refused", *more)
-
+# bench.py: tables and pictures of the results.
 
 def fake_report(path, replaced, tokens, student, seed=0, before=None, scores=None, kind="m2"):
     """A report.json as distill.py writes it, of a model of six layers."""
@@ -5163,14 +5182,8 @@ def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path
         run(bench, "--figures", family, "--out", tmp_path, "--speeds", lines)
 
 
-def test_a_burst_of_another_program_spoils_no_speed(monkeypatch):
-    """Three rounds over all models, the median of each: one slow call of three does not show."""
-    seconds = iter([1.0, 8.0, 9.0, 1.0, 2.0, 4.0])                           # a call per model and round
-    monkeypatch.setattr(bench, "filled_state", always(None))
-    monkeypatch.setattr(bench, "time_decode", lambda *rest: (next(seconds), 0.0))
-    configs = [tiny(layout).config for layout in ("t t", "m2 t", "t m2")]    # the last two are equally fast
-    assert bench.measured_speeds(configs, torch.device("cpu"), torch.float32) == [2.0, 1.0, 1.0]
-
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes, of every script.
 
 # What a script is always given, and {places} in its arguments: see bad_places.
 USUAL = {
@@ -5255,23 +5268,19 @@ def test_the_shipped_teacher_is_checked_in_seconds(tmp_path):
     assert time.process_time() - began < 30
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_a_signal_waits_for_the_end_of_a_step_however_often_it_comes(number, capfd):
-    """A step taken in half would be saved, and taken again after --resume. What is ignored (nohup) stays ignored."""
-    before = signal.signal(number, signal.default_int_handler)
-    try:
-        with train_sft.signals_noted() as noted:
-            signal.raise_signal(number)
-            signal.raise_signal(number)
-        assert noted == [number, number]
-        assert capfd.readouterr().err.count("stopping after this step") == 1
-        assert signal.getsignal(number) is signal.default_int_handler
-        signal.signal(number, signal.SIG_IGN)
-        with train_sft.signals_noted() as noted:
-            signal.raise_signal(number)
-        assert noted == []
-    finally:
-        signal.signal(number, before)
+@pytest.mark.parametrize("program, read, more", [
+    (distill, "--teacher", ("--replace", "1")),
+    (distill, "--student", ("--replace", "1", "--teacher", "{}")),
+    (train_sft, "--model", ()),
+    (train_sft, "--merge", ("--model", "{}"))])
+def test_no_script_writes_into_a_directory_that_it_reads(program, read, more, traces, tmp_path):
+    shutil.copytree(traces[0], tmp_path / "in")
+    before = small_files(tmp_path / "in")
+    more = [argument.format(traces[0]) for argument in more]
+    with pytest.raises(UserError, match="--out .* is .*, which this run reads"):
+        run(program, read, tmp_path / "in", *more, "--out", f"{tmp_path}/in/", "--overwrite",
+            "--steps", 1)
+    assert small_files(tmp_path / "in") == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5423,6 +5432,8 @@ def use_config_template(path):
 
 def small_tokenizer(name):
     return make_tokenizer(**TOKENIZERS[name] | {"count": 3})
+
+
 class Letters:
     """A tokenizer whose tokens are bytes."""
     def encode(self, text, allowed_special=()):
@@ -5562,6 +5573,46 @@ def test_a_damaged_file_loads_or_is_refused(name, tmp_path):
     assert counts["loaded"] + counts["refused"] == 200
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# A real model: SmolLM2-135M-Instruct as smollm2/make.py writes it, against what transformers and tokenizers made of it
+# (smollm2/golden.json). Skipped where it was not made.
+
+SMOLLM2 = os.path.join(HERE, "out", "smollm2")
+needs_smollm2 = pytest.mark.skipif(not os.path.exists(os.path.join(SMOLLM2, "model.safetensors")),
+                                   reason="smollm2/make.py was not run")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with open(os.path.join(HERE, "smollm2", "golden.json"), encoding="utf-8") as f:
+        return json.load(f)
+
+
+@needs_smollm2
+def test_a_real_model_has_the_logits_and_the_answer_of_transformers(golden):
+    lm = load_pretrained(SMOLLM2)
+    enc = load_tokenizer(SMOLLM2)
+    with torch.no_grad():
+        logits, _ = lm(torch.tensor([golden["ids"]]))
+    found = logits[0][golden["places"]][:, golden["columns"]]
+    torch.testing.assert_close(found, torch.tensor(golden["logits"]), rtol=0, atol=3e-4)
+    prompt = enc.encode(golden["prompt"], allowed_special="all")
+    assert enc.decode(lm.generate([prompt], 32)[0]) == golden["answer"]
+
+
+@needs_smollm2
+def test_a_real_tokenizer_and_template_are_those_of_the_libraries(golden):
+    """Single digits, special tokens in the text, and a character whose byte is not in the vocabulary."""
+    enc = load_tokenizer(SMOLLM2)
+    assert enc.encode(golden["text"], allowed_special="all") == golden["ids"]
+    chat = nano.load_chat(SMOLLM2, enc)
+    assert chat.prompt([{"role": "user", "content": golden["question"]}]) == golden["prompt"]
+    assert chat.end == "<|im_end|>"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What takes too long for a test.
+
 def compare_texts(count, folder, checkpoint):
     """The long run of test_token_ids_are_those_of_the_library, and on a real tokenizer, if one is named."""
     cases = {name: make_tokenizer(**style) for name, style in TOKENIZERS.items()}
@@ -5606,42 +5657,3 @@ def main():
 
 if __name__ == "__main__":
     main()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A real model: SmolLM2-135M-Instruct as smollm2/make.py writes it, against what transformers and tokenizers made of it
-# (smollm2/golden.json). Skipped where it was not made.
-
-SMOLLM2 = os.path.join(HERE, "out", "smollm2")
-needs_smollm2 = pytest.mark.skipif(not os.path.exists(os.path.join(SMOLLM2, "model.safetensors")),
-                                   reason="smollm2/make.py was not run")
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with open(os.path.join(HERE, "smollm2", "golden.json"), encoding="utf-8") as f:
-        return json.load(f)
-
-
-@needs_smollm2
-def test_a_real_model_has_the_logits_and_the_answer_of_transformers(golden):
-    lm = load_pretrained(SMOLLM2)
-    enc = load_tokenizer(SMOLLM2)
-    with torch.no_grad():
-        logits, _ = lm(torch.tensor([golden["ids"]]))
-    found = logits[0][golden["places"]][:, golden["columns"]]
-    torch.testing.assert_close(found, torch.tensor(golden["logits"]), rtol=0, atol=3e-4)
-    prompt = enc.encode(golden["prompt"], allowed_special="all")
-    assert enc.decode(lm.generate([prompt], 32)[0]) == golden["answer"]
-
-
-@needs_smollm2
-def test_a_real_tokenizer_and_template_are_those_of_the_libraries(golden):
-    """Single digits, special tokens in the text, and a character whose byte is not in the vocabulary."""
-    enc = load_tokenizer(SMOLLM2)
-    assert enc.encode(golden["text"], allowed_special="all") == golden["ids"]
-    chat = nano.load_chat(SMOLLM2, enc)
-    assert chat.prompt([{"role": "user", "content": golden["question"]}]) == golden["prompt"]
-    assert chat.end == "<|im_end|>"
-
-
