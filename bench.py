@@ -1509,8 +1509,23 @@ def append_line(path, row):
         raise UserError(f"cannot write {path}: {e.strerror}") from None
 
 
+def next_command(args):
+    """What one would want to run after this."""
+    if args.table:
+        return f"python bench.py --figures {' '.join(args.table)}"
+    if args.model:
+        return f"python sample.py --model {args.model} --chat"
+    return "python distill.py --replace 25, and then this with --model out/h25"
+
+
 def main():
     args = parse_args()
+    bench(args)
+    print(f"next: {next_command(args)}", file=sys.stderr)
+
+
+def bench(args):
+    """Measure, or show results, as the flags say."""
     device, dtype = start_script(args)
     torch.manual_seed(args.seed)
     if args.table or args.figures:
