@@ -1282,23 +1282,20 @@ def naive_logits(raw, tensors, tokens):
 
 HYBRID = "apriel_hybrid_ssm"
 INDEX = "model.safetensors.index.json"
-SSM_CFG = {"d_state": 4, "d_inner": 32, "d_xb": 16, "dt_rank": 3, "d_conv": 4,
-           "repeat_kv_before_conv": True,
-           "conv_bias": True, "dt_proj_bias": True, "bias": False, "activation": "identity",
-           "expand": 1}
+SSM_CFG = {"d_state": 4, "d_inner": 32, "d_xb": 16, "dt_rank": 3, "d_conv": 4, "expand": 1,
+           "repeat_kv_before_conv": True, "conv_bias": True, "dt_proj_bias": True, "bias": False,
+           "activation": "identity"}
 
 
 def raw_config(layout="m2 t m2", model_type=HYBRID, ssm_cfg=None, **change):
     """The dict of a config.json. The keys of ssm_cfg are merged into SSM_CFG; a value of ... removes a key."""
     layout = layout.split()
     raw = {
-        "model_type": model_type, "vocab_size": 61, "hidden_size": 24,
-        "num_hidden_layers": len(layout),
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 20,
-        "hidden_act": "silu", "rope_theta": 500.0, "rms_norm_eps": 1e-3, "sliding_window": None,
-        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-        "max_position_embeddings": 128,
-        "torch_dtype": "float32"}
+        "model_type": model_type, "vocab_size": 61, "hidden_size": 24, "intermediate_size": 20,
+        "num_hidden_layers": len(layout), "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "hidden_act": "silu", "rope_theta": 500.0, "rms_norm_eps": 1e-3,
+        "sliding_window": None, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+        "max_position_embeddings": 128, "torch_dtype": "float32"}
     if model_type not in ("mistral", "llama", "qwen2", "qwen3"):
         raw |= {"hybrid_block_layout": layout, "ssm_cfg": SSM_CFG | (ssm_cfg or {})}
     return {key: value for key, value in (raw | change).items() if value is not ...}
@@ -1331,12 +1328,10 @@ def layer_shapes(raw, kind):
         rank = s["dt_rank"]
         channels = d if s["repeat_kv_before_conv"] else s["d_xb"]
         rows = 2 * d + 2 * s["d_xb"]
-        shapes |= {"mixer.in_proj.weight": (rows, hidden),
-                   "mixer.dt_in_proj.weight": (rank, hidden),
-                   "mixer.dt_proj.weight": (d, rank),
+        shapes |= {"mixer.in_proj.weight": (rows, hidden), "mixer.out_proj.weight": (hidden, d),
+                   "mixer.dt_in_proj.weight": (rank, hidden), "mixer.dt_proj.weight": (d, rank),
                    "mixer.conv1d.weight": (channels, 1, s["d_conv"]),
-                   "mixer.A_log": (d, s["d_state"]), "mixer.D": (d,),
-                   "mixer.out_proj.weight": (hidden, d)}
+                   "mixer.A_log": (d, s["d_state"]), "mixer.D": (d,)}
         biases = {"dt_proj": (s["dt_proj_bias"], d), "conv1d": (s["conv_bias"], channels),
                   "in_proj": (s["bias"], rows), "dt_in_proj": (s["bias"], rank),
                   "out_proj": (s["bias"], hidden)}
@@ -1380,8 +1375,7 @@ def write_checkpoint(path, raw, tensors=None, shards=1):
 
 # Over a context of 128 two of the four pairs of lanes turn often and stay, one turns rarely, one is between.
 ROPE_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5,
-               "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 128}
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
 ROPE_LLAMA3_OLD = {"type" if key == "rope_type" else key: value
                    for key, value in ROPE_LLAMA3.items()}
 NANO = {"model_type": "nanoh1_hybrid", "qkv_bias": False, "qk_norm": False, "rope_scaling": None}
@@ -1408,6 +1402,8 @@ CHECKPOINTS = {
     "sliding window": {"sliding_window": 5},
     "tied embeddings": {"tie_word_embeddings": True},
     "one key/value head": {"num_key_value_heads": 1},
+    "as many key/value heads": {"num_key_value_heads": 4},
+    "no grouping": {"ssm_cfg": {"d_xb": 32}},
     "wide heads": {"head_dim": 20},
     "Mistral": MISTRAL | {"shards": 2},
     "Mistral, sliding window": MISTRAL | {"sliding_window": 6},
@@ -1844,8 +1840,6 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
         {"hybrid_block_layout": 3}, "hybrid_block_layout must be a list, got 3"),
     "another model type": (
         {"model_type": "gemma"}, 'model_type "gemma" is not supported; known: mistral, llama'),
-    "no layout": ({"hybrid_block_layout": ...}, "'hybrid_block_layout' is missing"),
-    "no vocabulary size": ({"vocab_size": None}, "'vocab_size' is missing"),
     "yarn": ({"rope_parameters": YARN}, "rope_parameters.*yarn"),
     "scaling without its numbers": (
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),
@@ -1874,14 +1868,17 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
         {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
     "partial rope, newer spelling": (
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
-    "gelu": ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
-    "attention bias": ({"attention_bias": True}, "attention_bias = true"),
     "an unknown key of ssm_cfg": ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate"),
     "d_state that does not divide": ({"ssm_cfg": {"d_state": 5}}, "d_state 5"),
     "d_state null": (
         {"ssm_cfg": {"d_state": None}}, "ssm_cfg.d_state must be a whole number .*null"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "4 % 3"),
     "a width of zero": ({"intermediate_size": 0}, "intermediate_size.*0"),
+    "a width that is true": ({"intermediate_size": True}, "intermediate_size.*true"),
+    "no heads at all": ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads.*0"),
+    "theta without an end": ({"rope_theta": math.inf}, "rope_theta must be .*, got Infinity"),
+    "own type of no known family": (NANO | {"base_model_type": "gemma"}, "must be one of mistral"),
+    "linear scaling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
     "a width that no machine holds": (
         {"intermediate_size": 1 << 40}, "intermediate_size.*1 to 16777216"),
     "more layers than any model": (
@@ -1893,6 +1890,17 @@ REFUSED_CONFIGS = {                          # change of config.json, and what t
     "an end token in words": (
         {"eos_token_id": ["</s>"]}, 'eos_token_id must be a token id, or null, got "</s>"'),
 }
+
+
+NEEDED = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+          "hybrid_block_layout"]
+REFUSED_CONFIGS |= {f"no {key}": ({key: ...}, f"'{key}' is missing") for key in NEEDED}
+# What other models do and these do not: activations, biases, soft caps of Gemma, multipliers of Granite and Cohere.
+OTHERS = {
+    "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True, "partial_rotary_factor": 0.5,
+    "quantization_config": {"quant_method": "fp8"}, "original_max_position_embeddings": 64,
+    "final_logit_softcapping": 30.0, "residual_multiplier": 0.22, "logit_scale": 0.0625}
+REFUSED_CONFIGS |= {key: ({key: value}, f"{key} = .* changes") for key, value in OTHERS.items()}
 
 
 @pytest.mark.parametrize("case", REFUSED_CONFIGS)
@@ -1907,9 +1915,8 @@ def test_config_is_refused_by_name(case, tmp_path):
 
 def test_settings_that_change_nothing_are_accepted(tmp_path):
     harmless = {"layer_types": ["mamba2", "full_attention", "mamba2"], "linear_attn_config": {},
-                "auto_map": {},
-                "use_cache": False, "attention_dropout": 0.1, "initializer_range": 0.5,
-                "attention_bias": False,
+                "auto_map": {}, "use_cache": False, "attention_dropout": 0.1,
+                "initializer_range": 0.5, "attention_bias": False,
                 "quantization_config": None, "rope_scaling": {"type": "default", "factor": 1.0},
                 "partial_rotary_factor": 1.0, "hidden_act": "swish", "residual_multiplier": 1.0,
                 "logit_scale": 1, "attn_logit_softcapping": None,
@@ -4051,6 +4058,9 @@ def test_identity_removes_the_mixer():
 
 IMPOSSIBLE = {                               # layers, init, student, teacher (changes of shape), what the error names
     "no such layer": ([5], "aligned", {}, {}, "layer 5"),
+    "negative layer": ([-1], "aligned", {}, {}, "layer -1"),
+    "teacher with other heads": ([0], "random", {}, {"n_kv_head": 4}, "n_kv_head"),
+    "d_state that divides nothing": ([0], "random", {"d_state": 5}, {}, "head_dim 8 .* d_state 5"),
     "layer named twice": ([1, 1], "aligned", {}, {}, "layer 1"),
     "already Mamba": ([0, 2], "aligned", {"layout": "t t m2"}, {}, "layer 2"),
     "teacher has no attention there": ([0], "aligned", {}, {"layout": "m2 t t"}, "layer 0"),
