@@ -47,6 +47,7 @@ from model import (Config, GPT2_PATTERN, HybridLM, KV, RopeScaling, SSM, UserErr
                    selective_scan)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+CPU = torch.device("cpu")
 torch.set_num_threads(1)                     # the same numbers, and nearly the same time, on any machine
 
 
@@ -177,6 +178,10 @@ def script(name, *args):
         except SystemExit as end:
             code = end.code
     return code, out.getvalue(), err.getvalue()
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def spy(monkeypatch, owner, name):
@@ -1584,9 +1589,9 @@ def test_a_text_ends_at_the_end_tokens_of_both_files(config, generation, wanted,
     model = load_pretrained(path)
     assert model.config.eos_ids == wanted
     save_pretrained(model, tmp_path / "copy", tokenizer_from=path)
-    written = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
-    said = json.loads((tmp_path / "copy" / "config.json").read_text())["eos_token_id"]
-    assert written == {"eos_token_id": said, "top_p": 0.9}
+    written = nano.read_json(tmp_path / "copy" / "generation_config.json")
+    end = nano.read_json(tmp_path / "copy" / "config.json")["eos_token_id"]
+    assert written == {"eos_token_id": end, "top_p": 0.9}
     assert load_pretrained(tmp_path / "copy").config.eos_ids == wanted
     (tmp_path / "copy" / "generation_config.json").unlink()
     assert load_pretrained(tmp_path / "copy").config.eos_ids == wanted
@@ -1696,7 +1701,7 @@ def test_written_config_holds_exactly_the_agreed_keys(case, tmp_path):
     layout, change, model_type, more = WRITTEN[case]
     model = tiny(layout, **change)
     save_pretrained(model, tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text())
+    raw = nano.read_json(tmp_path / "config.json")
     ssm = raw.pop("ssm_cfg", None)
     assert {key: raw[key] for key in raw if key not in SHARED_KEYS} == more
     assert SHARED_KEYS <= set(raw)
@@ -1725,13 +1730,13 @@ def test_written_tensors_have_the_names_shapes_and_dtypes_of_the_format(tied, dt
     for name, p in model.named_parameters():
         kept = p if is_float32(name) or dtype is None else p.to(dtype)
         assert p.dtype == torch.float32 and torch.equal(written[nano.file_name(name, model.config.layout)], kept), name
-    said = json.loads((tmp_path / "config.json").read_text())["torch_dtype"]
-    assert said == str(dtype or torch.float32).removeprefix("torch.")
+    stated = nano.read_json(tmp_path / "config.json")["torch_dtype"]
+    assert stated == str(dtype or torch.float32).removeprefix("torch.")
 
 
 def test_index_lists_every_tensor_and_the_total_size(tmp_path):
     save_pretrained(tiny("m2 t"), tmp_path, shard_bytes=20000)
-    index = json.loads((tmp_path / INDEX).read_text())
+    index = nano.read_json(tmp_path / INDEX)
     files = {file: load_file(tmp_path / file) for file in set(index["weight_map"].values())}
     sizes = []
     for file, tensors in files.items():
@@ -1810,7 +1815,7 @@ def test_tokenizer_files_are_those_of_the_model_that_was_asked_for(tmp_path):
         (out / file).write_text('{"eos_token_id": 9}')
     save_pretrained(tiny("t"), out)
     assert set(small_files(out)) == old | {"config.json", "model.safetensors"}
-    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": 2}
+    assert nano.read_json(out / "generation_config.json") == {"eos_token_id": 2}
     save_pretrained(tiny("t"), out, tokenizer_from=source)
     kept = {"tokenizer.json", "tokenizer_config.json", "mine.txt", "config.json",
             "model.safetensors"}
@@ -1976,7 +1981,7 @@ def without_tensor(name):
 def index_with(name, file):
     """-> a damage: the index names this file for the tensor (None: it leaves the tensor out)."""
     def damage(path):
-        index = json.loads((path / INDEX).read_text())
+        index = nano.read_json(path / INDEX)
         index["weight_map"][name] = file
         if file is None:
             del index["weight_map"][name]
@@ -2194,8 +2199,7 @@ ADDED = ("<s>", "</s>", "[INST]", "[/INST]", "<think>")
 
 def added_token(token, text, **change):
     return {"id": token, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False,
-            "special": True} | change
+            "normalized": False, "special": True} | change
 
 
 def bpe_model(vocab, merges, named=True, **change):
@@ -2672,14 +2676,17 @@ TOKEN_NAMES = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": Fa
                                                  "__type": "AddedToken"}}
 TEMPLATES = {"ChatML": (CHATML_TEMPLATE, "<|im_end|>"), "Llama 3": (LLAMA3_TEMPLATE, "<|eot_id|>"),
              "Mistral": (MISTRAL_TEMPLATE, "</s>"), "Qwen": (QWEN_TEMPLATE, "<|im_end|>")}
-TALKS = [[("user", " Hi\n")], [("user", "a"), ("assistant", "<think>t</think>\n\nb"),
-                               ("user", "c \u00e9 <s>")],
-         [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")],
-         [("assistant", "first")]]
+def said(*texts, roles=("user", "assistant"), keys=("role", "content")):
+    """Messages with these texts, the roles in turn."""
+    return [{keys[0]: role, keys[1]: text} for role, text in zip(itertools.cycle(roles), texts)]
 
 
-def talk(*turns):
-    return [{"role": role, "content": content} for role, content in turns]
+TALKS = [
+    said(" Hi\n"),
+    said("a", "<think>t</think>\n\nb", "c \u00e9 <s>"),
+    said("Be brief.", "a", "b", "c", roles=("system", "user", "assistant", "user")),
+    said("first", roles=("assistant",)),
+]
 
 
 def chat_from(path, special=MARKS, **config):
@@ -2691,7 +2698,7 @@ def chat_from(path, special=MARKS, **config):
 
 def test_a_chatml_template_reads_as_it_is_written(tmp_path):
     chat = chat_from(tmp_path, chat_template=CHATML_TEMPLATE, **TOKEN_NAMES)
-    text = chat.prompt(talk(("user", "Hi"), ("assistant", "Yes?"), ("user", "No")))
+    text = chat.prompt(said("Hi", "Yes?", "No"))
     assert text == ("<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
                     "Yes?<|im_end|>\n<|im_start|>user\nNo<|im_end|>\n<|im_start|>assistant\n")
     assert chat.end == "<|im_end|>" and chat.refusal is None
@@ -2710,8 +2717,7 @@ def test_prompts_are_those_of_transformers(case, form, tmp_path):
         chat = nano.load_chat(tmp_path, load_tokenizer(tmp_path))
     assert chat.end == end
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    for turns in TALKS:
-        messages = talk(*turns)
+    for messages in TALKS:
         try:
             expected = theirs.apply_chat_template(messages, tokenize=False,
                                                   add_generation_prompt=True)
@@ -2724,7 +2730,7 @@ def test_prompts_are_those_of_transformers(case, form, tmp_path):
 
 def test_the_built_in_form_needs_its_marks_as_single_tokens(tmp_path):
     chat = chat_from(tmp_path)
-    messages = talk(("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"))
+    messages = said("S", "a", "b", "c", roles=("system", "user", "assistant", "user"))
     assert chat.prompt(messages) == "<s>[INST] S\n\na [/INST]b</s>[INST] c [/INST]"
     assert chat.end == "</s>"
     chat = chat_from(tmp_path, special=[mark for mark in MARKS if mark != "[INST]"])
@@ -2754,13 +2760,13 @@ def test_a_template_that_cannot_be_read_is_a_refusal_not_a_failure(config, words
     chat = chat_from(tmp_path, **config)
     assert re.search(f"{tmp_path}: .*{words}", chat.refusal)
     with pytest.raises(UserError, match=words):
-        chat.prompt(talk(("user", "a")))
+        chat.prompt(said("a"))
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path):
     chat = chat_from(tmp_path, chat_template="{{ messages.append(1) }}", **TOKEN_NAMES)
     with pytest.raises(UserError, match="its chat template: .*SecurityError"):
-        chat.prompt(talk(("user", "a")))
+        chat.prompt(said("a"))
 
 
 def test_a_template_without_jinja2_says_what_to_install(tmp_path, monkeypatch):
@@ -3128,9 +3134,6 @@ def traces(tmp_path_factory):
     return str(path), train_sft.load_codec(path)
 
 
-CPU = torch.device("cpu")
-
-
 def encoded(traces, split, per_family):
     """Problems of a split as training examples."""
     return [train_sft.encode_problem(traces[1], p)
@@ -3239,11 +3242,6 @@ def shown(record, codec, chat=Marks()):
         assert len(train_sft.encode_parts(codec, parts)[0]) > 1
         texts.append("".join(f">>>{text}<<<" if trained else text for text, trained in parts))
     return texts
-
-
-def said(*texts, roles=("user", "assistant"), keys=("role", "content")):
-    """Messages with these texts, the roles in turn."""
-    return [{keys[0]: role, keys[1]: text} for role, text in zip(itertools.cycle(roles), texts)]
 
 
 ASKED = said("q")
@@ -3583,7 +3581,7 @@ def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, no
     assert len(taken) == 4
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     report = "training.json" if program is train_sft else "report.json"
-    logs = [json.loads((tmp_path / out / report).read_text())["log"] for out in "ab"]
+    logs = [nano.read_json(tmp_path / out / report)["log"] for out in "ab"]
     for entry in logs[0] + logs[1]:
         assert entry.pop("seconds") >= 0
     assert logs[0] == logs[1] and logs[0][-1]["step"] == 4
@@ -3601,7 +3599,7 @@ def test_the_log_holds_means_over_the_tokens_since_its_last_entry(hybrid, tmp_pa
         return loss, count
     plan = train_sft.Plan(steps=5, lr=1e-3, warmup=1, every=9, log_every=2, name="loss")
     progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
-    log = train_sft.fit(model, loss_of, block, 3, plan, progress, torch.device("cpu"),
+    log = train_sft.fit(model, loss_of, block, 3, plan, progress, CPU,
                         torch.float32)
     assert [entry["step"] for entry in log] == [2, 4, 5]
     for entry, part in zip(log, (seen[:2], seen[2:4], seen[4:])):
@@ -3782,7 +3780,7 @@ def test_training_in_bfloat16_on_a_cpu_is_finite(program, traces, tmp_path, no_a
     assert all(torch.isfinite(w).all() for w in weights)
     assert program is distill or {w.dtype for w in weights} == {torch.float32}
     with pytest.raises(UserError, match="float16"):
-        nano.pick_dtype("float16", torch.device("cpu"))
+        nano.pick_dtype("float16", CPU)
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
@@ -3844,7 +3842,7 @@ def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family
     added = load_file(other / "model.safetensors")
     for name, w in load_file(tmp_path / "merged" / "model.safetensors").items():
         assert torch.equal(w, 0.25 * alone[name] + 0.75 * added[name])
-    args = json.loads((tmp_path / "merged" / "training.json").read_text())["args"]
+    args = nano.read_json(tmp_path / "merged" / "training.json")["args"]
     assert args["merge"] == str(other) and args["merge_weight"] == 0.25
     monkeypatch.setattr(train_sft, "fit", began)
     refused = [(("--merge", family / "h2"), "layout"),
@@ -4369,8 +4367,7 @@ def test_mixers_that_train_beside_bfloat16_weights_are_measured_as_saved(traces,
 
 def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_path):
     lines = [{"prompt": f"<s>[INST] {i} [/INST]", "response": f" {i + 1}</s>"} for i in range(55)]
-    turns = [{"role": "user", "content": "7"}, {"role": "assistant", "content": " 8"}]
-    lines[7] = {"messages": turns}
+    lines[7] = {"messages": said("7", " 8")}
     data = tmp_path / "x.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = "--data", data, "--replace", 2, "--probe", 48
@@ -4378,7 +4375,7 @@ def test_on_own_data_accuracies_are_null_and_the_ranking_goes_by_kl(traces, tmp_
     for key in ("teacher_accuracy", "student_accuracy", "accuracy_by_family"):
         assert report[key] is None
     assert report["kl_first"] > 0 and math.isfinite(report["kl_last"])
-    stored = json.loads((tmp_path / "out" / "loo.json").read_text())
+    stored = nano.read_json(tmp_path / "out" / "loo.json")
     kl = {}
     for score in stored["scores"]:
         assert score["accuracy"] is None and score["kl"] >= 0 and score["loss"] > 0
@@ -4411,7 +4408,7 @@ def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_pa
     reports = {}
     for kind in ("reasoning", "generic"):
         printed = small_run(traces[0], tmp_path / kind, *flags, "--traces", kind).out
-        reports[kind] = json.loads((tmp_path / kind / "report.json").read_text())
+        reports[kind] = nano.read_json(tmp_path / kind / "report.json")
         example, _, _ = printed.partition("problem ")
         assert (">>> " in example) == (kind == "generic")
         assert ("[INST]" in example) == (kind == "reasoning")
@@ -4437,8 +4434,8 @@ def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(
     assert len(taken) == 2 + 3 + 2 + (killed_after == 3)
     for member in ("h1", "h2"):
         assert weights(tmp_path / member) == weights(family / member)
-        continued = json.loads((tmp_path / member / "report.json").read_text())
-        undisturbed = json.loads((family / member / "report.json").read_text())
+        continued = nano.read_json(tmp_path / member / "report.json")
+        undisturbed = nano.read_json(family / member / "report.json")
         for key in ("replaced", "scores", "kl_first", "kl_last", "tokens"):
             assert continued[key] == undisturbed[key]
 
@@ -4709,8 +4706,7 @@ def test_a_conversation_equals_one_prompt_that_holds_all_of_it(talker, tmp_path,
 def test_a_file_of_records_asks_what_training_would_read(checkpoint, tmp_path):
     """Messages up to the last turn of the user, a prompt verbatim; no response in the file is looked at."""
     enc = load_tokenizer(checkpoint)
-    turns = [("user", "one\ntwo"), ("assistant", "yes"), ("user", "so?"), ("assistant", "no")]
-    messages = [{"role": role, "content": content} for role, content in turns]
+    messages = said("one\ntwo", "yes", "so?", "no")
     records = [{"messages": messages}, {"prompt": "<s>[INST] a\nb [/INST]", "response": "c</s>"}]
     text = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "x.jsonl").write_text(text)
@@ -4740,10 +4736,6 @@ def questions(tmp_path):
     return path
 
 
-def rows_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def test_traces_are_what_the_model_wrote_and_training_reads(talker, checkpoint, questions,
                                                             tmp_path):
     command = *TRACES, "--prompt-file", questions
@@ -4752,7 +4744,7 @@ def test_traces_are_what_the_model_wrote_and_training_reads(talker, checkpoint, 
     assert 2 < len(ended) < len(answers) == 10
     file = tmp_path / "new" / "traces.jsonl"
     printed = ask(talker, *command, "--traces", file)
-    rows = rows_of(file)
+    rows = json_lines(file)
     for row, answer in zip(rows, ended, strict=True):
         assert row["response"] == answer["text"] + "</s>"
         assert row["prompt"] == f"<s>[INST] {answer['prompt']} [/INST]"
@@ -4770,10 +4762,10 @@ def test_traces_are_what_the_model_wrote_and_training_reads(talker, checkpoint, 
     ask(talker, *command, "--traces", tmp_path / "all.jsonl", "--keep-cut")
     texts = [answer["text"] + "</s>" * (answer in ended) for answer in answers]
     texts = [text for text in texts if "\ufffd" not in text]
-    assert [row["response"] for row in rows_of(tmp_path / "all.jsonl")] == texts
+    assert [row["response"] for row in json_lines(tmp_path / "all.jsonl")] == texts
     # A text that ends, or has gone on, in half a character cannot be read back.
     printed = ask(checkpoint, *command, "--traces", tmp_path / "none.jsonl", "--keep-cut")
-    assert rows_of(tmp_path / "none.jsonl") == []
+    assert json_lines(tmp_path / "none.jsonl") == []
     assert "10 with half a character" in printed.err
 
 
@@ -4878,7 +4870,7 @@ def test_the_random_model_and_its_filled_state_have_the_planned_sizes(k, dtype, 
     config = bench.hybrid(shape, k)
     assert config.layout.count("m2") == round(k * 4 / 50)
     size = bench.sizes(config, dtype, 40)
-    model = bench.random_model(config, torch.device("cpu"), dtype)
+    model = bench.random_model(config, CPU, dtype)
     assert size["params"] == sum(p.numel() for p in model.parameters())
     assert size["weight_bytes"] == sum(p.nbytes for p in model.parameters())
     not_read = 0 if tied else model.embed_tokens.weight.nbytes
@@ -4902,10 +4894,6 @@ def test_the_published_layers_are_the_ones_replaced():
     size = bench.sizes(bench.hybrid(config, 0), torch.bfloat16, 32768)
     assert abs(size["params"] / 14.97e9 - 1) < 1e-3 and abs(size["kv_bytes"] / 6.71e9 - 1) < 1e-3
     assert abs(bench.decode_limit(size, 16, 4.3e12) / 506 - 1) < 0.01
-
-
-def json_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 BENCH = "--device", "cpu", "--seconds", 0, "--memory", 0.03
@@ -4937,10 +4925,10 @@ def test_bench_measures_and_logs_every_row_it_plans(tmp_path):
 def test_the_scans_that_are_compared_give_the_same(t):
     """blelloch and, where it is installed, mambapy, too: values and gradients, at lengths that are no powers of two."""
     config = bench.replace(bench.SHAPES["tiny"], d_inner=64, d_xb=32)
-    inputs = bench.scan_inputs(config, 2, t, torch.device("cpu"), torch.float32)
+    inputs = bench.scan_inputs(config, 2, t, CPU, torch.float32)
     inputs = [m.detach().double().requires_grad_() for m in inputs]
     results = {}
-    for runs in bench.scan_contestants(config, 64, torch.device("cpu")).values():
+    for runs in bench.scan_contestants(config, 64, CPU).values():
         for name, scan in runs.items():
             y = scan(*inputs)
             results[name] = [y, *torch.autograd.grad(y.square().sum(), inputs)]
@@ -4967,7 +4955,7 @@ def test_the_prefill_limit_counts_products_pairs_and_scans():
 def test_what_is_compared_is_measured_in_turn():
     calls = []
     runs = {name: functools.partial(calls.append, name) for name in "ab"}
-    times = bench.alternate(runs, torch.device("cpu"), 0, warmup=1, least=3)
+    times = bench.alternate(runs, CPU, 0, warmup=1, least=3)
     assert "".join(calls) == "abababab" and [len(times[name]) for name in "ab"] == [3, 3]
     assert bench.ratios("x", [2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"x": 2.0, "x_range": [1.0, 3.0]}
 
@@ -4975,10 +4963,10 @@ def test_what_is_compared_is_measured_in_turn():
 def test_cpu_time_stands_still_while_another_program_has_the_core(monkeypatch):
     def another():
         time.sleep(0.1)
-    wall = bench.time_once(another, torch.device("cpu"))
+    wall = bench.time_once(another, CPU)
     monkeypatch.setattr(bench, "clock", bench.clock)
     run(bench, *BENCH, "--cpu-time", "--ctx", 8, "--replace", 0, "--batch", 1)
-    assert bench.time_once(another, torch.device("cpu")) < 0.05 < 0.1 <= wall
+    assert bench.time_once(another, CPU) < 0.05 < 0.1 <= wall
 
 
 def test_chunks_of_every_size_are_tried_and_the_rule_stays(monkeypatch, tmp_path):
@@ -5047,7 +5035,7 @@ def test_a_burst_of_another_program_spoils_no_speed(monkeypatch):
     monkeypatch.setattr(bench, "filled_state", always(None))
     monkeypatch.setattr(bench, "time_decode", lambda *rest: (next(seconds), 0.0))
     configs = [tiny(layout).config for layout in ("t t", "m2 t", "t m2")]    # the last two are equally fast
-    assert bench.measured_speeds(configs, torch.device("cpu"), torch.float32) == [2.0, 1.0, 1.0]
+    assert bench.measured_speeds(configs, CPU, torch.float32) == [2.0, 1.0, 1.0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5431,8 +5419,8 @@ def use_chat(path):
     chat = nano.load_chat(path, some_tokenizer(path))
     if not isinstance(chat.end, str):
         raise TypeError(chat.end)
-    for turns in TALKS[:2]:
-        chat.prompt(talk(*turns))
+    for messages in TALKS[:2]:
+        chat.prompt(messages)
 
 
 def use_config_template(path):
@@ -5616,7 +5604,7 @@ def test_a_real_tokenizer_and_template_are_those_of_the_libraries(golden):
     enc = load_tokenizer(SMOLLM2)
     assert enc.encode(golden["text"], allowed_special="all") == golden["ids"]
     chat = nano.load_chat(SMOLLM2, enc)
-    assert chat.prompt([{"role": "user", "content": golden["question"]}]) == golden["prompt"]
+    assert chat.prompt(said(golden["question"])) == golden["prompt"]
     assert chat.end == "<|im_end|>"
 
 
