@@ -203,12 +203,13 @@ def always(value):
 
 @pytest.fixture
 def interrupt_after(monkeypatch):
-    """-> a function: press Ctrl-C at the end of the optimiser step of that number, of all loops together. It gives the
-    list of steps that were taken since."""
+    """-> a context manager: inside it Ctrl-C is pressed at the end of the optimiser step of that number, of all loops
+    together, and ends what runs. It gives the list of steps that were taken since, also of later runs."""
     real = train_sft.clipped_step
     # A shell without job control starts its background jobs with Ctrl-C ignored.
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    @contextlib.contextmanager
     def after(steps):
         taken = []
 
@@ -220,7 +221,8 @@ def interrupt_after(monkeypatch):
             return norm
         monkeypatch.setattr(train_sft, "clipped_step", step)
         monkeypatch.setattr(distill, "clipped_step", step)
-        return taken
+        with pytest.raises(KeyboardInterrupt):
+            yield taken
     yield after
     signal.signal(signal.SIGINT, usual)
 
@@ -2912,7 +2914,7 @@ FULL_SIZE = (1, 4096, 4096, 16, 64, 256)
 
 
 @needs_triton
-@pytest.mark.parametrize("sizes", [(1, 12, 16, 4, 2, 4), pytest.param(FULL_SIZE, marks=needs_gpu)])
+@pytest.mark.parametrize("sizes", [(1, 12, 16, 4, 2, 4), pytest.param(FULL_SIZE, marks=needs_gpu, id="gpu")])
 def test_triton_scan_repeats_bit_for_bit(sizes):
     inputs = inputs_for("triton", sizes, torch.bfloat16, reset=True)
     first = run_scan(selective_scan, inputs, impl="triton")
@@ -3573,8 +3575,7 @@ def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, no
     def go(out, *resume):
         run(program, *short_run(program, traces, tmp_path / out, *more, *resume))
     go("a")
-    taken = interrupt_after(2)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupt_after(2) as taken:
         go("b")
     assert len(taken) == 2 and not (tmp_path / "b" / "model.safetensors").exists()
     go("b", "--resume")
@@ -3599,8 +3600,7 @@ def test_the_log_holds_means_over_the_tokens_since_its_last_entry(hybrid, tmp_pa
         return loss, count
     plan = train_sft.Plan(steps=5, lr=1e-3, warmup=1, every=9, log_every=2, name="loss")
     progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
-    log = train_sft.fit(model, loss_of, block, 3, plan, progress, CPU,
-                        torch.float32)
+    log = train_sft.fit(model, loss_of, block, 3, plan, progress, CPU, torch.float32)
     assert [entry["step"] for entry in log] == [2, 4, 5]
     for entry, part in zip(log, (seen[:2], seen[2:4], seen[4:])):
         loss, count, _ = map(sum, zip(*part))
@@ -3616,9 +3616,8 @@ def test_ctrl_c_during_a_save_spoils_nothing(traces, tmp_path, monkeypatch, inte
         signal.raise_signal(signal.SIGINT)
         real(*args)
         signal.raise_signal(signal.SIGINT)
-    taken = interrupt_after(2)
     monkeypatch.setattr(nano, "write_atomic", write)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupt_after(2) as taken:
         run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9))
     monkeypatch.setattr(nano, "write_atomic", real)
     run(train_sft, *short_run(train_sft, traces, tmp_path, "--every", 9, "--resume"))
@@ -3629,8 +3628,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_save(traces, tmp_path, inte
     def tune(out):
         run(train_sft, *short_run(train_sft, traces, tmp_path / out, "--resume"))
     tune("a")
-    interrupt_after(2)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupt_after(2):
         tune("b")
     before = small_files(tmp_path / "b")
     with small_disk(len(before["progress.safetensors"]) // 2):
@@ -3683,8 +3681,7 @@ def test_a_run_is_continued_only_with_the_same_model_and_data(
         own = flag, model, "--data", data, "--resume"
         return run(program, *short_run(program, traces, tmp_path / "out", *own)).out
 
-    interrupt_after(1)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupt_after(1):
         go(model)
     change_a_weight(model)
     with pytest.raises(UserError, match="content of (the model|--teacher)"):
@@ -3751,11 +3748,9 @@ def test_a_damaged_progress_file_is_refused(hybrid, tmp_path):
 def test_a_loss_that_is_nan_leaves_what_was_saved(program, traces, tmp_path, monkeypatch,
                                                   no_answers, interrupt_after):
     """One line, and progress from before the accident, from which a lower rate could continue."""
-    interrupt_after(2)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupt_after(2):
         run(program, *short_run(program, traces, tmp_path))
-    before = (tmp_path / "progress.safetensors").read_bytes()
-    files = sorted(os.listdir(tmp_path))
+    before = small_files(tmp_path)
     name = "cross_entropy" if program is train_sft else "batch_loss"
     real = getattr(program, name)
 
@@ -3765,8 +3760,7 @@ def test_a_loss_that_is_nan_leaves_what_was_saved(program, traces, tmp_path, mon
     monkeypatch.setattr(program, name, broken)
     with pytest.raises(UserError, match="not finite"):
         run(program, *short_run(program, traces, tmp_path, "--resume"))
-    assert (tmp_path / "progress.safetensors").read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == files
+    assert small_files(tmp_path) == before
 
 
 @BOTH
@@ -4425,8 +4419,7 @@ def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(
     def go():
         small_run(traces[0], tmp_path, "--stages", "1,2")
 
-    taken = interrupt_after(killed_after)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupt_after(killed_after) as taken:
         go()
     assert len(taken) == killed_after
     go()
@@ -4454,8 +4447,7 @@ def test_a_run_is_continued_only_under_the_flags_it_was_begun_with(
     def one(*more):
         small_run(traces[0], tmp_path, "--replace", 1, "--resume", "--rank", "first", *more)
 
-    interrupt_after(1)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupt_after(1):
         one()
     with pytest.raises(UserError, match="traces = reasoning, now traces = generic"):
         one("--traces", "generic")
