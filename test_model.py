@@ -1931,8 +1931,8 @@ def test_settings_that_change_nothing_are_accepted(tmp_path):
                             "chunk_size": 128}}
     tokens = some_tokens(1, 9)
     plain = load_pretrained(write_checkpoint(tmp_path / "a", raw_config()))
-    other = load_pretrained(write_checkpoint(tmp_path / "b", raw_config(**harmless),
-                                             random_tensors(raw_config())))
+    path = write_checkpoint(tmp_path / "b", raw_config(**harmless), random_tensors(raw_config()))
+    other = load_pretrained(path)
     assert torch.equal(plain(tokens)[0], other(tokens)[0])
 
 
@@ -1976,8 +1976,10 @@ def pickled(path):
 
 
 def without_tensor(name):
-    return change_tensors(lambda tensors: {other: m for other, m in tensors.items()
-                                           if other != name})
+    def drop(tensors):
+        del tensors[name]
+        return tensors
+    return change_tensors(drop)
 
 
 def index_with(name, file):
@@ -2009,8 +2011,8 @@ BROKEN = {                                   # shards, damage, what the message 
     "empty weights": (1, cut_weights(0), "model.safetensors is not a readable"),
     "weights cut in the data": (1, cut_weights(-10), "model.safetensors is not a readable"),
     "pickle in disguise": (1, pickled, "not a readable safetensors"),
-    "weights are integers": (1, change_tensors(as_integers),
-                             "is stored as I64; known: F64, F32, F16, BF16"),
+    "weights are integers": (
+        1, change_tensors(as_integers), "is stored as I64; known: F64, F32, F16, BF16"),
     "missing shard": (3, remove("part_1.safetensors"), "part_1.safetensors is missing"),
     "shard is a pointer": (
         3, write_text("part_1.safetensors", POINTER), "part_1.safetensors is a git LFS pointer"),
@@ -2277,8 +2279,8 @@ TOKENIZERS = {
     "DeepSeek kind": dict(steps=("up to three digits", "CJK", "DeepSeek"),
                           normalizer={"type": "Sequence", "normalizers": []}),
     "a split by a text, and by two patterns": dict(steps=("? ", "words only"), byte_regex=True),
-    "special tokens that begin alike": dict(special=("<s>", "<s>>", "<s", "</s>", "[INST]",
-                                                     "[[INST]")),
+    "special tokens that begin alike": dict(
+        special=("<s>", "<s>>", "<s", "</s>", "[INST]", "[[INST]")),
 }
 
 
@@ -2453,14 +2455,14 @@ def swap_merges(raw):
 # What ByteTokenizer cannot hold: where the package tokenizers is missing, the reason and what to install.
 NEEDS_LIBRARY = {
     "a normalizer": (edit(normalizer={"type": "NFKC"}), r"a normalizer \(NFKC\)"),
-    "a special token that is a byte": (edit_added(content="t", id=121),
-                                       "'t' is the token of a byte, too"),
+    "a special token that is a byte": (
+        edit_added(content="t", id=121), "'t' is the token of a byte, too"),
     "a special token that strips": (edit_added(lstrip=True), r"'\[INST\]' strips"),
-    "a special token between word borders": (edit_added(single_word=True),
-                                             r"'\[INST\]' .* word borders"),
+    "a special token between word borders": (
+        edit_added(single_word=True), r"'\[INST\]' .* word borders"),
     "removed separators": (edit_step(0, behavior="Removed"), "Split, behavior Removed"),
-    "separators merged with what precedes": (edit_step(0, behavior="MergedWithPrevious"),
-                                             "MergedWithPrevious"),
+    "separators merged with what precedes": (
+        edit_step(0, behavior="MergedWithPrevious"), "MergedWithPrevious"),
     "an inverted split": (edit_step(0, invert=True), "invert True"),
     "a pattern that is no regex": (edit_step(0, pattern={"Regex": "(a"}), "pattern: missing"),
     "another step": (edit_step(0, type="BertPreTokenizer"), "a step BertPreTokenizer"),
@@ -2470,8 +2472,8 @@ NEEDS_LIBRARY = {
     "Unigram": (edit_model(type="Unigram"), "model type Unigram"),
     "no model": (edit(model=None), "not byte-level BPE"),
     "a word suffix": (edit_model(end_of_word_suffix="</w>"), "end_of_word_suffix = '</w>'"),
-    "byte fallback": (edit_vocab(**{"▁the": 380, "<0x0A>": 381}),
-                      "'▁' is not a character of byte-level BPE"),
+    "byte fallback": (
+        edit_vocab(**{"▁the": 380, "<0x0A>": 381}), "'▁' is not a character of byte-level BPE"),
     "a byte that a merge needs": (drop_byte("t"), "not in the vocabulary"),
     "bytes that become unknown": (drop_byte("\u0100", unk_token="Z"), "bytes without a token"),
     "merges out of order": (swap_merges, "not in the order of ids"),
@@ -2483,19 +2485,19 @@ NEEDS_LIBRARY = {
 # What no package would put right.
 CONTRADICTIONS = {
     "dropout": (edit_model(dropout=0.1), "model.dropout = 0.1: the ids of a text are random"),
-    "a continuation prefix": (edit_model(continuing_subword_prefix="##"),
-                              "continuing_subword_prefix = '##'"),
+    "a continuation prefix": (
+        edit_model(continuing_subword_prefix="##"), "continuing_subword_prefix = '##'"),
     "a merge of three": (add_merge("Z Z Z"), "a merge does not name two tokens"),
     "an id that is another's": (edit_vocab(Z=70), "two tokens have the same id"),
     "an id that is none": (edit_vocab(Z=-1), "-1 is no token id"),
     "an id that is text": (edit_vocab(Z="7"), "'7' is no token id"),
-    "a special token that is there twice": (edit_added(content="<s>", id=0),
-                                            "'<s>' stands there twice"),
+    "a special token that is there twice": (
+        edit_added(content="<s>", id=0), "'<s>' stands there twice"),
     "a special token without text": (edit_added(content=""), "'' stands there twice, or is empty"),
-    "a hole before a special token": (edit_added(content="<x>", id=900),
-                                      "the id 900; by the vocabulary it is 3[0-9]+"),
-    "a special token that is in the vocabulary": (edit_added(content="the"),
-                                                  "'the' has the id 2; by the .* it is"),
+    "a hole before a special token": (
+        edit_added(content="<x>", id=900), "the id 900; by the vocabulary it is 3[0-9]+"),
+    "a special token that is in the vocabulary": (
+        edit_added(content="the"), "'the' has the id 2; by the .* it is"),
     "a list of nothing": (edit(added_tokens=[None]), r"not understood \(TypeError"),
 }
 
@@ -2674,8 +2676,8 @@ QWEN_TEMPLATE = """{%- for message in messages %}
 {%- endif %}"""
 MARKS = ("<s>", "</s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
          "<|end_header_id|>", "<|eot_id|>")
-TOKEN_NAMES = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False,
-                                                 "__type": "AddedToken"}}
+TOKEN_NAMES = {
+    "bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False, "__type": "AddedToken"}}
 TEMPLATES = {"ChatML": (CHATML_TEMPLATE, "<|im_end|>"), "Llama 3": (LLAMA3_TEMPLATE, "<|eot_id|>"),
              "Mistral": (MISTRAL_TEMPLATE, "</s>"), "Qwen": (QWEN_TEMPLATE, "<|im_end|>")}
 def said(*texts, roles=("user", "assistant"), keys=("role", "content")):
@@ -2721,8 +2723,8 @@ def test_prompts_are_those_of_transformers(case, form, tmp_path):
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for messages in TALKS:
         try:
-            expected = theirs.apply_chat_template(messages, tokenize=False,
-                                                  add_generation_prompt=True)
+            expected = theirs.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:
             with pytest.raises(UserError, match=f"its chat template: failed .*{error}"):
                 chat.prompt(messages)
@@ -2827,8 +2829,8 @@ def test_out_is_claimed_without_losing_what_is_there(case, tmp_path):
     assert set(small_files(tmp_path)) == set(files)
 
 
-@pytest.mark.parametrize("spelling", ["{}/in", "{}/in/", "{}/out/../in", "{}/link", "in", "./in",
-                                      "~/in"])
+@pytest.mark.parametrize("spelling", [
+    "{}/in", "{}/in/", "{}/out/../in", "{}/link", "in", "./in", "~/in"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_out_is_never_an_input_however_it_is_spelled(spelling, overwrite, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -2940,8 +2942,8 @@ def test_triton_refuses_the_cpu_and_odd_sizes(monkeypatch):
     {}, {"expand_before_conv": False}, {"conv_bias": False, "dt_bias": False}, {"d_conv": 1},
     {"d_conv": 2, "n_kv_head": 1}, {"n_head": 6, "d_state": 8}])
 @pytest.mark.parametrize("position", [None, (0, 1, 5)])
-def test_one_token_kernel_is_the_mixer_and_overwrites_only_a_state_given_away(monkeypatch, change,
-                                                                              position):
+def test_one_token_kernel_is_the_mixer_and_overwrites_only_a_state_given_away(
+        monkeypatch, change, position):
     config = tiny("m2 t", **change).config
     # Several rounds per chunk.
     monkeypatch.setattr(nano, "SCAN_CELLS", 8)
@@ -3369,8 +3371,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("line, words", REFUSED)
-def test_a_record_that_is_not_read_is_refused_by_line_and_by_what_it_is(traces, tmp_path, line,
-                                                                        words):
+def test_a_record_that_is_not_read_is_refused_by_line_and_by_what_it_is(
+        traces, tmp_path, line, words):
     text = line if isinstance(line, str) else json.dumps(line)
     (tmp_path / "x.jsonl").write_text(f"{GOOD}\n\n{text}\n")
     with pytest.raises(UserError, match=f"x.jsonl, line 3: .*{words}"):
@@ -3569,8 +3571,8 @@ def short_run(program, traces, out, *more):
     (train_sft, ("--every", 3, "--easy", 0.5)),
     (train_sft, ("--optimizer", "adamw", "--lr-rest", 1e-4)), (distill, ("--train", "all")),
     (distill, ("--train", "mixers"))])
-def test_a_resumed_run_is_an_undisturbed_one(program, more, traces, tmp_path, no_answers,
-                                             interrupt_after):
+def test_a_resumed_run_is_an_undisturbed_one(
+        program, more, traces, tmp_path, no_answers, interrupt_after):
     """Bit for bit the same weights, the same log but for the clock; what was saved on the way is gone at the end."""
     def go(out, *resume):
         run(program, *short_run(program, traces, tmp_path / out, *more, *resume))
@@ -3640,8 +3642,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_save(traces, tmp_path, inte
 
 
 @OPTIMIZERS
-def test_what_a_run_needs_on_disk_is_known_before_its_first_step(hybrid, traces, tmp_path,
-                                                                 monkeypatch, optimizer):
+def test_what_a_run_needs_on_disk_is_known_before_its_first_step(
+        hybrid, traces, tmp_path, monkeypatch, optimizer):
     model, batch = hybrid
     optimizers = train_sft.make_optimizers(model, 1e-3, optimizer)
     progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
@@ -3745,8 +3747,8 @@ def test_a_damaged_progress_file_is_refused(hybrid, tmp_path):
 
 
 @BOTH
-def test_a_loss_that_is_nan_leaves_what_was_saved(program, traces, tmp_path, monkeypatch,
-                                                  no_answers, interrupt_after):
+def test_a_loss_that_is_nan_leaves_what_was_saved(
+        program, traces, tmp_path, monkeypatch, no_answers, interrupt_after):
     """One line, and progress from before the accident, from which a lower rate could continue."""
     with interrupt_after(2):
         run(program, *short_run(program, traces, tmp_path))
@@ -3819,8 +3821,8 @@ def test_a_stack_of_layers_becomes_deeper_or_shallower():
             train_sft.restack(model, n)
 
 
-def test_merging_is_the_weighted_mean_and_checked_before_training(traces, family, tmp_path,
-                                                                  monkeypatch):
+def test_merging_is_the_weighted_mean_and_checked_before_training(
+        traces, family, tmp_path, monkeypatch):
     other = tmp_path / "other"
     model = load_pretrained(family / "h1")
     for p in model.parameters():
@@ -4097,8 +4099,8 @@ def make_neutral(mixer):
 @pytest.mark.parametrize("n_head, n_kv_head, head_dim, d_state", [
     (4, 2, 8, 8), (4, 2, 8, 4), (6, 2, 12, 2), (2, 2, 8, 4)])
 @pytest.mark.parametrize("init", CHUNK_ORDER)
-def test_converted_layer_is_linear_attention_chunk_by_chunk(init, n_head, n_kv_head, head_dim,
-                                                            d_state):
+def test_converted_layer_is_linear_attention_chunk_by_chunk(
+        init, n_head, n_kv_head, head_dim, d_state):
     """With d_state = head_dim the mixer is causal linear attention, grouped, through o_proj. With smaller d_state,
     aligned weighs each chunk of a value by its own chunk of q . k; plain only if there is one chunk, or no grouping."""
     shape = dict(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_state=d_state)
@@ -4486,8 +4488,8 @@ def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_pat
     assert weights(tmp_path / "h2") == weights(family / "h2")
 
 
-def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(traces, family, tmp_path,
-                                                                no_answers):
+def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(
+        traces, family, tmp_path, no_answers):
     printed = small_run(family / "h1", tmp_path, "--replace", 1)
     assert "1 of its 4 layers have no attention" in printed.out
     assert last_report(printed)["layout"].count("m2") == 2
@@ -4666,8 +4668,8 @@ REWRITING = "{{ messages | length }}" + LETTERS
 
 
 @pytest.mark.parametrize("template, kept", [(None, True), (LETTERS, True), (REWRITING, False)])
-def test_a_conversation_equals_one_prompt_that_holds_all_of_it(talker, tmp_path, monkeypatch,
-                                                               template, kept):
+def test_a_conversation_equals_one_prompt_that_holds_all_of_it(
+        talker, tmp_path, monkeypatch, template, kept):
     """With the state kept between turns, and where the template rewrites what was said and all is read again."""
     path = talker if template is None else with_template(talker, tmp_path / "own", template)
     enc = load_tokenizer(path)
@@ -4728,8 +4730,8 @@ def questions(tmp_path):
     return path
 
 
-def test_traces_are_what_the_model_wrote_and_training_reads(talker, checkpoint, questions,
-                                                            tmp_path):
+def test_traces_are_what_the_model_wrote_and_training_reads(
+        talker, checkpoint, questions, tmp_path):
     command = *TRACES, "--prompt-file", questions
     answers = ask_json(talker, *command)
     ended = [answer for answer in answers if answer["tokens"] < 30]
@@ -4769,8 +4771,8 @@ STOPS = {
 
 
 @pytest.mark.parametrize("where", STOPS)
-def test_traces_that_were_interrupted_go_on_and_end_the_same(talker, questions, tmp_path,
-                                                             monkeypatch, where):
+def test_traces_that_were_interrupted_go_on_and_end_the_same(
+        talker, questions, tmp_path, monkeypatch, where):
     command = talker, *TRACES, "--prompt-file", questions, "--traces"
     ask(*command, tmp_path / "whole.jsonl")
     owner, name, error, seen = STOPS[where]
@@ -4896,8 +4898,8 @@ def test_bench_measures_and_logs_every_row_it_plans(tmp_path):
     out, _ = run(bench, *BENCH, "--ctx", 64, "--replace", "0,40", "--batch", "1,max",
                  "--prefill-tokens", 32, "--what", "prefill,decode,scan", "--json", log)
     rows = json_lines(log)
-    assert [row["row"] for row in rows][:5] == ["H-0", "H-40", "scan loop", "scan chunk",
-                                                "scan blelloch"]
+    names = [row["row"] for row in rows]
+    assert names[:5] == ["H-0", "H-40", "scan loop", "scan chunk", "scan blelloch"]
     assert out.index("decode limit (batch)") < out.index("measured, tokens/s")
     assert "instead of prefilling" in out
     for row in rows[:2]:
@@ -5041,8 +5043,7 @@ def fake_report(path, replaced, tokens, student, seed=0, before=None, scores=Non
         "kl_first": 0.5, "kl_last": 0.25, "steps": 5, "tokens": tokens, "seconds": 10.0,
         "seed": seed, "teacher_accuracy": 0.8, "student_accuracy": student,
         "accuracy_by_family": {"story": [0.8, student]}, "scores": scores, "log": [],
-        "args": {"student": before and str(before),
-                                              "teacher": "no/such/teacher", "eval": 50}}))
+        "args": {"student": before and str(before), "teacher": "no/such/teacher", "eval": 50}}))
 
 
 def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
@@ -5223,8 +5224,8 @@ def bad_places(traces, tmp_path_factory):
 
 
 @pytest.mark.parametrize("program, arguments, words", BAD_INPUT)
-def test_bad_input_is_one_line_before_any_work(program, arguments, words, bad_places, tmp_path,
-                                               capsys):
+def test_bad_input_is_one_line_before_any_work(
+        program, arguments, words, bad_places, tmp_path, capsys):
     """Nothing was printed or made: it was noticed before anything expensive began."""
     out = tmp_path / "out"
     line = f"{USUAL[program]} {arguments}".format(out=out, **bad_places)
@@ -5384,8 +5385,8 @@ def good_tokenizer(raw):
     def make(path):
         raw["post_processor"] = template_processor("<s>")
         (path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
-        config = TOKEN_NAMES | {"chat_template": [{"name": "default",
-                                                   "template": MISTRAL_TEMPLATE}]}
+        templates = [{"name": "default", "template": MISTRAL_TEMPLATE}]
+        config = TOKEN_NAMES | {"chat_template": templates}
         (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
         (path / "special_tokens_map.json").write_text(json.dumps(TOKEN_NAMES), encoding="utf-8")
         (path / "chat_template.jinja").write_text(LLAMA3_TEMPLATE, encoding="utf-8")
@@ -5471,29 +5472,29 @@ def read_progress_with_meta(path):
 # name -> (make(directory) writes good files, which of them are damaged, load(directory))
 READERS = {
     "config.json of a hybrid": (good_checkpoint(), ["config.json"], load_pretrained),
-    "config.json of Llama 3": (good_checkpoint(model_type="llama", rope_scaling=ROPE_LLAMA3),
-                               ["config.json"], load_pretrained),
-    "config.json of Qwen3": (good_checkpoint(model_type="qwen3", use_sliding_window=True,
-                                             max_window_layers=3),
-                             ["config.json"], load_pretrained),
-    "config.json of our own type": (good_checkpoint(**NANO, base_model_type="llama"),
-                                    ["config.json"], load_pretrained),
+    "config.json of Llama 3": (
+        good_checkpoint(**LLAMA, rope_scaling=ROPE_LLAMA3), ["config.json"], load_pretrained),
+    "config.json of Qwen3": (
+        good_checkpoint(**QWEN3, use_sliding_window=True, max_window_layers=3), ["config.json"],
+        load_pretrained),
+    "config.json of our own type": (
+        good_checkpoint(**NANO, base_model_type="llama"), ["config.json"], load_pretrained),
     "generation_config.json": (good_checkpoint(), ["generation_config.json"], load_pretrained),
     "safetensors": (good_checkpoint(), ["model.safetensors"], load_pretrained),
-    "safetensors, index": (good_checkpoint(shards=3), [INDEX, "part_1.safetensors"],
-                           load_pretrained),
-    "tokenizer.json, Llama 3": (good_tokenizer(make_tokenizer()), ["tokenizer.json"],
-                                use_tokenizer),
-    "tokenizer.json, SmolLM": (good_tokenizer(small_tokenizer("SmolLM kind")), ["tokenizer.json"],
-                               use_tokenizer),
-    "tokenizer.json, DeepSeek": (good_tokenizer(small_tokenizer("DeepSeek kind")),
-                                 ["tokenizer.json"], use_tokenizer),
+    "safetensors, index": (
+        good_checkpoint(shards=3), [INDEX, "part_1.safetensors"], load_pretrained),
+    "tokenizer.json, Llama 3": (
+        good_tokenizer(make_tokenizer()), ["tokenizer.json"], use_tokenizer),
+    "tokenizer.json, SmolLM": (
+        good_tokenizer(small_tokenizer("SmolLM kind")), ["tokenizer.json"], use_tokenizer),
+    "tokenizer.json, DeepSeek": (
+        good_tokenizer(small_tokenizer("DeepSeek kind")), ["tokenizer.json"], use_tokenizer),
     "tokenizer.json, Llama 2": (good_tokenizer(sentencepiece()), ["tokenizer.json"], use_tokenizer),
-    "chat_template.jinja": (good_tokenizer(make_tokenizer(special=MARKS)), ["chat_template.jinja"],
-                            use_chat),
-    "tokenizer_config.json": (good_tokenizer(make_tokenizer(special=MARKS)),
-                              ["tokenizer_config.json", "special_tokens_map.json"],
-                              use_config_template),
+    "chat_template.jinja": (
+        good_tokenizer(make_tokenizer(special=MARKS)), ["chat_template.jinja"], use_chat),
+    "tokenizer_config.json": (
+        good_tokenizer(make_tokenizer(special=MARKS)),
+        ["tokenizer_config.json", "special_tokens_map.json"], use_config_template),
     "records of own data": (write_records, ["traces.jsonl"], read_records),
     "progress": (write_progress, ["progress.safetensors"], read_progress),
     "progress, its JSON": (write_progress, ["meta.json"], read_progress_with_meta),
