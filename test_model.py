@@ -2399,8 +2399,7 @@ def test_accepted_added_tokens_give_the_ids_of_the_library(tmp_path):
         vocab = raw["model"]["vocab"]
         following = len(vocab)
         for _ in range(rng.randrange(1, 5)):
-            text = "".join(rng.choices(["a", "b", "<", "g", "\u0301", "\u01f5", "\u212b"],
-                                       k=rng.randrange(1, 4)))
+            text = "".join(rng.choices("ab<g\u0301\u01f5\u212b", k=rng.randrange(1, 4)))
             token = vocab.get(text, following) if rng.random() < 0.9 else following + rng.randrange(3)
             raw["added_tokens"].append(added_token(token, text, normalized=rng.random() < 0.5))
             following = max(following, token + 1)
@@ -3295,14 +3294,17 @@ def test_a_record_trains_what_the_assistant_wrote_and_its_end(traces, record, te
 
 def test_a_turn_is_an_example_of_its_own_where_the_template_rewrites_what_was_said(traces):
     record = {"messages": said("q", "<think>t</think>a", "r", "<think>u</think>b")}
-    assert shown(record, traces[1], Forgetful()) == ["[U]q[E][A]>>><think>t</think>a[E]<<<",
-                                                     "[U]q[E][A]a[E][U]r[E][A]>>><think>u</think>b[E]<<<"]
+    first = "[U]q[E][A]>>><think>t</think>a[E]<<<"
+    second = "[U]q[E][A]a[E][U]r[E][A]>>><think>u</think>b[E]<<<"
+    assert shown(record, traces[1], Forgetful()) == [first, second]
     record["messages"][1]["weight"] = 0
-    assert shown(record, traces[1], Forgetful()) == ["[U]q[E][A]a[E][U]r[E][A]>>><think>u</think>b[E]<<<"]
+    assert shown(record, traces[1], Forgetful()) == [second]
 
 
-@pytest.mark.parametrize("answer, text", [("<think>\nt</think>a", "t</think>a"),
-                                          ("t</think>a", "t</think>a"), ("a", "\n</think>\n\na")])
+@pytest.mark.parametrize("answer, text", [
+    ("<think>\nt</think>a", "t</think>a"),
+    ("t</think>a", "t</think>a"),
+    ("a", "\n</think>\n\na")])
 def test_thoughts_that_the_template_opens_are_opened_once(traces, answer, text):
     found = shown({"messages": said("q", answer)}, traces[1], Opening())
     assert found == [f"[U]q[E][A]<think>\n>>>{text}[E]<<<"]
@@ -3406,9 +3408,13 @@ def test_plain_and_packed_files_are_read_alike(traces, tmp_path):
 
 
 @pytest.mark.parametrize("data, words", [
-    (b"PAR1\x15\x04PAR1", "parquet"), (b'{"prompt": "\xff"}', "UTF-8"),
-    (GOOD.encode("utf-16"), "UTF-8"), (gzip.compress(GOOD.encode() * 99)[:-20], "cannot read"),
-    (b"\x1f\x8bno", "cannot read"), (b"", "0 usable records")])
+    (b"PAR1\x15\x04PAR1", "parquet"),
+    (b'{"prompt": "\xff"}', "UTF-8"),
+    (GOOD.encode("utf-16"), "UTF-8"),
+    # The time in it would give the test another name in each process.
+    (gzip.compress(GOOD.encode() * 99, mtime=0)[:-20], "cannot read"),
+    (b"\x1f\x8bno", "cannot read"),
+    (b"", "0 usable records")])
 def test_a_file_that_is_no_text_is_refused_by_what_it_is(traces, tmp_path, data, words):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(UserError, match=words):
@@ -4999,9 +5005,10 @@ def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint):
     assert "does not fit" in lines["model"]
 
 
-@pytest.mark.parametrize("error, word", [(RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
-                                         (KeyboardInterrupt(), "interrupted"),
-                                         (RuntimeError("a bug"), None)])
+@pytest.mark.parametrize("error, word", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+    (KeyboardInterrupt(), "interrupted"),
+    (RuntimeError("a bug"), None)])
 def test_a_row_that_fails_keeps_its_measured_cells(error, word, monkeypatch, capsys, tmp_path):
     """No memory left: the next row goes on. Ctrl-C: what there is, then the end. A bug is no lack of memory."""
     log = tmp_path / "rows.jsonl"
