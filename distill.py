@@ -67,14 +67,16 @@ from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate,
 #       reads, "aligned"            a0    b0    a1    b1    a2    b2    a3    b3        its own key everywhere
 #
 # The published code keeps the rows of q_proj as they are, and at the 15B shape 7 chunks of q in 8 are multiplied with a
-# chunk of k that they were never trained for. "aligned" lays them out chunk by chunk, heads inside. Nothing else
-# changes: if P is that permutation, the layer computes W_o y as (W_o P^T)(P y), so o_proj's columns move with q_proj's
-# rows; z, conv, dt, A and D act on each channel alone and are fresh, so it does not matter which channel is which.
-# Both orders are the same file format.
+# chunk of k that they were never trained for, and o_proj's columns meet chunks of v that are not theirs. "aligned" lays
+# q_proj's rows out chunk by chunk, heads inside, and o_proj's columns in the same order; k and v stay where they are,
+# and so every chunk meets its own. z, conv, dt, A and D act on each channel alone and are fresh, so it does not matter
+# which channel is which. Shapes and names are the same: both orders are the same file format.
 #
 # What is lost: the softmax, which makes attention exact, where a scan returns a blend of all that was written, with old
-# entries faded; and the rotation of q and k by their position, for a scan knows order by its decay. Distillation has to
-# close that gap. The idea is that of "The Mamba in the Llama" (arXiv 2408.15237).
+# entries faded; the rotation of q and k by their position, for a scan knows order by its decay; and the sum over a
+# head: a lane of v is weighed by one chunk of q . k, not by all of them. Distillation has to close that gap. The idea
+# is that of "The Mamba in the Llama" (arXiv 2408.15237).
+
 
 INITS = {
     "calibrated": "aligned, then gate and output fitted on one batch",
@@ -364,9 +366,9 @@ def mean_loss(student, teacher, fixed, divergence, device, dtype):
     for examples in fixed:
         tokens, targets = collate(examples, device)
         with autocast(device, dtype):
-            loss, trained = batch_loss(student, teacher, tokens, targets, divergence)
+            loss, count_here = batch_loss(student, teacher, tokens, targets, divergence)
         total += loss.item()
-        count += trained
+        count += count_here
     return total / max(1, count)
 
 
@@ -598,7 +600,9 @@ def trial_loss(args, run, student, layer, training, held_out):
     for step, batch in enumerate(training):
         loss_of(batch).backward()
         # Full rate from the third step on: a trial is too short for a real warm-up and for a decay.
-        clipped_step(trial, optimizers, args.lr * min(1.0, (step + 1) / 3))
+        rate = args.lr * min(1.0, (step + 1) / 3)
+        with autocast(run.device, run.dtype):
+            clipped_step(trial, optimizers, rate)
     with torch.no_grad():
         return loss_of(held_out).item()
 
@@ -749,7 +753,7 @@ def stage(args, run, began):
     kl_first = held_out_kl(run, student)
     prepared = time.time()
     log = distill(args, run, student, progress)
-    trained = time.time()
+    done_training = time.time()
 
     # As it will be saved: mixers that trained in float32 beside weights in bfloat16 take their dtype.
     nano.cast(student.eval(), run.device, student.embed_tokens.weight.dtype)
@@ -757,7 +761,7 @@ def stage(args, run, began):
     result, table = evaluate(args, run, student)
     nano.save_pretrained(student, args.out, tokenizer_from=args.teacher)
     # progress.seconds is the time of all parts of an interrupted run.
-    seconds = prepared - began + progress.seconds + time.time() - trained
+    seconds = prepared - began + progress.seconds + time.time() - done_training
     report = {
         "replaced": done + new, "layout": list(student.config.layout), **result,
         "kl_first": kl_first, "kl_last": kl_last, "steps": args.steps, "tokens": progress.tokens,

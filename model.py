@@ -65,7 +65,8 @@ class UserError(ValueError):
 
 
 class RopeScaling(NamedTuple):
-    """Llama 3's way to stretch rotary positions to longer texts."""
+    """Llama 3's way to stretch rotary positions to longer texts. Another rule (yarn) is a class like this one, read and
+    written in part 4 (rope_scaling_from_json and the next); where it scales attention, cos and sin of make_place."""
     factor: float
     low_freq_factor: float
     high_freq_factor: float
@@ -163,7 +164,7 @@ class MLP(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Where the tokens of one call stand. One forward serves a whole text, pieces, one token. What differs is how many
 # tokens the state holds (`past`) and where each row's document began: a row may hold several, and padding left of a
-# short text is one. `reset` marks first tokens; from it come positions (conv and scan forget at 0) and the mask.
+# short text is one. `reset` marks first tokens; from it come positions and the mask.
 class Place(NamedTuple):
     past: int                                # tokens in the state before this call
     positions: torch.Tensor | None           # (b, t) position within the document; None: past ... past + t - 1
@@ -277,7 +278,7 @@ class Attention(nn.Module):
 
     def project(self, x, place):
         """x (b, t, d_model) -> q (b, n_head, t, head_dim), k and v (b, n_kv_head, t, head_dim); q and k rotated.
-        Another norm goes here and into project_joined (part 3), another rotation into rotary_frequencies."""
+        Another norm: here, in project_joined and in distill.rows_of. Another rope: a class beside RopeScaling."""
         b, t, _ = x.shape
         heads = (b, t, -1, self.config.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
@@ -477,8 +478,8 @@ class Block(nn.Module):
 @dataclass(frozen=True)
 class State:
     """All that a model remembers of a batch of texts; the caller's own. A token makes a new State: cells and conv
-    inputs in new tensors, keys and values behind the old ones in the same cache. An old State holds what it held, but
-    two continuations share one cache: clone() first. What is given away (donate) may lose its cells, see mamba_step."""
+    inputs anew, keys and values behind the old in one cache. The old State holds what it held; clone() to write two
+    texts in turns. Of a State that is given away (donate) the kernel of part 5 overwrites cells and conv inputs."""
     position: int                            # tokens seen so far, padding included
     max_length: int                          # tokens that there is room for
     layers: tuple                            # per layer: LayerState, or None without a mixer
@@ -536,7 +537,8 @@ class HybridLM(nn.Module):
 #
 # rows picks, repeats and reorders texts; clone lets a text go two ways; resize makes room. Each layer's part does its
 # own share: a new kind of mixer has rows and clone from LayerState, and resize and nbytes too, unless its state grows
-# with the text, as KV does. (Beyond this file only distill.py, which makes m2 layers, and bench.py name kinds.)
+# with the text, as KV does. Seven places at most: its class, its state, MIXERS, Config and format_keys (whose keys then
+# stand in every ssm_cfg that is written); distill.convert, if layers are to become it; bench.py, for limit and colour.
 
 
 def new_state(model, batch, max_length):
@@ -786,8 +788,8 @@ except ImportError:                          # optional: without Triton the pure
 # ----------------------------------------------------------------------------------------------------------------------
 # The chunked scan, equal to scan_loop. The exponentials and products of a chunk of steps are made at once, so that a
 # time step is a single multiply-add, and the read-out is one batched matrix product per chunk. Its backward keeps,
-# beside the inputs, the cells at each chunk border and rebuilds the rest, so that (b, t, d, n), the history of all
-# cells, never exists for the whole length. It divides by nothing and takes no logarithm: any dt is safe.
+# beside the inputs, the cells at each chunk border and rebuilds the rest, so that of (b, t, d, n), the history of all
+# cells, one chunk and a state per chunk exist at a time. It divides by nothing and takes no logarithm: any dt is safe.
 
 
 def chunk_states(u, dt, A, B, h, keep):
@@ -995,7 +997,7 @@ def scan_backend_reason(device):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One token. Generating on a CPU is bound by the number of operations, on a GPU by the number of kernels: what follows
-# makes fewer of them. A step of one token, in order:
+# makes fewer of them. A step of one token, in order (in inference mode, after join_projections: so does generate):
 #
 #     hidden            decode gives its state away; embedding; place, without a mask; then every block:
 #       norm_on_cpu     on a GPU rms_norm as it is
@@ -1014,26 +1016,42 @@ class Joined(NamedTuple):
     bias: torch.Tensor | None
     addresses: list                          # [(parameters of a linear layer, name, address of its rows)]
 
+    def __deepcopy__(self, memo):
+        return None                          # the copy of a layer has weights of its own
 
-@torch.no_grad()
+
 def join(*linears):
     """-> Joined, of linear layers that read the same input."""
-    sizes = [linear.out_features for linear in linears]
     joined = {"weight": None, "bias": None}
     addresses = []
     for name in joined:
-        if getattr(linears[0], name) is None:
+        parts = [linear._parameters[name] for linear in linears]
+        if parts[0] is None:
             continue
-        joined[name] = torch.cat([getattr(linear, name) for linear in linears])
-        for linear, rows in zip(linears, joined[name].split(sizes)):
-            getattr(linear, name).data = rows
+        joined[name] = together([part.data for part in parts])
+        for linear, rows in zip(linears, joined[name].split([len(part) for part in parts])):
+            linear._parameters[name].data = rows
             addresses.append((linear._parameters, name, rows.data_ptr()))
     return Joined(joined["weight"], joined["bias"], addresses)
 
 
-def usable(joined):
-    """Is it there, are no gradients wanted, and are the weights and biases still its rows?"""
-    if joined is None or torch.is_grad_enabled():
+def together(parts):
+    """Tensors with rows of one width -> one tensor of all rows. It is their memory, if they lie in one piece already:
+    another model that shares these weights may have joined them."""
+    first = parts[0]
+    end = first.data_ptr()
+    for part in parts:
+        one_piece = part.is_contiguous() and part.data_ptr() == end
+        if not one_piece or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(parts)
+        end += part.nbytes
+    rows = sum(len(part) for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def still_joined(joined):
+    """Is it there, and are the weights and biases still its rows?"""
+    if joined is None:
         return False
     for parameters, name, address in joined.addresses:
         if parameters[name].data_ptr() != address:
@@ -1041,15 +1059,20 @@ def usable(joined):
     return True
 
 
+def usable(joined):
+    """In inference mode alone: what training and distillation compute does not depend on who has generated before."""
+    return torch.is_inference_mode_enabled() and still_joined(joined)
+
+
 def join_projections(model):
     """For generation: generate() calls it. Does nothing where it is done already. -> the model."""
     with torch.inference_mode(False), torch.no_grad():             # the weights stay ordinary tensors
         for block in model.layers:
             mlp = block.mlp
-            if isinstance(mlp, MLP) and not usable(mlp.joined):
+            if isinstance(mlp, MLP) and not still_joined(mlp.joined):
                 mlp.joined = join(mlp.gate_proj, mlp.up_proj)
             mixer = block.mixer
-            if isinstance(mixer, Attention) and not usable(mixer.joined):
+            if isinstance(mixer, Attention) and not still_joined(mixer.joined):
                 mixer.joined = join(mixer.q_proj, mixer.k_proj, mixer.v_proj)
     return model
 
@@ -2881,7 +2904,10 @@ def start_script(args):
         if isinstance(getattr(args, name, None), str):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     device = pick_device(args.device)
-    return device, pick_dtype(args.dtype, device)
+    dtype = pick_dtype(args.dtype, device)
+    # "auto" would not say what a run depends on.
+    args.dtype = str(dtype).removeprefix("torch.")
+    return device, dtype
 
 
 def choose_threads(model, device, threads=None):

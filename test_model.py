@@ -969,7 +969,7 @@ def forms(chosen):
         nano.use(nano.FASTER)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def everything(model):
     """-> [tensor]: logits and states of a whole text, of pieces, of single tokens and of a ragged batch."""
     tokens = some_tokens(2, 12)
@@ -1048,7 +1048,7 @@ def test_a_model_that_has_generated_is_as_free_as_before(layout, tmp_path):
 def test_generation_sees_a_weight_that_has_changed(name, way):
     model = tiny("t m2 t", qkv_bias=True)
     model.generate([[1, 2, 3]], 2)
-    with torch.no_grad():
+    with torch.inference_mode():
         assert nano.usable(model.layers[2].mixer.joined)
     linear = model.layers[2].mixer.k_proj
     new = torch.randn_like(getattr(linear, name))
@@ -1062,13 +1062,39 @@ def test_generation_sees_a_weight_that_has_changed(name, way):
         getattr(linear, name).copy_(new)
     fresh = tiny("t m2 t", qkv_bias=True)
     fresh.load_state_dict(model.state_dict())
-    with torch.no_grad():
+    with torch.inference_mode():
         wanted, _ = fresh.prefill([[1, 2, 3]], 0)
         got, _ = model.prefill([[1, 2, 3]], 0)
         assert off(got, wanted) < 1e-10
         join_projections(model)
         got, _ = model.prefill([[1, 2, 3]], 0)
         assert off(got, wanted) < 1e-10
+
+
+def test_what_is_computed_without_generating_does_not_depend_on_who_has_generated():
+    """Else a run that is resumed, and evaluates less often, would end with other bits."""
+    model = tiny("t m2 t", torch.float32)
+    with torch.no_grad():
+        before, _ = model(some_tokens(2, 9))
+        model.generate([[1, 2, 3]], 2)
+        after, _ = model(some_tokens(2, 9))
+    assert torch.equal(after, before)
+
+
+def test_models_that_share_weights_share_the_joined_ones():
+    """As teacher and student do with --train mixers: whoever generates last, nothing is allocated a second time."""
+    model = tiny("t m2 t", qkv_bias=True)
+    other = HybridLM(model.config)
+    for name, p in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        setattr(other.get_submodule(owner), last, p)
+    for lm in (model, other, model):
+        lm.generate([[1, 2, 3]], 2)
+    for block, same in zip(model.layers, other.layers):
+        assert same.mlp.joined.weight.data_ptr() == block.mlp.joined.weight.data_ptr()
+    mixers = model.layers[0].mixer, other.layers[0].mixer
+    assert mixers[0].joined.bias.data_ptr() == mixers[1].joined.bias.data_ptr()
+    assert copy.deepcopy(model).layers[0].mixer.joined is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -661,10 +661,10 @@ class AdamW(torch.optim.AdamW):
 
 
 def mamba_names(model):
-    """-> the names of the parameters inside the Mamba mixers of a model."""
+    """-> the names of the parameters of a model that lie inside mixers other than attention."""
     names = set()
     for i, block in enumerate(model.layers):
-        if block.kind == "m2":
+        if block.kind in nano.MIXERS and block.kind != "t":
             names |= {f"layers.{i}.mixer.{name}" for name, _ in block.mixer.named_parameters()}
     return names
 
@@ -1134,7 +1134,7 @@ def start_data(args, codec, n_vocab):
 def start_progress(args, model):
     """-> the Progress of this run."""
     keys = ("layers", "steps", "batch", "ctx", "lr", "lr_rest", "optimizer", "warmup", "easy",
-            "seed")
+            "seed", "dtype")
     run = {key: getattr(args, key) for key in keys}
     run["content of the model"] = weights_hash(model)
     run["content of --data"] = file_hash(args.data)
