@@ -334,7 +334,9 @@ def distillation_loss(x, teacher_x, head, teacher_head, divergence="reverse_kl",
     -> the summed divergence in nats. piece: tokens that are computed at once, None: decided by the vocabulary size.
     A sum, so pieces add up exactly to the whole, and the caller divides by the tokens of the batch."""
     def sum_of(part, teacher_part):
-        return kl_divergence(head(part), teacher_head(teacher_part), divergence).sum()
+        with torch.no_grad():
+            teacher_logits = teacher_head(teacher_part)
+        return kl_divergence(head(part), teacher_logits, divergence).sum()
 
     if piece is None and head.weight.shape[0] > PIECES_ABOVE:
         piece = PIECE_TOKENS

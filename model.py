@@ -278,7 +278,7 @@ class Attention(nn.Module):
 
     def project(self, x, place):
         """x (b, t, d_model) -> q (b, n_head, t, head_dim), k and v (b, n_kv_head, t, head_dim); q and k rotated.
-        Another norm: here, in project_joined and in distill.rows_of. Another rope: a class beside RopeScaling."""
+        Another norm: here, project_joined, distill.rows_of, and a key in part 4. Another rope: see RopeScaling."""
         b, t, _ = x.shape
         heads = (b, t, -1, self.config.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
@@ -441,7 +441,7 @@ class Mamba(nn.Module):
         return self.out_proj(y), state
 
 
-# A new kind of mixer: a class like these two, its LayerState, a line here; settings: Config and format_keys (part 4).
+# A new kind: a class with name_in_file, float32, new_state and forward, its LayerState, a line here. More: part 2.
 MIXERS = {"t": Attention, "m2": Mamba}
 
 
@@ -603,7 +603,9 @@ def state_clone(state):
 
 
 def state_resize(state, max_length):
-    """The same State with room for max_length >= position tokens (key/value caches are copied)."""
+    """The same State with room for max_length tokens (key/value caches are copied). Raises UserError for too few."""
+    if max_length < state.position:
+        raise UserError(f"{state.position} tokens do not fit into a state for {max_length}")
     state = each_layer(state, lambda layer: layer.resize(max_length, state.position))
     return replace(state, max_length=max_length)
 
@@ -999,7 +1001,8 @@ def scan_backend_reason(device):
 # One token. Generating on a CPU is bound by the number of operations, on a GPU by the number of kernels: what follows
 # makes fewer of them. A step of one token, in order (in inference mode, after join_projections: so does generate):
 #
-#     hidden            decode gives its state away; embedding; place, without a mask; then every block:
+#     hidden            decode gives its state away; embedding; place (a mask for ragged batches and windows alone);
+#                       then every block:
 #       norm_on_cpu     on a GPU rms_norm as it is
 #       Attention       project_joined: one product, one rotation; append; attend_fast; o_proj
 #       Mamba           in_proj, dt_in_proj, dt_proj; mix_one_token (on a GPU step_kernel, which shifts the conv's
@@ -1008,20 +1011,24 @@ def scan_backend_reason(device):
 #     lm_head           logits; choose; answers waits for the tokens
 #
 # Projections that read the same input (q, k, v; gate, up) become one product. The single weights become views of the
-# joined ones: no more memory, and the model can still be trained, saved and moved. A weight that has been replaced
-# since is found by its address, and the single products are taken again.
+# joined ones: no more memory, and the model can still be trained and saved. A layer or weight that has been moved or
+# replaced since is noticed, and the single products are taken again until generate() joins anew.
 
 class Joined(NamedTuple):
     weight: torch.Tensor                     # (rows of all, d_model)
     bias: torch.Tensor | None
-    addresses: list                          # [(parameters of a linear layer, name, address of its rows)]
+    addresses: list                          # [(linear layer, "weight" or "bias", address of its rows)]
+    places: list                             # [(modules of the owner, name, linear layer)]
 
     def __deepcopy__(self, memo):
         return None                          # the copy of a layer has weights of its own
 
 
-def join(*linears):
-    """-> Joined, of linear layers that read the same input."""
+def join(owner, *names):
+    """-> Joined, of the linear layers of this module that read the same input; None if one is of another class."""
+    linears = [owner._modules[name] for name in names]
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return None
     joined = {"weight": None, "bias": None}
     addresses = []
     for name in joined:
@@ -1031,8 +1038,9 @@ def join(*linears):
         joined[name] = together([part.data for part in parts])
         for linear, rows in zip(linears, joined[name].split([len(part) for part in parts])):
             linear._parameters[name].data = rows
-            addresses.append((linear._parameters, name, rows.data_ptr()))
-    return Joined(joined["weight"], joined["bias"], addresses)
+            addresses.append((linear, name, rows.data_ptr()))
+    places = [(owner._modules, name, linear) for name, linear in zip(names, linears)]
+    return Joined(joined["weight"], joined["bias"], addresses, places)
 
 
 def together(parts):
@@ -1050,11 +1058,14 @@ def together(parts):
 
 
 def still_joined(joined):
-    """Is it there, and are the weights and biases still its rows?"""
+    """Is it there, are the layers still in their places, and their weights and biases still its rows?"""
     if joined is None:
         return False
-    for parameters, name, address in joined.addresses:
-        if parameters[name].data_ptr() != address:
+    for modules, name, linear in joined.places:
+        if modules[name] is not linear:
+            return False
+    for linear, name, address in joined.addresses:
+        if linear._parameters[name].data_ptr() != address:
             return False
     return True
 
@@ -1070,10 +1081,10 @@ def join_projections(model):
         for block in model.layers:
             mlp = block.mlp
             if isinstance(mlp, MLP) and not still_joined(mlp.joined):
-                mlp.joined = join(mlp.gate_proj, mlp.up_proj)
+                mlp.joined = join(mlp, "gate_proj", "up_proj")
             mixer = block.mixer
             if isinstance(mixer, Attention) and not still_joined(mixer.joined):
-                mixer.joined = join(mixer.q_proj, mixer.k_proj, mixer.v_proj)
+                mixer.joined = join(mixer, "q_proj", "k_proj", "v_proj")
     return model
 
 
@@ -1859,6 +1870,8 @@ def find_sources(path, config):
     that follow from the others, are settled here."""
     sources = {}
     rows = 2 * config.d_inner + 2 * config.d_xb
+    m2 = [i for i, kind in enumerate(config.layout) if kind == "m2"]
+    mamba = {f"model.layers.{i}.mixer.in_proj.weight" for i in m2}
     tensors = open_tensors(path)
     for name, source in tensors.items():
         # Older files hold the rotary frequencies as buffers.
@@ -1867,7 +1880,7 @@ def find_sources(path, config):
         sources[name] = source
         # M1 and older Fast-LLM have no dt_in_proj: its rows come last in in_proj, [z, x, B, C, dt].
         dt_name = name.replace(".in_proj.", ".dt_in_proj.")
-        is_matrix = name.endswith("mixer.in_proj.weight") and len(source.shape) == 2
+        is_matrix = name in mamba and len(source.shape) == 2
         if is_matrix and dt_name not in tensors and source.shape[0] > rows:
             rank = source.shape[0] - rows
             width = source.shape[1]

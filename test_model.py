@@ -1044,7 +1044,7 @@ def test_a_model_that_has_generated_is_as_free_as_before(layout, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
-@pytest.mark.parametrize("way", ["replaced", "its data replaced", "loaded", "in place"])
+@pytest.mark.parametrize("way", ["replaced", "its data replaced", "loaded", "in place", "its layer replaced"])
 def test_generation_sees_a_weight_that_has_changed(name, way):
     model = tiny("t m2 t", qkv_bias=True)
     model.generate([[1, 2, 3]], 2)
@@ -1060,6 +1060,10 @@ def test_generation_sees_a_weight_that_has_changed(name, way):
         linear.load_state_dict(linear.state_dict() | {name: new})
     if way == "in place":
         getattr(linear, name).copy_(new)
+    if way == "its layer replaced":
+        mixer = model.layers[2].mixer
+        mixer.k_proj = copy.deepcopy(linear)
+        getattr(mixer.k_proj, name).data = new
     fresh = tiny("t m2 t", qkv_bias=True)
     fresh.load_state_dict(model.state_dict())
     with torch.inference_mode():
@@ -4371,6 +4375,18 @@ def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces)
         else:
             assert p.data_ptr() == original[name].data_ptr() and p.grad is None, name
     assert all(torch.equal(p, before[name]) for name, p in original.items())
+
+
+@pytest.mark.parametrize("pieces", [1, 16384])
+def test_the_teacher_gets_no_gradients(traces, monkeypatch, pieces):
+    monkeypatch.setattr(distill, "PIECES_ABOVE", pieces)
+    teacher = load_pretrained(traces[0])
+    student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
+    tokens, targets = train_sft.collate(encoded(traces, "dev", 1), CPU)
+    loss, _ = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert student.lm_head.weight.grad is not None
 
 
 def test_a_copy_shares_what_stays_frozen_and_nothing_that_trains(traces):
