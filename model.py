@@ -537,7 +537,7 @@ class HybridLM(nn.Module):
 #
 # rows picks, repeats and reorders texts; clone lets a text go two ways; resize makes room. Each layer's part does its
 # own share: a new kind of mixer has rows and clone from LayerState, and resize and nbytes too, unless its state grows
-# with the text, as KV does. Seven places at most: its class, its state, MIXERS, Config and format_keys (whose keys then
+# with the text, as KV does. Six places at most: its class and state, MIXERS, Config and format_keys (whose keys then
 # stand in every ssm_cfg that is written); distill.convert, if layers are to become it; bench.py, for limit and colour.
 
 
