@@ -256,7 +256,7 @@ def check_widths(config, copied):
     if c.d_xb % c.d_state or (copied and c.head_dim % c.d_state):
         raise UserError(f"head_dim {c.head_dim} is not a multiple of d_state {c.d_state}: "
                         "a head must be cut into whole chunks")
-    if copied and (c.d_inner, c.d_xb) != widths:
+    if c.d_inner % c.d_xb or (copied and (c.d_inner, c.d_xb) != widths):
         raise UserError(f"{c.n_head} / {c.n_kv_head} heads of head_dim {c.head_dim} do not fit into "
                         f"Mamba layers of d_inner {c.d_inner}, d_xb {c.d_xb}")
 
@@ -727,13 +727,18 @@ def depends_on(args, run, student):
     A run is continued, a finished stage kept, and a ranking reused only if it is still the same."""
     flags = {flag: getattr(args, flag) for flag in FLAGS}
     start = weights_hash(student) if args.student else None
-    return flags | run.content | {"content of --student": start}
+    order = None
+    if args.rank not in RANKS:
+        # A file counts by what is in it, wherever it lies.
+        order = file_hash(args.rank)
+        flags["rank"] = "a file"
+    return flags | run.content | {"content of --student": start, "content of --rank": order}
 
 
 def stage(args, run, began):
     """Replace up to args.replace layers, distil, evaluate, save args.out. Prints a table, then the report as JSON.
     began: when the work for this stage began, in seconds as time.time() gives them. The last line that is printed can
-    be read by a machine. Raises UserError if the ranking does not name enough layers."""
+    be read by a machine, unless the stage is kept. Raises UserError if the ranking does not name enough layers."""
     torch.manual_seed(args.seed)
     student, done = first_student(args, run.teacher)
     depends = depends_on(args, run, student)
@@ -859,7 +864,8 @@ def one_problem(problems, teacher_texts, student_texts):
 # The command line.
 #
 # Order matters in main: first what needs no file (plan_stages), then the teacher, the data, and the claim on every
-# directory of the run, and only then work. A mistake in the last of six stages is reported before the first one starts.
+# directory of the run, and only then work. What is wrong in the last of six stages is reported before the first, as far
+# as flags and files tell.
 
 RANKS = ("auto", "loo", "mmr", "first", "last", "random", "apriel15b")
 
@@ -1003,6 +1009,8 @@ def check_teacher(args, config, most):
     attention = attention_layers(config)
     if most > len(attention):
         raise UserError(f"--replace {most}: {args.teacher} has {len(attention)} attention layers")
+    if args.rank not in RANKS:
+        read_order(args.rank, config.n_layer)
     if not args.student:
         start = replace(config, d_state=choose_d_state(config, args.d_state))
         converted_config(start, config, attention[:1], args.init)

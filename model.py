@@ -1062,10 +1062,12 @@ def still_joined(joined):
     if joined is None:
         return False
     for modules, name, linear in joined.places:
-        if modules[name] is not linear:
+        has_bias = linear._parameters.get("bias") is not None
+        if modules[name] is not linear or has_bias != (joined.bias is not None):
             return False
     for linear, name, address in joined.addresses:
-        if linear._parameters[name].data_ptr() != address:
+        part = linear._parameters.get(name)
+        if part is None or part.data_ptr() != address:
             return False
     return True
 
@@ -1100,7 +1102,7 @@ def mlp_joined(mlp, x):
     if not usable(mlp.joined):
         return mlp_by_definition(mlp, x)
     gate, up = F.linear(x, mlp.joined.weight).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, mlp.down_proj.weight)
+    return mlp.down_proj(F.silu(gate) * up)
 
 
 def rotary_rolled(x, cos, sin):

@@ -4377,6 +4377,18 @@ def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces)
     assert all(torch.equal(p, before[name]) for name, p in original.items())
 
 
+def test_an_order_counts_by_its_content_wherever_it_lies(traces, tmp_path, no_answers):
+    order = tmp_path / "order.json"
+    order.write_text("[1, 2]")
+    flags = ("--teacher", traces[0], "--replace", 1, *SMALL, "--out", tmp_path / "x", "--resume", "--rank")
+    run(distill, *flags, order)
+    moved = order.rename(tmp_path / "moved.json")
+    assert "finished already" in run(distill, *flags, moved).out
+    moved.write_text("[2, 1]")
+    with pytest.raises(UserError, match="content of --rank"):
+        run(distill, *flags, moved)
+
+
 @pytest.mark.parametrize("pieces", [1, 16384])
 def test_the_teacher_gets_no_gradients(traces, monkeypatch, pieces):
     monkeypatch.setattr(distill, "PIECES_ABOVE", pieces)
