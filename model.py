@@ -540,7 +540,6 @@ class HybridLM(nn.Module):
 # with the text, as KV does. Six places at most: its class and state, MIXERS, Config and format_keys (whose keys then
 # stand in every ssm_cfg that is written); distill.convert, if layers are to become it; bench.py, for limit and colour.
 
-
 def new_state(model, batch, max_length):
     """Empty caches for `batch` texts of at most `max_length` tokens, on the model's device and in its dtype."""
     layers = []
@@ -645,7 +644,7 @@ def prefill(model, prompts, room, chunk=None, state=None):
     """prompts: a list of id lists, each at least one long; room: tokens that will follow, if the state is new
     -> logits (b, vocab_size) of the last position only, and the State. With a state given, the prompts (of equal
     length) continue it. chunk: tokens of a prompt that are computed at once; None: 8192 over all rows, at least 1024.
-    (A prompt in one chunk needs no mask: 12 % faster at 8192 tokens than in chunks of 2048.) Raises UserError."""
+    (Equal prompts in one chunk need no mask: 8192 tokens 12 % sooner than in chunks of 2048.) Raises UserError."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError("every prompt needs at least one token")
     tokens, reset = pad_left(prompts, model.embed_tokens.weight.device)
@@ -792,7 +791,6 @@ except ImportError:                          # optional: without Triton the pure
 # time step is a single multiply-add, and the read-out is one batched matrix product per chunk. Its backward keeps,
 # beside the inputs, the cells at each chunk border and rebuilds the rest, so that of (b, t, d, n), the history of all
 # cells, one chunk and a state per chunk exist at a time. It divides by nothing and takes no logarithm: any dt is safe.
-
 
 def chunk_states(u, dt, A, B, h, keep):
     """One chunk, time first: u, dt (t, b, d), A (d, n), B (t, b, groups, n), h (b, d, n), keep (t, b, 1, 1) or None.
@@ -1013,6 +1011,7 @@ def scan_backend_reason(device):
 # Projections that read the same input (q, k, v; gate, up) become one product. The single weights become views of the
 # joined ones: no more memory, and the model can still be trained and saved. A layer or weight that has been moved or
 # replaced since is noticed, and the single products are taken again until generate() joins anew.
+# (_modules and _parameters, because Module.__getattr__ takes longer than the check: this runs in every layer and step.)
 
 class Joined(NamedTuple):
     weight: torch.Tensor                     # (rows of all, d_model)
