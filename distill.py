@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from model import (UserError, autocast, choose_threads, claim_out, file_hash, harm, provenance,
                    run_main, start_script, weights_hash)
-from train_sft import (Plan, Progress, accuracy, batches, clipped_step, collate, encode_problem,
-                       fit, generic_block, list_block, load_codec, make_optimizers, mamba_names,
-                       problem_set, read_jsonl, show_example, solve, trace_block)
+from train_sft import (Plan, Progress, accuracy, batches, check_rates, clipped_step, collate,
+                       encode_problem, fit, generic_block, list_block, load_codec, make_optimizers,
+                       mamba_names, problem_set, read_jsonl, show_example, solve, trace_block)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -930,8 +930,7 @@ def plan_stages(args):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if args.lr <= 0 or (args.lr_rest or 0) < 0:
-        raise UserError("--lr must be above 0, and --lr-rest not below")
+    check_rates(args.lr, args.lr_rest)
     if args.rank not in RANKS and not os.path.exists(args.rank):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
     if args.data and args.traces != "reasoning":

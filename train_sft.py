@@ -669,13 +669,18 @@ def mamba_names(model):
     return names
 
 
+def check_rates(lr, lr_rest):
+    """Raises UserError for rates that are none."""
+    if not 0 < lr < math.inf or not 0 <= (lr_rest or 0) < math.inf:
+        raise UserError(f"--lr must be above 0, --lr-rest 0 or more, got {lr} and {lr_rest}")
+
+
 def make_optimizers(model, lr, optimizer="muon", lr_rest=None, weight_decay=0.05):
     """-> optimisers over the parameters that need a gradient: [Muon, AdamW], or [AdamW] alone with optimizer "adamw".
     lr_rest: the rate of everything but Mamba mixers; None: lr, too. Weight decay is for matrices inside the layers: not
     for embeddings, norms and biases, and not for A_log (a matrix by shape, but not by meaning), D, dt bias and conv.
     Raises UserError for rates that are none."""
-    if not 0 < lr < math.inf or not 0 <= (lr_rest or 0) < math.inf:
-        raise UserError(f"--lr {lr}, --lr-rest {lr_rest}: rates must be above 0, --lr-rest may be 0")
+    check_rates(lr, lr_rest)
     mixers = mamba_names(model)
     groups = {}
     for name, p in model.named_parameters():
@@ -1099,6 +1104,7 @@ def check_flags(args):
     for name in ("steps", "batch", "ctx", "every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    check_rates(args.lr, args.lr_rest)
     if args.scratch == bool(args.model):
         raise UserError("pass either --scratch or --model DIR")
 
