@@ -3237,7 +3237,7 @@ def test_only_the_response_is_trained_and_labels_are_shifted_once(traces):
     assert codec.enc.decode(ids) == "".join(text)
     assert train_sft.show_example(codec, (ids, trained)) == "{}>>>{}<<<".format(*text)
     examples = [([5, 6, 0, 8, 9], [False, False, True, True, True]), ([1, 2], [False, True])]
-    tokens, targets = train_sft.collate(examples, "cpu")
+    tokens, targets, *_ = train_sft.collate(examples, "cpu")
     # An id equal to the padding still counts.
     assert targets.tolist() == [[-1, 0, 8, 9, -1], [2, -1, -1, -1, -1]]
     assert tokens.tolist() == [[5, 6, 0, 8, 9], [1, 2, 0, 0, 0]]
@@ -3525,7 +3525,7 @@ def test_a_step_moves_every_parameter(hybrid, optimizer):
     before = copy.deepcopy(model)
     optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, weight_decay=0.0)
     assert len(optimizers) == (2 if optimizer == "muon" else 1)
-    loss, count = train_sft.cross_entropy(model, *batch)
+    loss, count = train_sft.cross_entropy(model, batch)
     (loss / count).backward()
     train_sft.clipped_step(model, optimizers, 1e-3)
     for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
@@ -3540,7 +3540,7 @@ def test_lr_rest_is_the_rate_of_everything_but_mamba_mixers(hybrid, optimizer):
     for lr_rest in (None, 1e-4):
         model = models[lr_rest] = copy.deepcopy(start)
         optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, lr_rest, weight_decay=0.0)
-        train_sft.cross_entropy(model, *batch)[0].backward()
+        train_sft.cross_entropy(model, batch)[0].backward()
         train_sft.clipped_step(model, optimizers, 1e-3)
     for rates in ((0.0, optimizer), (1.0, optimizer, -1.0)):
         with pytest.raises(UserError, match="must be above 0"):
@@ -3632,9 +3632,9 @@ def test_the_log_holds_means_over_the_tokens_since_its_last_entry(hybrid, tmp_pa
     block = train_sft.list_block([([5] * n, [True] * n) for n in range(2, 9)], seed=0)
     seen = []
 
-    def loss_of(model, tokens, targets):
-        loss, count = train_sft.cross_entropy(model, tokens, targets)
-        seen.append((loss.item(), count, tokens.numel()))
+    def loss_of(model, batch):
+        loss, count = train_sft.cross_entropy(model, batch)
+        seen.append((loss.item(), count, batch.tokens.numel()))
         return loss, count
     plan = train_sft.Plan(steps=5, lr=1e-3, warmup=1, every=9, log_every=2, name="loss")
     progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
@@ -3684,7 +3684,7 @@ def test_what_a_run_needs_on_disk_is_known_before_its_first_step(
     optimizers = train_sft.make_optimizers(model, 1e-3, optimizer)
     progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
     needed = progress.needs(model, optimizers)
-    train_sft.cross_entropy(model, *batch)[0].backward()
+    train_sft.cross_entropy(model, batch)[0].backward()
     train_sft.clipped_step(model, optimizers, 1e-3)
     progress.save(model, optimizers)
     # One is there and one is to come; the rest is names.
@@ -3739,9 +3739,9 @@ def saved_progress(path, model, batch):
     """A progress file after one step of 9. -> the Plan, its tensors, its JSON."""
     plan = train_sft.Plan(9, 1e-3, 1, 1, 1, "loss")
     optimizers = train_sft.make_optimizers(model, plan.lr)
-    train_sft.cross_entropy(model, *batch)[0].backward()
+    train_sft.cross_entropy(model, batch)[0].backward()
     train_sft.clipped_step(model, optimizers, plan.lr)
-    log = [{"step": 1, "loss": 0.5, "tokens": 8, "seconds": 0.1}]
+    log = [{"step": 1, "loss": 0.5, "tokens": 8, "padding": 1, "seconds": 0.1}]
     train_sft.Progress(str(path), {"seed": 0}, step=1, log=log).save(model, optimizers)
     with safe_open(path, "pt") as f:
         return plan, load_file(path), json.loads(f.metadata()["meta"])
@@ -4262,12 +4262,15 @@ def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(tr
     tokens = torch.randint(7, 200, (2, 9))
     targets = torch.full((2, 9), -1)
     targets[:, 2:5] = tokens[:, 3:6]
+    batch = train_sft.Batch(tokens, targets, reset=None, padding=0)
     changed = tokens.clone()
     changed[:, 6:] = 9                                                       # after the last trained position
-    loss, _ = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
-    again, _ = distill.batch_loss(student, teacher, changed, targets, "reverse_kl")
+    loss, _ = distill.batch_loss(student, teacher, batch, "reverse_kl")
+    batch = batch._replace(tokens=changed)
+    again, _ = distill.batch_loss(student, teacher, batch, "reverse_kl")
     assert torch.equal(loss, again)
-    empty, count = train_sft.cross_entropy(student, tokens, torch.full((2, 9), -1))
+    batch = batch._replace(targets=torch.full((2, 9), -1))
+    empty, count = train_sft.cross_entropy(student, batch)
     (empty / max(1, count)).backward()
     assert count == 0 and empty.item() == 0
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
@@ -4299,10 +4302,10 @@ def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces)
     examples = encoded(traces, "probe", 2)
     scores = distill.leave_one_out(teacher, [examples], CPU, torch.float32, use_accuracy=False)
     assert distill.least_important_first(scores)[0] == 2
-    tokens, targets = train_sft.collate(examples, CPU)
+    batch = train_sft.collate(examples, CPU)
     for layer in (0, 3):
         without = convert(copy.deepcopy(teacher), teacher, [layer], "identity")
-        loss, count = train_sft.cross_entropy(without, tokens, targets)
+        loss, count = train_sft.cross_entropy(without, batch)
         assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
 
 
@@ -4364,8 +4367,8 @@ def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces)
     student = convert(distill.clone(teacher, "mixers"), teacher, [1, 2], "aligned")
     distill.set_trained(student, "mixers").train()
     start = copy.deepcopy(dict(student.named_parameters()))
-    tokens, targets = train_sft.collate(encoded(traces, "dev", 1), CPU)
-    loss, count = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
+    batch = train_sft.collate(encoded(traces, "dev", 1), CPU)
+    loss, count = distill.batch_loss(student, teacher, batch, "reverse_kl")
     (loss / count).backward()
     train_sft.clipped_step(student, train_sft.make_optimizers(student, 1e-2), 1e-2)
     original = dict(teacher.named_parameters())
@@ -4394,8 +4397,8 @@ def test_the_teacher_gets_no_gradients(traces, monkeypatch, pieces):
     monkeypatch.setattr(distill, "PIECES_ABOVE", pieces)
     teacher = load_pretrained(traces[0])
     student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
-    tokens, targets = train_sft.collate(encoded(traces, "dev", 1), CPU)
-    loss, _ = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
+    batch = train_sft.collate(encoded(traces, "dev", 1), CPU)
+    loss, _ = distill.batch_loss(student, teacher, batch, "reverse_kl")
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert student.lm_head.weight.grad is not None
