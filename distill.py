@@ -580,7 +580,7 @@ def trial_batches(args, run):
     texts = [*itertools.islice(stream, args.probe_steps), run.fixed]
     trial = []
     for examples in texts:
-        batch = collate(examples, run.device)
+        batch = collate(examples, run.device, args.ctx if args.pack else 0)
         with torch.no_grad(), autocast(run.device, run.dtype):
             # Hidden states, not logits: (m, d_model) is small enough to keep for all batches.
             teacher_x = trained_hidden(run.teacher, batch)
@@ -636,7 +636,7 @@ def distill(args, run, student, progress):
         return batch_loss(model, run.teacher, batch, args.loss)
 
     plan = Plan(steps=args.steps, lr=args.lr, warmup=args.warmup, every=25, log_every=1, name="kl",
-                optimizer=args.optimizer, lr_rest=args.lr_rest)
+                optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0)
     return fit(student, loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
 
 
@@ -725,7 +725,7 @@ class Run(NamedTuple):
 # The flags that a result depends on. Not among them: where it is written, on which device it runs, and --eval, which
 # only looks. Nor the paths of teacher, student and data: what counts is what is in them.
 FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "steps", "probe_steps", "batch",
-         "ctx", "optimizer", "lr", "lr_rest", "warmup", "probe", "seed", "dtype")
+         "ctx", "pack", "optimizer", "lr", "lr_rest", "warmup", "probe", "seed", "dtype")
 
 
 def depends_on(args, run, student):
@@ -901,6 +901,8 @@ def parse_args():
     add("--traces", default="reasoning", choices=("reasoning", "generic"), help="built-in texts to "
         "distil on; generic: facts without question or reasoning (default reasoning)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
+    add("--pack", action="store_true", help="lay texts into rows of --ctx tokens: same loss, less "
+        "padding")
     add("--probe", type=int, default=48, help="problems per family for LOO, or --data examples "
         "(default 48)")
     add("--eval", type=int, default=200, help="held-out problems per family at the end "

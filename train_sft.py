@@ -1110,6 +1110,7 @@ def parse_args():
                        "(default: the built-in traces)")
     add("--batch", type=int, default=32, help="texts per step (default 32)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
+    add("--pack", action="store_true", help="lay texts into rows of --ctx tokens: same loss, less padding")
     add("--easy", type=float, default=0.0, help="share of the steps during which built-in problems "
                                                 "grow from small to full size (default 0)")
     # How to train.
@@ -1179,7 +1180,7 @@ def start_data(args, codec, n_vocab):
 
 def start_progress(args, model):
     """-> the Progress of this run."""
-    keys = ("layers", "steps", "batch", "ctx", "lr", "lr_rest", "optimizer", "warmup", "easy",
+    keys = ("layers", "steps", "batch", "ctx", "pack", "lr", "lr_rest", "optimizer", "warmup", "easy",
             "seed", "dtype")
     run = {key: getattr(args, key) for key in keys}
     run["content of the model"] = weights_hash(model)
@@ -1215,7 +1216,7 @@ def main():
           f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     progress = start_progress(args, model)
     plan = Plan(args.steps, args.lr, args.warmup, args.every, log_every=10, name="loss",
-                optimizer=args.optimizer, lr_rest=args.lr_rest)
+                optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0)
     model = model.to(device).train()
     log = fit(model, cross_entropy, block, args.batch, plan, progress, device, dtype)
     if other:
