@@ -3291,29 +3291,47 @@ def some_examples(lengths):
     return examples
 
 
-def test_packing_lays_each_text_into_the_first_row_with_room():
-    """One after the other, none across two rows; one that is too long has a row to itself. What is trained of a text is
-    what is trained of it alone, and nothing else. The rest of a row is padding, counted as such."""
+def test_packing_lays_texts_into_even_rows_one_after_the_other():
+    """None across two rows, and no row longer than there is room, or than the longest text. What is trained of a text
+    is what is trained of it alone, and nothing else. The rest of a row is padding, counted as such."""
     lengths = [3, 5, 2, 4, 11, 1, 2]
     examples = some_examples(lengths)
     alone = train_sft.collate(examples, "cpu")
-    batch = train_sft.collate(examples, "cpu", room=8)
     assert alone.reset is None and alone.padding == 7 * 11 - 28
-    assert batch.padding == 4 * 11 - 28
-    for y, row in enumerate([[0, 1], [2, 3, 5], [4], [6]]):
-        start = 0
-        begins = []
-        for text in row:
-            part = slice(start, start + lengths[text])
-            begins.append(start)
-            for name in ("tokens", "targets"):
-                whole = getattr(alone, name)[text, :lengths[text]]
-                assert torch.equal(getattr(batch, name)[y, part], whole)
-            start = part.stop
-        assert (batch.targets[y, start:] == -1).all()
-        # Padding begins anew, too.
-        begins += [start] * (start < 11)
-        assert batch.reset[y].nonzero()[:, 0].tolist() == begins
+    for room, rows in [(8, [[4], [1, 2, 6], [3, 0, 5]]), (14, [[4, 2, 5], [1, 3, 0, 6]])]:
+        batch = train_sft.collate(examples, "cpu", room)
+        shape = (len(rows), 11 if room == 8 else 14)
+        assert batch.tokens.shape == batch.targets.shape == batch.reset.shape == shape
+        assert batch.padding == batch.tokens.numel() - 28
+        for y, row in enumerate(rows):
+            start = 0
+            begins = []
+            for text in row:
+                part = slice(start, start + lengths[text])
+                begins.append(start)
+                for name in ("tokens", "targets"):
+                    whole = getattr(alone, name)[text, :lengths[text]]
+                    assert torch.equal(getattr(batch, name)[y, part], whole)
+                start = part.stop
+            assert (batch.targets[y, start:] == -1).all()
+            # Padding begins anew, too.
+            begins += [start] * (start < shape[1])
+            assert batch.reset[y].nonzero()[:, 0].tolist() == begins
+
+
+@pytest.mark.parametrize("room", [1, 100, 512, 2048, 8192])
+def test_packing_never_adds_padding(room):
+    rng = random.Random(room)
+    for n in (1, 2, 7, 24, 64):
+        lengths = [rng.choice((rng.randint(1, 20), rng.randint(50, 500))) for _ in range(n)]
+        rows = train_sft.share_rows(lengths, room)
+        used = [sum(lengths[text] for text in row) for row in rows]
+        assert sorted(sum(rows, [])) == list(range(n))
+        assert max(used) <= max(room, *lengths)
+        size = len(rows) * max(used)
+        assert size <= n * max(lengths)
+        if room >= 512 and n >= 24:
+            assert size <= 1.1 * sum(lengths)
 
 
 # Texts of your own. What a record means is written as the text of its examples, the trained parts in >>> <<<.
@@ -3628,7 +3646,7 @@ def test_packed_loss_and_gradients_are_those_of_separate_texts(loss, layout, tra
     separate = [loss_of(train_sft.collate([example], "cpu")) for example in examples]
     wanted = [sum(values) for values in zip(*separate)]
     batch = train_sft.collate(examples, "cpu", room=40)
-    assert len(batch.tokens) == 3
+    assert len(batch.tokens) < 7
     for packed_or_not in (batch, train_sft.collate(examples, "cpu")):
         found = loss_of(packed_or_not)
         assert found[0] == wanted[0]
