@@ -31,7 +31,7 @@ from tqdm import tqdm
 from model import (UserError, autocast, choose_threads, claim_out, file_hash, harm, provenance,
                    run_main, start_script, weights_hash)
 from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates, clipped_step, collate,
-                       encode_problem, fit, generic_block, list_block, load_codec, make_optimizers,
+                       encode_parts, encode_problem, fit, generic_block, list_block, load_codec, make_optimizers,
                        mamba_names, problem_set, read_jsonl, show_example, solve, trace_block)
 
 
@@ -404,6 +404,9 @@ def mean_loss(student, teacher, fixed, divergence, device, dtype):
 # All layers before the missing one compute what they always do, so the walk below does them once: layer i costs the
 # n_layer - i layers above it, 50 layers cost half of 50 full passes.
 #
+# "loo-retrieval" takes the layer away in the same manner and asks for hidden codes (see "What a student is worth"): a
+# text of everyday tokens hardly needs what the layers do that look far back. The codes are other ones than at the end.
+#
 # The paper measures MMLU, which a model of 2 M parameters cannot answer. Why not the attention weights or a gradient?
 # Because the residual stream lets later layers repair an early loss: only running the rest of the model shows it.
 
@@ -496,6 +499,10 @@ def rank_layers(args, run, student):
         stored = loo_scores(args, run)
         order = stored["order"]
         scores = stored["scores"]
+    elif args.rank == "loo-retrieval":
+        stored = retrieval_scores(args, run)
+        order = stored["order"]
+        scores = stored["scores"]
     elif args.rank == "mmr":
         stored = mmr_scores(args, run, student)
         order = stored["order"]
@@ -538,6 +545,20 @@ def loo_scores(args, run):
 
     key = run.content | {"ctx": args.ctx, "probe": args.probe, "dtype": args.dtype}
     return stored_scores(os.path.join(args.out, "loo.json"), key, make)
+
+
+def retrieval_scores(args, run):
+    """The same, by hidden codes: the share of codes whose every token is the most likely one, then their loss."""
+    def make():
+        probe = [[code_example(run.codec, length, number)] for number in numbers]
+        return leave_one_out(run.teacher, probe, run.device, run.dtype, use_accuracy=True)
+
+    length = min(512, run.teacher.config.max_length)
+    # Far from those that a student is asked.
+    numbers = range(1000, 1008)
+    key = {"content of --teacher": run.content["content of --teacher"], "dtype": args.dtype,
+           "codes": len(numbers), "length": length}
+    return stored_scores(os.path.join(args.out, "loo-retrieval.json"), key, make)
 
 
 def mmr_scores(args, run, student):
@@ -788,8 +809,8 @@ def agreement(wanted, written):
 
 
 def hidden_code(codec, length, number):
-    """Problem number `number` whose prompt has `length` tokens, or as many less as one more sentence would take.
-    The code's place in the text moves on by the golden ratio: the first few problems spread it evenly."""
+    """Problem number `number` whose prompt has `length` tokens, or as many less as one more sentence would take. Its
+    steps are how the answer begins. The code's place in the text moves on by the golden ratio: the first few problems spread it evenly."""
     rng = random.Random(f"hidden code {length} {number}")
     thing = rng.choice(THINGS)
     code = str(rng.randint(1000, 9999))
@@ -805,18 +826,25 @@ def hidden_code(codec, length, number):
         longer = f"{ask}\n\n{text}\n\n{ask}"
         prompt = codec.chat.prompt([{"role": "user", "content": longer}])
         if question and len(codec.enc.encode(prompt, allowed_special="all")) > length:
-            return Problem(f"code in {length} tokens", question, "", code)
+            return Problem(f"code in {length} tokens", question, fact.removesuffix(f" {code}."), code)
         question = longer
         words = [rng.choice(choices) for choices in (WHO, DID, WHAT, WHEN)]
         sentences.append(f"{' '.join(words)}.")
 
 
+def code_example(codec, length, number):
+    """hidden_code as an example of train_sft: prompt and answer, the code alone trained."""
+    problem = hidden_code(codec, length, number)
+    prompt = codec.chat.prompt([{"role": "user", "content": problem.question}])
+    return encode_parts(codec, [(prompt + problem.steps, False), (f" {problem.answer}", True)])
+
+
 def how_many_codes(args, codec):
     """--retrieval, or what it is by default. Raises UserError where nothing can be asked."""
+    if args.retrieval or args.rank == "loo-retrieval":
+        hidden_code(codec, 0, 0)
     if args.retrieval is None:
         return 4 if args.data and codec.chat.refusal is None else 0
-    if args.retrieval:
-        hidden_code(codec, 0, 0)
     return args.retrieval
 
 
@@ -1062,7 +1090,7 @@ def choose_layers(args, run, student, done):
 # directory of the run, and only then work. What is wrong in the last of six stages is reported before the first, as far
 # as flags and files tell.
 
-RANKS = ("auto", "loo", "mmr", "first", "last", "random", "apriel15b")
+RANKS = ("auto", "loo", "loo-retrieval", "mmr", "first", "last", "random", "apriel15b")
 
 
 def parse_args():
@@ -1078,7 +1106,8 @@ def parse_args():
     add("--out", help="directory for the result; with --stages, the one above (default: out/hN; an "
         "--init other than the default adds its name)")
     add("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of "
-        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student (default auto)")
+        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student; loo-retrieval: loo by "
+        "hidden codes (default auto)")
     inits = "; ".join(f"{name}: {what}" for name, what in INITS.items())
     add("--init", default="calibrated", choices=tuple(INITS),
         help=f"of a mixer. {inits} (default calibrated)")

@@ -4452,6 +4452,28 @@ def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces)
         assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
 
 
+def test_leave_one_out_by_retrieval_weighs_the_code_alone_and_is_stored(traces, tmp_path, monkeypatch):
+    teacher = load_pretrained(traces[0])
+    torch.nn.init.zeros_(teacher.layers[2].mixer.o_proj.weight)
+    setup = distill_setup(traces, teacher)
+    args = argparse.Namespace(rank="loo-retrieval", out=str(tmp_path), dtype="float32")
+    calls = spy(monkeypatch, distill, "leave_one_out")
+    order, scores = distill.rank_layers(args, setup, teacher)
+    assert [score["kl"] < 1e-6 for score in scores] == [False, False, True, False]
+    assert order == distill.least_important_first(scores)
+    assert distill.rank_layers(args, setup, teacher) == (order, scores) and len(calls) == 1
+    (_, probe, *_), = calls
+    asked = [distill.hidden_code(traces[1], 512, number).answer for number in range(99)]
+    for ids, trained in itertools.chain(*probe):
+        code = traces[1].enc.decode([token for token, flag in zip(ids, trained) if flag])
+        text = traces[1].enc.decode(ids)
+        assert re.fullmatch(r" \d{4}", code) and text.endswith(f"The secret code of the {text.split()[-3]} is{code}")
+        assert code.strip() not in asked
+    sums = [train_sft.cross_entropy(teacher, train_sft.collate(examples, CPU)) for examples in probe]
+    loss, count = map(sum, zip(*sums))
+    assert scores[2]["loss"] == pytest.approx(loss.item() / count, rel=1e-5)
+
+
 def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
     teacher = load_pretrained(traces[0])
     for i, block in enumerate(teacher.layers):
@@ -5481,6 +5503,39 @@ def test_the_picture_shows_scores_from_zero_with_noise_seeds_and_control(tmp_pat
         assert tuple(bar.get_segments()[0][:, 1]) == pytest.approx(bench.noise_interval(score, 50))
     titles = [axes.get_title() for axes in layers.axes if axes.axison]
     assert titles == ["Mamba, seed 0", "Mamba, seed 1", "mixers removed (control), seed 0"]
+
+
+def with_measures(path, curve, **more):
+    """Add to a fake_report what distill.py measures on texts."""
+    file = path / "report.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | more | {
+        "curve": [dict(zip(("seconds", "cpu_seconds", "kl", "accuracy"), point)) for point in curve]}))
+
+
+def test_measures_of_texts_stand_in_the_table_and_curves_in_a_picture(tmp_path, monkeypatch):
+    """Beside reports that have none; also from lines alone."""
+    fake_report(tmp_path / "old", [4], 10, 0.8)
+    curves = {"h2": [(9, 2, 0.5, None), (99, 3, 0.25, None)], "h2-identity": [(0, 0, 4, None), (50, 5, 1, None)]}
+    for name, curve in curves.items():
+        fake_report(tmp_path / name, [4, 5], 10, None, kind="n" if "identity" in name else "m2")
+        with_measures(tmp_path / name, curve, next_token_loss=[1.25, 1.5], top1=0.9, agreement=0.375,
+                      retrieval={"256": [0.75, 0.375], "1024": [0, 0]})
+    lines = tmp_path / "lines.jsonl"
+    printed = run(bench, "--table", tmp_path, "--json", lines).out
+    head, _, *rows = [re.split(r" *\| *", line)[1:-1] for line in printed.splitlines()]
+    table = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    columns = "teacher's loss", "loss", "top-1", "agreement", "codes 256", "codes 1024"
+    assert [table["h2"][column] for column in columns] == ["1.250", "1.500", "0.900", "0.375", "0.500", ""]
+    assert table["old"]["loss"] == ""
+    pytest.importorskip("matplotlib")
+    drawn = {}
+    monkeypatch.setattr(bench, "save_figure", lambda plt, figure, path, top=1: drawn.update({path: figure}))
+    run(bench, "--figures", lines, "--out", tmp_path / "pictures")
+    figure, = [figure for path, figure in drawn.items() if path.endswith("curves.png")]
+    axes, = figure.axes                                                      # no accuracies, no second panel
+    assert axes.get_yscale() == "log" and axes.get_xlim()[0] == 0
+    found = {line.get_label(): (line.get_linestyle(), *map(list, line.get_data())) for line in axes.lines}
+    assert found == {"h2": ("-", [2, 3], [0.5, 0.25]), "h2-identity": ("--", [0, 5], [4, 1])}
 
 
 def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path, monkeypatch):
