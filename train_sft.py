@@ -793,6 +793,7 @@ class Plan(NamedTuple):
     optimizer: str = "muon"                              # or adamw
     lr_rest: float | None = None                         # of everything but Mamba mixers; None: lr
     room: int = 0                                        # tokens of a row that texts share, see collate
+    watch: object = None                                 # watch(progress), before the first step and after each
 
 
 # A run in progress is one safetensors file: weights and optimiser states as tensors, the rest as JSON in its header.
@@ -813,11 +814,22 @@ class Progress:
     tokens: int = 0                                      # seen so far, padding included
     padding: int = 0                                     # ... so many of them
     seconds: float = 0.0                                 # of work so far, over all parts of an interrupted run
+    cpu_seconds: float = 0.0                             # the same of the processor, all threads together
     loss: float = 0.0                                    # summed since the last log entry ...
     count: int = 0                                       # ... over so many trained tokens
     log: list = field(default_factory=list)              # entries, see fit
+    curve: list = field(default_factory=list)            # what plan.watch has measured on the way
 
-    SAVED = ("step", "tokens", "padding", "seconds", "loss", "count", "log")
+    SAVED = ("step", "tokens", "padding", "seconds", "cpu_seconds", "loss", "count", "log", "curve")
+
+    def start_clocks(self):
+        """From here on time is counted, beside what was counted before."""
+        self.began = time.time() - self.seconds
+        self.began_cpu = time.process_time() - self.cpu_seconds
+
+    def read_clocks(self):
+        self.seconds = time.time() - self.began
+        self.cpu_seconds = time.process_time() - self.began_cpu
 
     def save(self, model, optimizers):
         """Write the file. Its tensors are named weight|parameter, and so on for each state of an
@@ -975,7 +987,9 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
     progress.load(model, optimizers, plan)
     progress.check_disk(model, optimizers)
     stream = batches(block, batch, progress.step)
-    began = time.time() - progress.seconds
+    if plan.watch:
+        plan.watch(progress)
+    progress.start_clocks()
     bar = tqdm(total=plan.steps, initial=progress.step, desc="training", unit="step")
     with bar, signals_noted() as noted:
         for step in range(progress.step, plan.steps):
@@ -991,7 +1005,7 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
             progress.step = step + 1
             progress.tokens += texts.tokens.numel()
             progress.padding += texts.padding
-            progress.seconds = time.time() - began
+            progress.read_clocks()
             progress.loss += loss.item()
             progress.count += count
             bar.update()
@@ -999,6 +1013,10 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
                 entry = write_entry(progress, plan.name)
                 speed = progress.tokens / max(0.1, progress.seconds)
                 bar.set_postfix({plan.name: f"{entry[plan.name]:.4f}", "tok_s": f"{speed:.0f}"})
+            if plan.watch:
+                plan.watch(progress)
+                # What it took is not counted.
+                progress.start_clocks()
             if noted:
                 break
             if progress.step % plan.every == 0:
