@@ -741,7 +741,7 @@ def test_position_is_counted_without_asking_a_layer(layout):
 
 
 def drift(model, tokens, marks):
-    """Feed tokens (1, t) one by one, as when generating, and to the same weights in float64 -> at each mark, a number of
+    """Feed tokens (1, t) one by one, as when generating, and to the same weights in float64 -> at each mark, in
     tokens: (mark, error of the cells, error of the logits), both relative, the cells' that of the worst layer."""
     exact = copy.deepcopy(model).double()
     state = model.new_state(1, tokens.shape[1])
