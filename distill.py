@@ -166,50 +166,88 @@ def not_carried(config):
 
 
 # A fresh mixer has a weakness: with dt near 0.01 and a random gate it writes next to nothing, and the student starts
-# where a model without the layer would. "calibrated" repairs that on one batch of texts, in closed form: the gate is
-# opened (z is fitted to a constant c with silu(c) = 1, plus a little of its random start), and out_proj is fitted to
-# what the attention would have written for the same input. Layer by layer, so each sees the work of those before it.
-# Nothing but two linear systems per layer is solved: it takes no training step, and the file format does not notice.
-# dt stays as it is: size and direction are corrected in the last linear map. The closed form is ours and not the
-# paper's; Taylor-Calibrate (arXiv 2606.16429) fits another mixer to its attention by gradient steps.
-# With 7 of 10 layers replaced, 400 steps of distillation end at a KL of 0.16 from here and of 0.25 from "aligned" (see
-# results/README.md, "The claims").
+# where a model without the layer would. "calibrated" repairs that on some training texts, in closed form:
+#
+#       gate z      opened: fitted to a constant c with silu(c) = 1, plus a little of its random start
+#       conv        lets the newest token through, made small: silu(0.1 v) is nearly the straight line 0.05 v
+#       D           a head's channels hold the same u as those of the heads that share its v. So the first of them gets a
+#                   large D, it says what the token itself brings, and the last none: its channels are memory alone
+#       out_proj    fitted to what the attention would have written for the same input
+#
+# Layer by layer, so each sees the work of those before it. Nothing but two linear systems per layer is solved: it takes
+# no training step, and the file format does not notice. dt and A stay as they are: size and direction are corrected in
+# the last linear map. The closed form is ours and not the paper's; Taylor-Calibrate (arXiv 2606.16429) fits another
+# mixer to its attention by gradient steps.
 
 OPEN_GATE = 1.28                                         # silu(1.28) = 1
+SMALL_CONV = 0.1
 
 
-def ridge_fit(a, b, strength=0.01):
-    """Least squares with a small penalty: a (m, k), b (m, r) -> w (r, k) float64, on the CPU, with a w^T close to b.
-    strength is relative to the mean square of a's columns: channels that hardly move get no huge weights."""
-    a = a.double().cpu()
-    b = b.double().cpu()
-    gram = a.T @ a                                                           # (k, k)
-    gram += strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram, a.T @ b).T
+class RidgeFit:
+    """Least squares with a small penalty, from sums: the rows may come in pieces, and none of them is kept."""
+    def __init__(self):
+        self.gram = 0.0                                                      # (k, k), a^T a
+        self.product = 0.0                                                   # (k, r), a^T b
+
+    def add(self, a, b):
+        """a (m, k), b (m, r): inputs and what they should give."""
+        a = a.cpu().double()
+        self.gram = self.gram + a.T @ a
+        self.product = self.product + a.T @ b.cpu().double()
+
+    def solve(self, strength=0.01):
+        """-> w (r, k) float64, on the CPU, with a w^T close to b. strength is relative to the mean square of a's
+        columns: channels that hardly move get no huge weights."""
+        penalty = strength * self.gram.diagonal().mean()
+        eye = torch.eye(len(self.gram), dtype=torch.float64)
+        return torch.linalg.solve(self.gram + penalty * eye, self.product).T
 
 
 @torch.no_grad()
-def calibrate(student, teacher, layers, tokens, real):
-    """Fit gate and out_proj of the new mixers in these layers of student, in place. tokens (b, t); real (b, t) False at
-    padding. Not in the paper; measured in results/README.md."""
-    x = student.embed_tokens(tokens)                                         # (b, t, d_model)
-    place, _ = nano.make_place(student.config, tokens, 0, None, None, x.dtype)
-    for i, block in enumerate(student.layers):
+def calibrate(student, teacher, layers, texts):
+    """Make the new mixers in these layers of student write what their attention writes, in place. texts: a list of
+    (tokens (b, t), real (b, t): False at padding). Not in the paper; measured in results/README.md."""
+    xs = [student.embed_tokens(tokens) for tokens, _ in texts]               # (b, t, d_model) each
+    places = [nano.make_place(student.config, tokens, 0, None, None, x.dtype)[0]
+              for x, (tokens, _) in zip(xs, texts)]
+    # What lies above the last of them needs no look.
+    for i, block in enumerate(student.layers[:max(layers) + 1]):
         if i in layers:
-            normed = block.input_layernorm(x)                                # (b, t, d_model)
-            wanted, _ = teacher.layers[i].mixer(normed, None, place)
-            open_gate(block.mixer, normed[real])
-            gated = before_out_proj(block.mixer, normed, place)              # (b, t, d_inner)
-            block.mixer.out_proj.weight.copy_(ridge_fit(gated[real], wanted[real]))
-        x, _ = block(x, None, place)
+            normed = [block.input_layernorm(x) for x in xs]                  # (b, t, d_model) each
+            open_gate(block.mixer, [x[real] for x, (_, real) in zip(normed, texts)])
+            straighten(block.mixer)
+            fit = RidgeFit()
+            for x, place, (_, real) in zip(normed, places, texts):
+                wanted, _ = teacher.layers[i].mixer(x, None, place)
+                gated = before_out_proj(block.mixer, x, place)               # (b, t, d_inner)
+                fit.add(gated[real], wanted[real])
+            block.mixer.out_proj.weight.copy_(fit.solve())
+        xs = [block(x, None, place)[0] for x, place in zip(xs, places)]
 
 
-def open_gate(mixer, normed):
-    """Change z's rows such that the gate silu(z) is about 1 for inputs like normed (m, d_model)."""
-    target = normed.new_full((len(normed), 1), OPEN_GATE)
+def open_gate(mixer, inputs):
+    """Change z's rows such that the gate silu(z) is about 1 for inputs like these, a list of (m, d_model)."""
+    fit = RidgeFit()
+    for normed in inputs:
+        fit.add(normed, normed.new_full((len(normed), 1), OPEN_GATE))
     z = mixer.in_proj.weight[:mixer.config.d_inner]                          # (d_inner, d_model), a view
     # A tenth of the random start stays: rows that were all the same would stay the same for ever.
-    z.mul_(0.1).add_(ridge_fit(normed, target).to(z))
+    z.mul_(0.1).add_(fit.solve().to(z))
+
+
+def straighten(mixer):
+    """Set conv and D as said above."""
+    c = mixer.config
+    mixer.conv1d.weight.zero_()
+    mixer.conv1d.weight[:, 0, -1] = SMALL_CONV
+    if mixer.conv1d.bias is not None:
+        mixer.conv1d.bias.zero_()
+    sharing = c.d_inner // c.d_xb
+    if sharing > 1:
+        # Channels, as query_order lays them out: chunk of u, head that shares it, lane.
+        D = mixer.D.view(-1, sharing, c.d_state)
+        D.zero_()
+        D[:, 0] = 3
 
 
 def before_out_proj(mixer, x, place):
@@ -275,13 +313,13 @@ def choose_d_state(config, wanted):
     return wanted
 
 
-def convert(student, teacher, layers, init="aligned", batch=None):
+def convert(student, teacher, layers, init="aligned", texts=None):
     """Replace the mixers of these layers of student, in place, by Mamba layers made from the teacher's attention.
-    layers: 0-based; all must still be attention in the student. init: a key of INITS. batch: (tokens, real), which
+    layers: 0-based; all must still be attention in the student. init: a key of INITS. texts: what
     "calibrated" needs, see calibrate. Returns the student. Raises UserError before anything is changed."""
     config = converted_config(student.config, teacher.config, layers, init)
-    if init == "calibrated" and batch is None:
-        raise UserError("init calibrated needs a batch of tokens")
+    if init == "calibrated" and not texts:
+        raise UserError("init calibrated needs texts")
     for i in layers:
         block = student.layers[i]
         block.kind = config.layout[i]
@@ -294,7 +332,7 @@ def convert(student, teacher, layers, init="aligned", batch=None):
             block.mixer = nano.cast(mixer, weight.device, weight.dtype)
     student.config = config
     if init == "calibrated" and layers:
-        calibrate(student, teacher, layers, *batch)
+        calibrate(student, teacher, layers, texts)
     return student
 
 
@@ -652,7 +690,8 @@ def trial_loss(args, run, student, layer, training, held_out):
     # The same fresh parts for every candidate.
     torch.manual_seed(args.seed)
     trial = clone(student, args.train)
-    convert(trial, run.teacher, [layer], args.init, run.calibration)
+    with autocast(run.device, run.dtype):
+        convert(trial, run.teacher, [layer], args.init, run.calibration)
     set_trained(trial, args.train)
     optimizers = make_optimizers(trial, args.lr, args.optimizer, args.lr_rest)
 
@@ -1007,7 +1046,7 @@ class Run(NamedTuple):
     block: object                                        # (number, count) -> training examples, see train_sft.batches
     probe: list                                          # lists of examples for LOO
     fixed: list                                          # one held-out batch, for MMR's trials
-    calibration: tuple                                   # (tokens, real), see calibrate
+    calibration: list                                    # pairs (tokens, real), see calibrate
     content: dict                                        # fingerprints of teacher and data
     held_out: list                                       # batches (lists of examples) to measure a student on
     asked: dict                                          # the teacher's side of what was measured, see ask_teacher
@@ -1049,7 +1088,8 @@ def stage(args, run, began):
     torch.manual_seed(args.seed)
     seconds = -time.time()
     cpu_seconds = -time.process_time()
-    convert(student, run.teacher, new, args.init, run.calibration)
+    with autocast(run.device, run.dtype):
+        convert(student, run.teacher, new, args.init, run.calibration)
     start = (seconds + time.time(), cpu_seconds + time.process_time())
     set_trained(student, args.train).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
@@ -1269,7 +1309,7 @@ def main():
     print_start(args, stages[0].train, teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
-    calibration = calibration_batch(block, device)
+    calibration = calibration_texts(block, device, teacher.config)
     run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, held_out, asked={})
     for each in stages:
         stage(each, run, began)
@@ -1326,18 +1366,23 @@ def in_batches(examples, batch):
     return [examples[i:i + batch] for i in range(0, len(examples), batch)]
 
 
-def calibration_batch(block, device, count=48, most=16384):
-    """-> tokens (b, t) of some training texts, at most `most` of them, and real (b, t): False at padding.
-    For --init calibrated: its fit of d_inner unknowns wants several positions for each of them, see calibrate.
-    They are of the training split, block 0, whatever the stage: nothing held out is looked at."""
-    examples = block(0, count)
-    longest = max(len(ids) for ids, _ in examples)
-    # Fewer of them if they are long.
-    examples = examples[:max(1, most // longest)]
-    lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
-    tokens = collate(examples, device).tokens
-    real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
-    return tokens, real
+def calibration_texts(block, device, config, most=65536):
+    """-> a list of (tokens (b, t), real (b, t): False at padding) for --init calibrated, see calibrate: its fit of
+    d_inner unknowns wants 64 positions for each of them. They are of the training split, block 0, whatever the stage:
+    nothing held out is looked at."""
+    wanted = min(most, 64 * config.d_inner)
+    texts = []
+    for example in block(0, 512):
+        if wanted > 0:
+            texts.append(example)
+            wanted -= len(example[0])
+    pieces = []
+    for examples in in_batches(texts, 24):
+        tokens = collate(examples, device).tokens
+        lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
+        real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+        pieces.append((tokens, real))
+    return pieces
 
 
 def what_trains(flag, size, device):

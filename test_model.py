@@ -4041,8 +4041,8 @@ def converted(init, layers=(0,), layout="t", seed=5, batch=None, dtype=torch.flo
 
 
 def all_real(*shape):
-    """A calibration batch without padding."""
-    return some_tokens(*shape), torch.ones(*shape, dtype=torch.bool)
+    """Texts for a calibration, without padding."""
+    return [(some_tokens(*shape), torch.ones(*shape, dtype=torch.bool))]
 
 
 # 4 query heads, 2 key/value heads of width 8, d_state 4: 2 chunks per head, 2 query heads share a key/value head.
@@ -4088,22 +4088,23 @@ def test_conversion_puts_every_row_and_bias_where_the_table_says(shape, init):
             assert not rest.any()
 
 
-@pytest.mark.parametrize("init, rows", [("plain", slice(64, None)), ("calibrated", slice(0, 32))])
-def test_inits_differ_from_aligned_only_where_they_say(init, rows):
-    """Plain in the order of the chunks of C and of the output, calibrated in the gate z and the output."""
+@pytest.mark.parametrize("init, rows, others", [
+    ("plain", slice(64, None), ""), ("calibrated", slice(0, 32), "D conv1d.weight conv1d.bias")])
+def test_inits_differ_from_aligned_only_where_they_say(init, rows, others):
+    """Plain in the order of the chunks of C and of the output, calibrated in the gate z, conv, D and the output."""
     batch = all_real(4, 30)
     _, aligned = converted("aligned", [1], "t t t")
     _, other = converted(init, [1], "t t t", batch=batch)
-    changed = []
+    changed = set()
     for (name, p), q in zip(aligned.named_parameters(), other.parameters(), strict=True):
         if not torch.equal(p, q):
-            changed.append(name)
-    assert changed == ["layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"]
+            changed.add(name.removeprefix("layers.1.mixer."))
+    assert changed == {"in_proj.weight", "out_proj.weight", *others.split()}
     same = torch.ones(96, dtype=torch.bool)
     same[rows] = False
     a, b = (lm.layers[1].mixer.in_proj.weight[same] for lm in (aligned, other))
     assert torch.equal(a, b)
-    with pytest.raises(UserError, match="batch"):
+    with pytest.raises(UserError, match="needs texts"):
         converted("calibrated", [1], "t t t")
 
 
@@ -4123,10 +4124,13 @@ def test_the_smallest_d_state_that_fits_is_chosen_and_another_must_divide_a_head
 
 
 def test_a_ridge_fit_finds_a_linear_map():
-    a = torch.randn(200, 6)
     w = torch.randn(3, 6)
-    assert (distill.ridge_fit(a, a @ w.T, strength=1e-9) - w).abs().max() < 1e-6
-    assert distill.ridge_fit(a, a @ w.T, strength=10.0).norm() < w.norm() / 2   # the penalty pulls towards zero
+    fit = distill.RidgeFit()
+    for rows in (150, 50):                                                   # in pieces
+        a = torch.randn(rows, 6)
+        fit.add(a, a @ w.T)
+    assert (fit.solve(strength=1e-9) - w).abs().max() < 1e-6
+    assert fit.solve(strength=10.0).norm() < w.norm() / 2                    # the penalty pulls towards zero
 
 
 @pytest.mark.parametrize("shape", [{}, {"qkv_bias": True, "qk_norm": True}],
@@ -4144,8 +4148,8 @@ def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does(sha
 
     def error(init, pad):
         torch.manual_seed(5)
-        batch = tokens.where(real, torch.tensor(pad)), real
-        student = convert(copy.deepcopy(teacher), teacher, [1], init, batch)
+        texts = [(tokens.where(real, torch.tensor(pad)), real)]
+        student = convert(copy.deepcopy(teacher), teacher, [1], init, texts)
         written = student.layers[1].mixer(x, None, place)[0][real]
         return ((written - wanted).norm() / wanted.norm()).item()
 
@@ -4319,7 +4323,7 @@ def distill_setup(traces, teacher):
     """-> a distill.Run for calling parts of distill.py by themselves: few texts, on the CPU."""
     codec = traces[1]
     block = train_sft.trace_block(codec, 0)
-    calibration = distill.calibration_batch(block, CPU, count=8)
+    calibration = distill.calibration_texts(block, CPU, teacher.config, most=1000)
     content = {"content of --teacher": train_sft.weights_hash(teacher)}
     return distill.Run(teacher, codec, CPU, torch.float32, block, [encoded(traces, "probe", 1)],
                        block(1, 4), calibration, content, [encoded(traces, "dev", 1)], asked={})
