@@ -79,7 +79,7 @@ from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check
 
 
 INITS = {
-    "calibrated": "aligned, then gate and output fitted on one batch",
+    "calibrated": "aligned, then gate, conv, D and output made to fit the teacher",
     "aligned": "from attention, chunks matched",
     "plain": "from attention, in the published order",
     "random": "nothing copied",
@@ -172,12 +172,12 @@ def not_carried(config):
 #       conv        lets the newest token through, made small: silu(0.1 v) is nearly the straight line 0.05 v
 #       D           a head's channels hold the same u as those of the heads that share its v. So the first of them gets a
 #                   large D, it says what the token itself brings, and the last none: its channels are memory alone
-#       out_proj    fitted to what the attention would have written for the same input
+#       out_proj    fitted such that x + mixer(norm(x)) comes close to what stands there in the teacher
 #
-# Layer by layer, so each sees the work of those before it. Nothing but two linear systems per layer is solved: it takes
-# no training step, and the file format does not notice. dt and A stay as they are: size and direction are corrected in
-# the last linear map. The closed form is ours and not the paper's; Taylor-Calibrate (arXiv 2606.16429) fits another
-# mixer to its attention by gradient steps.
+# Layer by layer, each on the work of those before it: what they lost is wanted from the later ones, as far as they can
+# tell it. Nothing but two linear systems per layer is solved: it takes no training step, and the file format does not
+# notice. dt and A stay as they are: size and direction are corrected in the last linear map. The closed form is ours
+# and not the paper's; Taylor-Calibrate (arXiv 2606.16429) fits another mixer to its attention by gradient steps.
 
 OPEN_GATE = 1.28                                         # silu(1.28) = 1
 SMALL_CONV = 0.1
@@ -205,24 +205,34 @@ class RidgeFit:
 
 @torch.no_grad()
 def calibrate(student, teacher, layers, texts):
-    """Make the new mixers in these layers of student write what their attention writes, in place. texts: a list of
-    (tokens (b, t), real (b, t): False at padding). Not in the paper; measured in results/README.md."""
+    """Fit the new mixers in these layers of student, in place. texts: a list of (tokens (b, t), real (b, t): False at
+    padding). Not in the paper; measured in results/README.md."""
     xs = [student.embed_tokens(tokens) for tokens, _ in texts]               # (b, t, d_model) each
+    teacher_xs = [teacher.embed_tokens(tokens) for tokens, _ in texts]
     places = [nano.make_place(student.config, tokens, 0, None, None, x.dtype)[0]
               for x, (tokens, _) in zip(xs, texts)]
+    reals = [real for _, real in texts]
     # What lies above the last of them needs no look.
-    for i, block in enumerate(student.layers[:max(layers) + 1]):
+    for i in range(max(layers) + 1):
+        block = student.layers[i]
+        original = teacher.layers[i]
         if i in layers:
-            normed = [block.input_layernorm(x) for x in xs]                  # (b, t, d_model) each
-            open_gate(block.mixer, [x[real] for x, (_, real) in zip(normed, texts)])
-            straighten(block.mixer)
-            fit = RidgeFit()
-            for x, place, (_, real) in zip(normed, places, texts):
-                wanted, _ = teacher.layers[i].mixer(x, None, place)
-                gated = before_out_proj(block.mixer, x, place)               # (b, t, d_inner)
-                fit.add(gated[real], wanted[real])
-            block.mixer.out_proj.weight.copy_(fit.solve())
+            fit_mixer(block, original, list(zip(xs, teacher_xs, places, reals)))
         xs = [block(x, None, place)[0] for x, place in zip(xs, places)]
+        teacher_xs = [original(x, None, place)[0] for x, place in zip(teacher_xs, places)]
+
+
+def fit_mixer(block, original, pieces):
+    """Fit the mixer of block to its original in the teacher. pieces: (x, teacher_x, place, real), as in calibrate."""
+    mixer = block.mixer
+    open_gate(mixer, [block.input_layernorm(x)[real] for x, _, _, real in pieces])
+    straighten(mixer)
+    fit = RidgeFit()
+    for x, teacher_x, place, real in pieces:
+        written, _ = original.mixer(original.input_layernorm(teacher_x), None, place)
+        gated = before_out_proj(mixer, block.input_layernorm(x), place)      # (b, t, d_inner)
+        fit.add(gated[real], (teacher_x + written - x)[real])
+    mixer.out_proj.weight.copy_(fit.solve())
 
 
 def open_gate(mixer, inputs):
