@@ -477,6 +477,58 @@ def mean_loss(student, teacher, fixed, divergence, device, dtype):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Alignment, before the KL stage if --align-steps asks for it: every new mixer learns, by itself, to write what the
+# attention that it replaces writes for the teacher's inputs.
+#
+# The teacher walks through its layers once; at each replaced one its normed input is given to attention and mixer alike.
+# The loss is the mean squared error, relative to the attention's output: layers of loud and of quiet outputs count the
+# same. No gradient goes through MLPs, through the output layer or from layer to layer, so a step costs a third of a KL
+# step. But nobody asks which errors matter, and in use a mixer's input comes from the mixers before it.
+
+def alignment_error(student, teacher, layers, batch):
+    """-> the summed relative squared error of the mixers in these layers of student, and the number of layers.
+    It counts all tokens of the Batch, prompts too: later tokens read what was written there."""
+    # Padding is what no trained token follows in its row.
+    real = (batch.targets >= 0).flip(1).cummax(1).values.flip(1)             # (b, t)
+    x = teacher.embed_tokens(batch.tokens)                                   # (b, t, d_model)
+    place, _ = nano.make_place(teacher.config, batch.tokens, 0, None, batch.reset, x.dtype)
+    total = x.new_zeros(())
+    for i in range(max(layers) + 1):
+        block = teacher.layers[i]
+        if i in layers:
+            with torch.no_grad():
+                normed = block.input_layernorm(x)
+                wanted, _ = block.mixer(normed, None, place)
+            written, _ = student.layers[i].mixer(normed, None, place)
+            error = (written - wanted)[real].float().square().sum()
+            total = total + error / wanted[real].float().square().sum()
+        with torch.no_grad():
+            x, _ = block(x, None, place)
+    return total, len(layers)
+
+
+def align(args, run, student, layers, depends):
+    """Train the new mixers in these layers of student for args.align_steps steps, and nothing else. -> Progress.
+    It has a file of its own, with its last step, until the stage is saved: a killed run goes on in either phase."""
+    progress = Progress(os.path.join(args.out, "align.safetensors"), depends, args.resume)
+    if not args.align_steps or not layers:
+        return progress
+    mixers = tuple(f"layers.{i}.mixer." for i in layers)
+    for name, p in student.named_parameters():
+        p.requires_grad_(name.startswith(mixers))
+        if p.requires_grad:
+            p.data = p.data.float()
+
+    def loss_of(model, batch):
+        return alignment_error(model, run.teacher, layers, batch)
+
+    plan = Plan(steps=args.align_steps, lr=args.align_lr, warmup=args.warmup, every=25, log_every=1, name="error",
+                optimizer=args.optimizer, room=args.ctx if args.pack else 0)
+    fit(student.train(), loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
+    return progress
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Which layers to replace first: leave one out (LOO).
 #
 # Take one attention layer's mixer away, look how much worse the model gets, put it back. On the built-in problems the
@@ -649,7 +701,7 @@ def mmr_scores(args, run, student):
 
     key = depends_on(args, run, student)
     # The order of the trials' losses is all that is used: how the stage goes on afterwards does not matter to it.
-    for flag in ("replace", "rank", "steps", "warmup", "probe"):
+    for flag in ("replace", "rank", "align_steps", "align_lr", "steps", "warmup", "probe"):
         del key[flag]
     return stored_scores(os.path.join(args.out, "mmr.json"), key, make)
 
@@ -1064,8 +1116,9 @@ class Run(NamedTuple):
 
 # The flags that a result depends on. Not among them: where it is written, on which device it runs, and --eval, which
 # only looks. Nor the paths of teacher, student and data: what counts is what is in them.
-FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "steps", "probe_steps", "batch",
-         "ctx", "pack", "optimizer", "lr", "lr_rest", "warmup", "probe", "seed", "dtype")
+FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "align_steps", "steps",
+         "probe_steps", "batch", "ctx", "pack", "optimizer", "align_lr", "lr", "lr_rest", "warmup", "probe", "seed",
+         "dtype")
 
 
 def depends_on(args, run, student):
@@ -1101,11 +1154,17 @@ def stage(args, run, began):
     with autocast(run.device, run.dtype):
         convert(student, run.teacher, new, args.init, run.calibration)
     start = (seconds + time.time(), cpu_seconds + time.process_time())
-    set_trained(student, args.train).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
+    depends_too = depends | {"replaced": done + new}
+    seconds = time.time()
+    aligned = align(args, run, student, new, depends_too)
+    # Its seconds are those of all parts of an interrupted run, of which this one may have done none.
+    began += time.time() - seconds - aligned.seconds
+    start = (start[0] + aligned.seconds, start[1] + aligned.cpu_seconds)
+    set_trained(student, args.train).train()
 
     file = os.path.join(args.out, "progress.safetensors")
-    progress = Progress(file, depends | {"replaced": done + new}, args.resume)
+    progress = Progress(file, depends_too, args.resume)
     # Also in a run that is continued: the student is made again, and its training loaded into it afterwards.
     kl_first = teacher_forced(run, student)["kl"]
     prepared = time.time()
@@ -1122,10 +1181,11 @@ def stage(args, run, began):
         "replaced": done + new, "layout": list(student.config.layout), "kl_first": kl_first, **result,
         "steps": args.steps, "tokens": progress.tokens,
         "seconds": round(seconds, 1), "seed": args.seed}
-    extra = {"args": vars(args), "run": depends, "scores": scores, "log": log,
+    extra = {"args": vars(args), "run": depends, "scores": scores, "align_log": aligned.log, "log": log,
              "curve": progress.curve, "start_seconds": start}
     path = os.path.join(args.out, "report.json")
     nano.write_json(path, report | extra | provenance(run.device))
+    aligned.remove()
     progress.remove()
     print(f"{'':22}{'teacher':>10}{'student':>10}")
     table[0] += f"   (before distillation {kl_first:.4f})"
@@ -1219,6 +1279,8 @@ def parse_args():
         help="default reverse_kl")
     add("--train", default="auto", choices=("auto", "all", "mixers"),
         help="which weights train; auto: all if that fits into memory (default auto)")
+    add("--align-steps", type=int, default=0, help="steps before those of --steps in which the new mixers "
+        "learn their attention's output (default 0)")
     add("--steps", type=int, default=100, help="optimiser steps of a stage; 0: convert, evaluate and "
         "save (default 100)")
     add("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
@@ -1226,6 +1288,7 @@ def parse_args():
     add("--optimizer", default="muon", choices=("muon", "adamw"),
         help="muon: for the matrices of the layers, adamw for the rest (default muon)")
     add("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
+    add("--align-lr", type=float, default=1e-3, help="that of --align-steps (default 0.001)")
     add("--lr-rest", type=float, help="that of everything but Mamba mixers (default: --lr)")
     add("--warmup", type=int, default=10, help="steps of linear warm-up (default 10)")
     # How it is computed.
@@ -1242,8 +1305,12 @@ def parse_args():
 def plan_stages(args):
     """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file.
     Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
-    if args.steps < 0:
-        raise UserError(f"--steps must be 0 or more, got {args.steps}")
+    for name in ("steps", "align_steps"):
+        value = getattr(args, name)
+        if value < 0:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
+    if args.align_steps and args.init == "identity":
+        raise UserError("--align-steps trains new mixers, and --init identity makes none")
     for name in ("replace", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -1254,6 +1321,8 @@ def plan_stages(args):
     if args.curve_eval and (args.data or not args.curve):
         raise UserError("--curve-eval belongs to --curve and the built-in problems")
     check_rates(args.lr, args.lr_rest)
+    if not 0 < args.align_lr < math.inf:
+        raise UserError(f"--align-lr must be above 0, got {args.align_lr}")
     if args.rank not in RANKS and not os.path.exists(args.rank):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
     if args.data and args.traces != "reasoning":

@@ -4767,6 +4767,68 @@ def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_pa
     assert generic["log"][0]["kl"] != reasoning["log"][0]["kl"]              # other training texts
 
 
+def test_without_steps_the_start_itself_is_measured_and_saved(traces, tmp_path, no_answers):
+    report = last_report(small_run(traces[0], tmp_path, "--replace", 1, "--rank", "first", "--steps", 0))
+    assert report["steps"] == report["tokens"] == 0 and report["kl_last"] == report["kl_first"] > 0
+    start = distill.clone(load_pretrained(traces[0]), "all")
+    torch.manual_seed(0)
+    texts = distill.calibration_texts(train_sft.trace_block(traces[1], 0), CPU, start.config)
+    convert(start, load_pretrained(traces[0]), [0], "calibrated", texts)
+    saved = load_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(p, saved[name]) for name, p in start.state_dict().items())
+
+
+def test_alignment_counts_every_token_but_padding_and_each_layer_relative_to_its_output(traces):
+    teacher = load_pretrained(traces[0])
+    student = convert(distill.clone(teacher, "all"), teacher, [1, 2], "aligned")
+    batch = train_sft.collate(encoded(traces, "dev", 1), CPU)
+    total, count = distill.alignment_error(student, teacher, [1, 2], batch)
+    x = teacher.embed_tokens(batch.tokens)
+    wanted = 0
+    for i, block in enumerate(teacher.layers[:3]):
+        if i:
+            normed = block.input_layernorm(x)
+            place = teacher_place(teacher, normed)
+            a = block.mixer(normed, None, place)[0]
+            b = student.layers[i].mixer(normed, None, place)[0]
+            ends = [len(ids) - 1 for ids, _ in encoded(traces, "dev", 1)]
+            pairs = [(a[row, :end], b[row, :end]) for row, end in enumerate(ends)]
+            wanted += sum((a - b).square().sum() for a, b in pairs) / sum(a.square().sum() for a, _ in pairs)
+        x, _ = block(x, None, teacher_place(teacher, x))
+    assert count == 2 and abs(total / wanted - 1) < 1e-4
+
+
+def test_alignment_trains_the_new_mixers_alone_and_goes_on_after_a_kill(
+        traces, tmp_path, no_answers, interrupt_after, monkeypatch):
+    """Killed in the middle of it, and in the KL stage: the same bits."""
+    flags = "--replace", 2, "--rank", "first", "--optimizer", "adamw", "--align-steps", 3
+    before = None
+    after = []
+    align = distill.align
+
+    def noted(args, run, student, *more):
+        nonlocal before
+        before = copy.deepcopy(student.state_dict())
+        progress = align(args, run, student, *more)
+        after.append(copy.deepcopy(student.state_dict()))
+        return progress
+
+    monkeypatch.setattr(distill, "align", noted)
+    small_run(traces[0], tmp_path / "whole", *flags)
+    report = nano.read_json(tmp_path / "whole" / "report.json")
+    changed = {name for name, p in before.items() if not torch.equal(p, after[0][name])}
+    assert changed and all(name.startswith(("layers.0.mixer.", "layers.1.mixer.")) for name in changed)
+    errors = [entry["error"] for entry in report["align_log"]]
+    assert len(errors) == 3 and errors[-1] < errors[0] and report["start_seconds"][0] > 0
+    for taken in (2, 4):
+        out = tmp_path / str(taken)
+        with interrupt_after(taken):
+            small_run(traces[0], out, *flags)
+        small_run(traces[0], out, *flags, "--resume")
+        assert weights(out) == weights(tmp_path / "whole")
+        assert not list(out.glob("*progress*")) and not (out / "align.safetensors").exists()
+
+
 @pytest.mark.parametrize("killed_after", [3, 6])                             # of 2 steps, 3 trials of 1 step, 2 steps
 def test_a_killed_family_continues_and_ends_bit_for_bit_the_same(
         traces, family, tmp_path, no_answers, interrupt_after, killed_after):
@@ -5602,6 +5664,10 @@ BAD_INPUT = [                                # script, more arguments, what the 
     (train_sft, "--out {teacher}/ --overwrite", "which this run reads"),
     (train_sft, "--merge {copy} --out {copy} --overwrite", "which this run reads"),
     (train_sft, "--steps 0", "--steps must be at least 1"),
+    (distill, "--steps -1", "--steps must be 0 or more"),
+    (distill, "--align-steps -1", "--align-steps must be 0 or more"),
+    (distill, "--align-steps 2 --align-lr 0", "--align-lr must be above 0"),
+    (distill, "--align-steps 2 --init identity", "--init identity makes none"),
     (train_sft, "--batch -3", "--batch must be at least 1"),
 ]
 
