@@ -4559,6 +4559,9 @@ def test_agreement_is_the_share_of_the_teachers_tokens_before_the_first_differen
     teacher = load_pretrained(traces[0])
     setup = distill_setup(traces, teacher)
     setup = setup._replace(held_out=distill.in_batches(encoded(traces, "dev", 1), 2))
+    # One of the answers ends early.
+    prompt = setup.held_out[0][0][0][:9]
+    teacher.config = dataclasses.replace(teacher.config, eos_ids=(teacher.generate([prompt], 5, stop=())[0][-1],))
     asked = spy(monkeypatch, teacher, "generate")
     written = distill.continuations(setup, teacher, "")
     # Every text's question, and nothing of its answer, is asked.
