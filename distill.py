@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from model import (UserError, autocast, choose_threads, claim_out, file_hash, harm, provenance,
                    run_main, start_script, weights_hash)
-from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates, clipped_step, collate,
-                       encode_parts, encode_problem, fit, generic_block, list_block, load_codec, make_optimizers,
-                       mamba_names, problem_set, read_jsonl, show_example, solve, trace_block)
+from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates,
+                       clipped_step, collate, encode_parts, encode_problem, fit, generic_block,
+                       list_block, load_codec, make_optimizers, mamba_names, problem_set,
+                       read_jsonl, show_example, solve, trace_block)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -412,20 +413,6 @@ def batch_loss(student, teacher, batch, divergence):
     x = trained_hidden(student, batch)
     loss = distillation_loss(x, teacher_x, student.lm_head, teacher.lm_head, divergence)
     return loss, len(x)
-
-
-@torch.no_grad()
-def mean_loss(student, teacher, fixed, divergence, device, dtype):
-    """Mean divergence in nats per response token over a fixed list of batches (lists of examples)."""
-    total = 0.0
-    count = 0
-    for examples in fixed:
-        batch = collate(examples, device)
-        with autocast(device, dtype):
-            loss, count_here = batch_loss(student, teacher, batch, divergence)
-        total += loss.item()
-        count += count_here
-    return total / max(1, count)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
