@@ -1156,7 +1156,8 @@ def parse_args():
         help="default reverse_kl")
     add("--train", default="auto", choices=("auto", "all", "mixers"),
         help="which weights train; auto: all if that fits into memory (default auto)")
-    add("--steps", type=int, default=100, help="optimiser steps of a stage (default 100)")
+    add("--steps", type=int, default=100, help="optimiser steps of a stage; 0: convert, evaluate and "
+        "save (default 100)")
     add("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
     add("--batch", type=int, default=24, help="texts per step (default 24)")
     add("--optimizer", default="muon", choices=("muon", "adamw"),
@@ -1178,7 +1179,9 @@ def parse_args():
 def plan_stages(args):
     """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file.
     Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
-    for name in ("replace", "steps", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
+    if args.steps < 0:
+        raise UserError(f"--steps must be 0 or more, got {args.steps}")
+    for name in ("replace", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
