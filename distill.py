@@ -767,11 +767,12 @@ AGREEMENT_TOKENS = 64
 RETRIEVAL_LENGTHS = (256, 1024, 2048)                    # tokens of the prompt
 WHO = ("The baker|A sailor|My neighbour|The teacher|An old farmer|The painter|A tired nurse|"
        "The captain").split("|")
-DID = "walked to|looked at|talked about|waited near|painted|cleaned|remembered|drove past".split("|")
+DID = ("walked to|looked at|talked about|waited near|painted|cleaned|remembered|"
+       "drove past").split("|")
 WHAT = ("the harbour|the old bridge|a small garden|the market|the empty station|a wooden house|"
         "the river|the school").split("|")
-WHEN = ("in the morning|after lunch|on Monday|before the rain|last summer|with a friend|for an hour|"
-        "at night").split("|")
+WHEN = ("in the morning|after lunch|on Monday|before the rain|last summer|with a friend|"
+        "for an hour|at night").split("|")
 
 
 @torch.no_grad()
@@ -789,8 +790,10 @@ def teacher_forced(run, student):
         piece = PIECE_TOKENS if few else max(1, len(wanted))
         with autocast(run.device, run.dtype):
             x = trained_hidden(student, texts)
-            for ours, theirs, targets in zip(x.split(piece), teacher_x.split(piece), wanted.split(piece)):
-                sums += compared(student.lm_head(ours), run.teacher.lm_head(theirs), targets)
+            for i in range(0, len(wanted), piece):
+                part = slice(i, i + piece)
+                logits = student.lm_head(x[part])
+                sums += compared(logits, run.teacher.lm_head(teacher_x[part]), wanted[part])
         count += len(wanted)
     kl, teacher_loss, student_loss, same = (sums / max(1, count)).tolist()
     return {"kl": kl, "loss": [teacher_loss, student_loss], "top1": same}
@@ -846,7 +849,8 @@ def hidden_code(codec, length, number):
         longer = f"{ask}\n\n{text}\n\n{ask}"
         prompt = codec.chat.prompt([{"role": "user", "content": longer}])
         if question and len(codec.enc.encode(prompt, allowed_special="all")) > length:
-            return Problem(f"code in {length} tokens", question, fact.removesuffix(f" {code}."), code)
+            beginning = fact.removesuffix(f" {code}.")
+            return Problem(f"code in {length} tokens", question, beginning, code)
         question = longer
         words = [rng.choice(choices) for choices in (WHO, DID, WHAT, WHEN)]
         sentences.append(f"{' '.join(words)}.")
@@ -876,8 +880,10 @@ def retrieval(args, run, model, note):
         if length <= run.teacher.config.max_length:
             problems = [hidden_code(run.codec, length, number) for number in range(args.retrieval)]
             texts = solve(model, run.codec, problems, batch=8, max_new_tokens=32, note=note)
-            found = [problem.answer in re.findall(r"\d+", text) for problem, text in zip(problems, texts)]
-            shares[length] = sum(found) / len(found)
+            found = 0
+            for problem, text in zip(problems, texts):
+                found += problem.answer in re.findall(r"\d+", text)
+            shares[length] = found / len(problems)
     return shares
 
 
@@ -929,8 +935,12 @@ def exact_match(args, run, student):
     if args.data:
         return result, []
     problems = problem_set("test", args.eval)
-    teacher_texts = ask_teacher(run, "problems", lambda model, note: solve(model, run.codec, problems, note=note))
-    student_texts = solve(student, run.codec, problems, note="student: problems")
+
+    def solve_them(model, note):
+        return solve(model, run.codec, problems, note=note)
+
+    teacher_texts = ask_teacher(run, "problems", solve_them)
+    student_texts = solve_them(student, "student: problems")
     by_teacher, teacher_all = accuracy(problems, teacher_texts)              # shares, 0 to 1
     by_student, student_all = accuracy(problems, student_texts)
     by_family = {family: [by_teacher[family], by_student[family]] for family in by_teacher}
@@ -996,8 +1006,8 @@ class Run(NamedTuple):
     fixed: list                                          # one held-out batch, for MMR's trials
     calibration: tuple                                   # (tokens, real), see calibrate
     content: dict                                        # fingerprints of teacher and data
-    held_out: list                                       # batches (lists of examples) to measure a student on
-    asked: dict                                          # the teacher's side of what was measured, see ask_teacher
+    held_out: list                                       # lists of examples to measure a student on
+    asked: dict                                          # the teacher's side of it, see ask_teacher
 
 
 # The flags that a result depends on. Not among them: where it is written, on which device it runs, and --eval, which
@@ -1056,9 +1066,9 @@ def stage(args, run, began):
     # progress.seconds is the time of all parts of an interrupted run.
     seconds = prepared - began + progress.seconds + time.time() - done_training
     report = {
-        "replaced": done + new, "layout": list(student.config.layout), "kl_first": kl_first, **result,
-        "steps": args.steps, "tokens": progress.tokens,
-        "seconds": round(seconds, 1), "seed": args.seed}
+        "replaced": done + new, "layout": list(student.config.layout), "kl_first": kl_first,
+        **result, "steps": args.steps, "tokens": progress.tokens, "seconds": round(seconds, 1),
+        "seed": args.seed}
     extra = {"args": vars(args), "run": depends, "scores": scores, "log": log,
              "curve": progress.curve, "start_seconds": start}
     path = os.path.join(args.out, "report.json")
@@ -1126,8 +1136,8 @@ def parse_args():
     add("--out", help="directory for the result; with --stages, the one above (default: out/hN; an "
         "--init other than the default adds its name)")
     add("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of "
-        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student; loo-retrieval: loo by "
-        "hidden codes (default auto)")
+        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student; loo-retrieval: "
+        "by hidden codes (default auto)")
     inits = "; ".join(f"{name}: {what}" for name, what in INITS.items())
     add("--init", default="calibrated", choices=tuple(INITS),
         help=f"of a mixer. {inits} (default calibrated)")
@@ -1147,10 +1157,8 @@ def parse_args():
         "--data, held-out examples at most (default 200)")
     add("--retrieval", type=int, help="hidden codes to ask for at the end, so many in texts of "
         "256, 1024 and 2048 tokens each (default: 4 with --data, else 0: none)")
-    add("--curve", type=int, default=0, metavar="N", help="measure the held-out KL every N steps, into the "
-        "report (default 0: never)")
-    add("--curve-eval", type=int, default=0, metavar="M", help="... and exact match on M held-out problems "
-        "per family (default 0: none)")
+    add("--curve", type=int, default=0, help="steps between two looks at the KL (default 0: none)")
+    add("--curve-eval", type=int, default=0, help="... and at so many problems per family (default 0)")
     # How it learns.
     add("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"),
         help="default reverse_kl")
@@ -1179,15 +1187,14 @@ def parse_args():
 def plan_stages(args):
     """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file.
     Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
-    if args.steps < 0:
-        raise UserError(f"--steps must be 0 or more, got {args.steps}")
     for name in ("replace", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("retrieval", "curve", "curve_eval"):
-        if (getattr(args, name) or 0) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    for name in ("steps", "retrieval", "curve", "curve_eval"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
     if args.curve_eval and (args.data or not args.curve):
         raise UserError("--curve-eval belongs to --curve and the built-in problems")
     check_rates(args.lr, args.lr_rest)
@@ -1257,7 +1264,7 @@ def main():
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
     calibration = calibration_batch(block, device)
-    run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, held_out, asked={})
+    run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, held_out, {})
     for each in stages:
         stage(each, run, began)
         # Loading counts for the first stage.

@@ -4491,6 +4491,7 @@ def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces)
 
 def test_leave_one_out_by_retrieval_weighs_the_code_alone_and_is_stored(traces, tmp_path, monkeypatch):
     teacher = load_pretrained(traces[0])
+    teacher.config = dataclasses.replace(teacher.config, max_length=200)
     torch.nn.init.zeros_(teacher.layers[2].mixer.o_proj.weight)
     setup = distill_setup(traces, teacher)
     args = argparse.Namespace(rank="loo-retrieval", out=str(tmp_path), dtype="float32")
@@ -4500,7 +4501,7 @@ def test_leave_one_out_by_retrieval_weighs_the_code_alone_and_is_stored(traces, 
     assert order == distill.least_important_first(scores)
     assert distill.rank_layers(args, setup, teacher) == (order, scores) and len(calls) == 1
     (_, probe, *_), = calls
-    asked = [distill.hidden_code(traces[1], 512, number).answer for number in range(99)]
+    asked = [distill.hidden_code(traces[1], 200, number).answer for number in range(99)]
     for ids, trained in itertools.chain(*probe):
         code = traces[1].enc.decode([token for token, flag in zip(ids, trained) if flag])
         text = traces[1].enc.decode(ids)
