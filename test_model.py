@@ -4355,6 +4355,12 @@ def distill_setup(traces, teacher):
                        block(1, 4), calibration, content, [encoded(traces, "dev", 1)], asked={})
 
 
+def held_out_kl(teacher, student, held_out):
+    """held_out: lists of examples -> mean KL in nats per trained token."""
+    setup = argparse.Namespace(teacher=teacher, held_out=held_out, asked={}, device=CPU, dtype=torch.float32)
+    return distill.teacher_forced(setup, student)["kl"]
+
+
 def last_report(printed):
     """The last line that a script printed, which is for machines."""
     return json.loads(printed.out.splitlines()[-1])
@@ -4405,8 +4411,8 @@ def test_kl_is_a_mean_over_tokens_whatever_the_batch_and_its_length(traces):
     student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
     texts = encoded(traces, "dev", 1)
 
-    def mean(*fixed):
-        return distill.mean_loss(student, teacher, fixed, "reverse_kl", CPU, torch.float32)
+    def mean(*held_out):
+        return held_out_kl(teacher, student, held_out)
 
     ids, _ = texts[0]
     silent = ids, [False] * len(ids)
@@ -4489,6 +4495,7 @@ def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces)
 
 def test_leave_one_out_by_retrieval_weighs_the_code_alone_and_is_stored(traces, tmp_path, monkeypatch):
     teacher = load_pretrained(traces[0])
+    teacher.config = dataclasses.replace(teacher.config, max_length=200)
     torch.nn.init.zeros_(teacher.layers[2].mixer.o_proj.weight)
     setup = distill_setup(traces, teacher)
     args = argparse.Namespace(rank="loo-retrieval", out=str(tmp_path), dtype="float32")
@@ -4498,7 +4505,7 @@ def test_leave_one_out_by_retrieval_weighs_the_code_alone_and_is_stored(traces, 
     assert order == distill.least_important_first(scores)
     assert distill.rank_layers(args, setup, teacher) == (order, scores) and len(calls) == 1
     (_, probe, *_), = calls
-    asked = [distill.hidden_code(traces[1], 512, number).answer for number in range(99)]
+    asked = [distill.hidden_code(traces[1], 200, number).answer for number in range(99)]
     for ids, trained in itertools.chain(*probe):
         code = traces[1].enc.decode([token for token, flag in zip(ids, trained) if flag])
         text = traces[1].enc.decode(ids)
@@ -4518,7 +4525,7 @@ def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces,
     setup = distill_setup(traces, teacher)
     args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all",
                               lr=1e-4, lr_rest=None, optimizer="muon", init="calibrated",
-                              loss="reverse_kl")
+                              loss="reverse_kl", pack=False)
     student = convert(copy.deepcopy(teacher), teacher, [0], "aligned")       # as in a later stage
     trials = distill.try_each_layer(args, setup, student, {})
     assert distill.least_important_first(trials)[0] == 2
@@ -4594,6 +4601,9 @@ def test_agreement_is_the_share_of_the_teachers_tokens_before_the_first_differen
     teacher = load_pretrained(traces[0])
     setup = distill_setup(traces, teacher)
     setup = setup._replace(held_out=distill.in_batches(encoded(traces, "dev", 1), 2))
+    # One of the answers ends early.
+    prompt = setup.held_out[0][0][0][:9]
+    teacher.config = dataclasses.replace(teacher.config, eos_ids=(teacher.generate([prompt], 5, stop=())[0][-1],))
     asked = spy(monkeypatch, teacher, "generate")
     written = distill.continuations(setup, teacher, "")
     # Every text's question, and nothing of its answer, is asked.
@@ -4918,7 +4928,7 @@ def test_every_family_is_converted_and_distilled(change, traces, tmp_path, no_an
     assert hybrid.config.proj_bias == ("qkv_bias" in change)
     report = last_report(printed)
     held_out = encoded((teacher, traces[1]), "dev", 16)
-    kl = distill.mean_loss(hybrid, lm, [held_out], "reverse_kl", CPU, torch.float32)
+    kl = held_out_kl(lm, hybrid, [held_out])
     assert kl == pytest.approx(report["kl_last"], rel=1e-4) and kl > 0
 
 
