@@ -1259,8 +1259,8 @@ def parse_args():
     add("--traces", default="reasoning", choices=("reasoning", "generic"), help="built-in texts to "
         "distil on; generic: facts without question or reasoning (default reasoning)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
-    add("--pack", action="store_true", help="lay texts into rows of --ctx tokens: same loss, less "
-        "padding")
+    add("--pack", action="store_true", help="let texts share rows of up to --ctx tokens: same "
+        "loss, less padding")
     add("--probe", type=int, default=48, help="problems per family for LOO, or --data examples "
         "(default 48)")
     add("--eval", type=int, default=200, help="held-out problems per family at the end; with "
