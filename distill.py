@@ -80,7 +80,7 @@ from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check
 
 
 INITS = {
-    "calibrated": "aligned, then gate and output fitted on one batch",
+    "calibrated": "aligned, then gate, conv, D and output made to fit the teacher",
     "aligned": "from attention, chunks matched",
     "plain": "from attention, in the published order",
     "random": "nothing copied",
@@ -167,50 +167,98 @@ def not_carried(config):
 
 
 # A fresh mixer has a weakness: with dt near 0.01 and a random gate it writes next to nothing, and the student starts
-# where a model without the layer would. "calibrated" repairs that on one batch of texts, in closed form: the gate is
-# opened (z is fitted to a constant c with silu(c) = 1, plus a little of its random start), and out_proj is fitted to
-# what the attention would have written for the same input. Layer by layer, so each sees the work of those before it.
-# Nothing but two linear systems per layer is solved: it takes no training step, and the file format does not notice.
-# dt stays as it is: size and direction are corrected in the last linear map. The closed form is ours and not the
-# paper's; Taylor-Calibrate (arXiv 2606.16429) fits another mixer to its attention by gradient steps.
-# With 7 of 10 layers replaced, 400 steps of distillation end at a KL of 0.16 from here and of 0.25 from "aligned" (see
-# results/README.md, "The claims").
+# where a model without the layer would. "calibrated" repairs that on some training texts, in closed form:
+#
+#       gate z      opened: fitted to a constant c with silu(c) = 1, plus a little of its random start
+#       conv        lets the newest token through, made small: silu(0.1 v) is nearly the straight line 0.05 v
+#       D           a head's channels hold the same u as those of the heads that share its v. So the first of them gets a
+#                   large D, it says what the token itself brings, and the last none: its channels are memory alone
+#       out_proj    fitted such that x + mixer(norm(x)) comes close to what stands there in the teacher
+#
+# Layer by layer, each on the work of those before it: what they lost is wanted from the later ones, as far as they can
+# tell it. Nothing but two linear systems per layer is solved: it takes no training step, and the file format does not
+# notice. dt and A stay as they are: size and direction are corrected in the last linear map. The closed form is ours
+# and not the paper's; Taylor-Calibrate (arXiv 2606.16429) fits another mixer to its attention by gradient steps.
 
 OPEN_GATE = 1.28                                         # silu(1.28) = 1
+SMALL_CONV = 0.1
 
 
-def ridge_fit(a, b, strength=0.01):
-    """Least squares with a small penalty: a (m, k), b (m, r) -> w (r, k) float64, on the CPU, with a w^T close to b.
-    strength is relative to the mean square of a's columns: channels that hardly move get no huge weights."""
-    a = a.double().cpu()
-    b = b.double().cpu()
-    gram = a.T @ a                                                           # (k, k)
-    gram += strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram, a.T @ b).T
+class RidgeFit:
+    """Least squares with a small penalty, from sums: the rows may come in pieces, and none of them is kept."""
+    def __init__(self):
+        self.gram = 0.0                                                      # (k, k), a^T a
+        self.product = 0.0                                                   # (k, r), a^T b
+
+    def add(self, a, b):
+        """a (m, k), b (m, r): inputs and what they should give."""
+        a = a.cpu().double()
+        self.gram = self.gram + a.T @ a
+        self.product = self.product + a.T @ b.cpu().double()
+
+    def solve(self, strength=0.01):
+        """-> w (r, k) float64, on the CPU, with a w^T close to b. strength is relative to the mean square of a's
+        columns: channels that hardly move get no huge weights."""
+        penalty = strength * self.gram.diagonal().mean()
+        eye = torch.eye(len(self.gram), dtype=torch.float64)
+        return torch.linalg.solve(self.gram + penalty * eye, self.product).T
 
 
 @torch.no_grad()
-def calibrate(student, teacher, layers, tokens, real):
-    """Fit gate and out_proj of the new mixers in these layers of student, in place. tokens (b, t); real (b, t) False at
-    padding. Not in the paper; measured in results/README.md."""
-    x = student.embed_tokens(tokens)                                         # (b, t, d_model)
-    place, _ = nano.make_place(student.config, tokens, 0, None, None, x.dtype)
-    for i, block in enumerate(student.layers):
+def calibrate(student, teacher, layers, texts):
+    """Fit the new mixers in these layers of student, in place. texts: a list of (tokens (b, t), real (b, t): False at
+    padding). Not in the paper; measured in results/README.md."""
+    xs = [student.embed_tokens(tokens) for tokens, _ in texts]               # (b, t, d_model) each
+    teacher_xs = [teacher.embed_tokens(tokens) for tokens, _ in texts]
+    places = [nano.make_place(student.config, tokens, 0, None, None, x.dtype)[0]
+              for x, (tokens, _) in zip(xs, texts)]
+    reals = [real for _, real in texts]
+    # What lies above the last of them needs no look.
+    for i in range(max(layers) + 1):
+        block = student.layers[i]
+        original = teacher.layers[i]
         if i in layers:
-            normed = block.input_layernorm(x)                                # (b, t, d_model)
-            wanted, _ = teacher.layers[i].mixer(normed, None, place)
-            open_gate(block.mixer, normed[real])
-            gated = before_out_proj(block.mixer, normed, place)              # (b, t, d_inner)
-            block.mixer.out_proj.weight.copy_(ridge_fit(gated[real], wanted[real]))
-        x, _ = block(x, None, place)
+            fit_mixer(block, original, list(zip(xs, teacher_xs, places, reals)))
+        xs = [block(x, None, place)[0] for x, place in zip(xs, places)]
+        teacher_xs = [original(x, None, place)[0] for x, place in zip(teacher_xs, places)]
 
 
-def open_gate(mixer, normed):
-    """Change z's rows such that the gate silu(z) is about 1 for inputs like normed (m, d_model)."""
-    target = normed.new_full((len(normed), 1), OPEN_GATE)
+def fit_mixer(block, original, pieces):
+    """Fit the mixer of block to its original in the teacher. pieces: (x, teacher_x, place, real), as in calibrate."""
+    mixer = block.mixer
+    open_gate(mixer, [block.input_layernorm(x)[real] for x, _, _, real in pieces])
+    straighten(mixer)
+    fit = RidgeFit()
+    for x, teacher_x, place, real in pieces:
+        written, _ = original.mixer(original.input_layernorm(teacher_x), None, place)
+        gated = before_out_proj(mixer, block.input_layernorm(x), place)      # (b, t, d_inner)
+        fit.add(gated[real], (teacher_x + written - x)[real])
+    mixer.out_proj.weight.copy_(fit.solve())
+
+
+def open_gate(mixer, inputs):
+    """Change z's rows such that the gate silu(z) is about 1 for inputs like these, a list of (m, d_model)."""
+    fit = RidgeFit()
+    for normed in inputs:
+        fit.add(normed, normed.new_full((len(normed), 1), OPEN_GATE))
     z = mixer.in_proj.weight[:mixer.config.d_inner]                          # (d_inner, d_model), a view
     # A tenth of the random start stays: rows that were all the same would stay the same for ever.
-    z.mul_(0.1).add_(ridge_fit(normed, target).to(z))
+    z.mul_(0.1).add_(fit.solve().to(z))
+
+
+def straighten(mixer):
+    """Set conv and D as said above."""
+    c = mixer.config
+    mixer.conv1d.weight.zero_()
+    mixer.conv1d.weight[:, 0, -1] = SMALL_CONV
+    if mixer.conv1d.bias is not None:
+        mixer.conv1d.bias.zero_()
+    sharing = c.d_inner // c.d_xb
+    if sharing > 1:
+        # Channels, as query_order lays them out: chunk of u, head that shares it, lane.
+        D = mixer.D.view(-1, sharing, c.d_state)
+        D.zero_()
+        D[:, 0] = 3
 
 
 def before_out_proj(mixer, x, place):
@@ -276,13 +324,13 @@ def choose_d_state(config, wanted):
     return wanted
 
 
-def convert(student, teacher, layers, init="aligned", batch=None):
+def convert(student, teacher, layers, init="aligned", texts=None):
     """Replace the mixers of these layers of student, in place, by Mamba layers made from the teacher's attention.
-    layers: 0-based; all must still be attention in the student. init: a key of INITS. batch: (tokens, real), which
+    layers: 0-based; all must still be attention in the student. init: a key of INITS. texts: what
     "calibrated" needs, see calibrate. Returns the student. Raises UserError before anything is changed."""
     config = converted_config(student.config, teacher.config, layers, init)
-    if init == "calibrated" and batch is None:
-        raise UserError("init calibrated needs a batch of tokens")
+    if init == "calibrated" and not texts:
+        raise UserError("init calibrated needs texts")
     for i in layers:
         block = student.layers[i]
         block.kind = config.layout[i]
@@ -295,7 +343,7 @@ def convert(student, teacher, layers, init="aligned", batch=None):
             block.mixer = nano.cast(mixer, weight.device, weight.dtype)
     student.config = config
     if init == "calibrated" and layers:
-        calibrate(student, teacher, layers, *batch)
+        calibrate(student, teacher, layers, texts)
     return student
 
 
@@ -413,6 +461,58 @@ def batch_loss(student, teacher, batch, divergence):
     x = trained_hidden(student, batch)
     loss = distillation_loss(x, teacher_x, student.lm_head, teacher.lm_head, divergence)
     return loss, len(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Alignment, before the KL stage if --align-steps asks for it: every new mixer learns, by itself, to write what the
+# attention that it replaces writes for the teacher's inputs.
+#
+# The teacher walks through its layers once; at each replaced one its normed input is given to attention and mixer alike.
+# The loss is the mean squared error, relative to the attention's output: layers of loud and of quiet outputs count the
+# same. No gradient goes through MLPs, through the output layer or from layer to layer, so a step costs a third of a KL
+# step. But nobody asks which errors matter, and in use a mixer's input comes from the mixers before it.
+
+def alignment_error(student, teacher, layers, batch):
+    """-> the summed relative squared error of the mixers in these layers of student, and the number of layers.
+    It counts all tokens of the Batch, prompts too: later tokens read what was written there."""
+    # Padding is what no trained token follows in its row.
+    real = (batch.targets >= 0).flip(1).cummax(1).values.flip(1)             # (b, t)
+    x = teacher.embed_tokens(batch.tokens)                                   # (b, t, d_model)
+    place, _ = nano.make_place(teacher.config, batch.tokens, 0, None, batch.reset, x.dtype)
+    total = x.new_zeros(())
+    for i in range(max(layers) + 1):
+        block = teacher.layers[i]
+        if i in layers:
+            with torch.no_grad():
+                normed = block.input_layernorm(x)
+                wanted, _ = block.mixer(normed, None, place)
+            written, _ = student.layers[i].mixer(normed, None, place)
+            error = (written - wanted)[real].float().square().sum()
+            total = total + error / wanted[real].float().square().sum()
+        with torch.no_grad():
+            x, _ = block(x, None, place)
+    return total, len(layers)
+
+
+def align(args, run, student, layers, depends):
+    """Train the new mixers in these layers of student for args.align_steps steps, and nothing else. -> Progress.
+    It has a file of its own, with its last step, until the stage is saved: a killed run goes on in either phase."""
+    progress = Progress(os.path.join(args.out, "align.safetensors"), depends, args.resume)
+    if not args.align_steps or not layers:
+        return progress
+    mixers = tuple(f"layers.{i}.mixer." for i in layers)
+    for name, p in student.named_parameters():
+        p.requires_grad_(name.startswith(mixers))
+        if p.requires_grad:
+            p.data = p.data.float()
+
+    def loss_of(model, batch):
+        return alignment_error(model, run.teacher, layers, batch)
+
+    plan = Plan(steps=args.align_steps, lr=args.align_lr, warmup=args.warmup, every=25, log_every=1, name="error",
+                optimizer=args.optimizer, room=args.ctx if args.pack else 0)
+    fit(student.train(), loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
+    return progress
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -588,7 +688,7 @@ def mmr_scores(args, run, student):
 
     key = depends_on(args, run, student)
     # The order of the trials' losses is all that is used: how the stage goes on afterwards does not matter to it.
-    for flag in ("replace", "rank", "steps", "warmup", "probe"):
+    for flag in ("replace", "rank", "align_steps", "align_lr", "steps", "warmup", "probe"):
         del key[flag]
     return stored_scores(os.path.join(args.out, "mmr.json"), key, make)
 
@@ -639,7 +739,8 @@ def trial_loss(args, run, student, layer, training, held_out):
     # The same fresh parts for every candidate.
     torch.manual_seed(args.seed)
     trial = clone(student, args.train)
-    convert(trial, run.teacher, [layer], args.init, run.calibration)
+    with autocast(run.device, run.dtype):
+        convert(trial, run.teacher, [layer], args.init, run.calibration)
     set_trained(trial, args.train)
     optimizers = make_optimizers(trial, args.lr, args.optimizer, args.lr_rest)
 
@@ -1004,7 +1105,7 @@ class Run(NamedTuple):
     block: object                                        # (number, count) -> training examples, see train_sft.batches
     probe: list                                          # lists of examples for LOO
     fixed: list                                          # one held-out batch, for MMR's trials
-    calibration: tuple                                   # (tokens, real), see calibrate
+    calibration: list                                    # pairs (tokens, real), see calibrate
     content: dict                                        # fingerprints of teacher and data
     held_out: list                                       # lists of examples to measure a student on
     asked: dict                                          # the teacher's side of it, see ask_teacher
@@ -1012,8 +1113,9 @@ class Run(NamedTuple):
 
 # The flags that a result depends on. Not among them: where it is written, on which device it runs, and --eval, which
 # only looks. Nor the paths of teacher, student and data: what counts is what is in them.
-FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "steps", "probe_steps", "batch",
-         "ctx", "pack", "optimizer", "lr", "lr_rest", "warmup", "probe", "seed", "dtype")
+FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "align_steps", "steps",
+         "probe_steps", "batch", "ctx", "pack", "optimizer", "align_lr", "lr", "lr_rest", "warmup", "probe", "seed",
+         "dtype")
 
 
 def depends_on(args, run, student):
@@ -1046,13 +1148,20 @@ def stage(args, run, began):
     torch.manual_seed(args.seed)
     seconds = -time.time()
     cpu_seconds = -time.process_time()
-    convert(student, run.teacher, new, args.init, run.calibration)
+    with autocast(run.device, run.dtype):
+        convert(student, run.teacher, new, args.init, run.calibration)
     start = (seconds + time.time(), cpu_seconds + time.process_time())
-    set_trained(student, args.train).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
+    depends_too = depends | {"replaced": done + new}
+    seconds = time.time()
+    aligned = align(args, run, student, new, depends_too)
+    # Its seconds are those of all parts of an interrupted run, of which this one may have done none.
+    began += time.time() - seconds - aligned.seconds
+    start = (start[0] + aligned.seconds, start[1] + aligned.cpu_seconds)
+    set_trained(student, args.train).train()
 
     file = os.path.join(args.out, "progress.safetensors")
-    progress = Progress(file, depends | {"replaced": done + new}, args.resume)
+    progress = Progress(file, depends_too, args.resume)
     # Also in a run that is continued: the student is made again, and its training loaded into it afterwards.
     kl_first = teacher_forced(run, student)["kl"]
     prepared = time.time()
@@ -1069,10 +1178,11 @@ def stage(args, run, began):
         "replaced": done + new, "layout": list(student.config.layout), "kl_first": kl_first,
         **result, "steps": args.steps, "tokens": progress.tokens, "seconds": round(seconds, 1),
         "seed": args.seed}
-    extra = {"args": vars(args), "run": depends, "scores": scores, "log": log,
+    extra = {"args": vars(args), "run": depends, "scores": scores, "align_log": aligned.log, "log": log,
              "curve": progress.curve, "start_seconds": start}
     path = os.path.join(args.out, "report.json")
     nano.write_json(path, report | extra | provenance(run.device))
+    aligned.remove()
     progress.remove()
     print(f"{'':22}{'teacher':>10}{'student':>10}")
     table[0] += f"   (before distillation {kl_first:.4f})"
@@ -1159,11 +1269,19 @@ def parse_args():
         "256, 1024 and 2048 tokens each (default: 3 with --data, else 0: none)")
     add("--curve", type=int, default=0, help="steps between two looks at the KL (default 0: none)")
     add("--curve-eval", type=int, default=0, help="... and at so many problems per family (default 0)")
+    training_flags(add)
+    return p.parse_args()
+
+
+def training_flags(add):
+    """The second half of parse_args."""
     # How it learns.
     add("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"),
         help="default reverse_kl")
     add("--train", default="auto", choices=("auto", "all", "mixers"),
         help="which weights train; auto: all if that fits into memory (default auto)")
+    add("--align-steps", type=int, default=0, help="steps before those of --steps in which the new mixers "
+        "learn their attention's output (default 0)")
     add("--steps", type=int, default=100, help="optimiser steps of a stage; 0: convert, evaluate and "
         "save (default 100)")
     add("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
@@ -1171,6 +1289,7 @@ def parse_args():
     add("--optimizer", default="muon", choices=("muon", "adamw"),
         help="muon: for the matrices of the layers, adamw for the rest (default muon)")
     add("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
+    add("--align-lr", type=float, default=1e-3, help="that of --align-steps (default 0.001)")
     add("--lr-rest", type=float, help="that of everything but Mamba mixers (default: --lr)")
     add("--warmup", type=int, default=10, help="steps of linear warm-up (default 10)")
     # How it is computed.
@@ -1181,23 +1300,26 @@ def parse_args():
     add("--resume", action="store_true", help="continue an interrupted run in --out, with the same "
         "flags")
     add("--overwrite", action="store_true", help="replace a finished result in --out")
-    return p.parse_args()
 
 
 def plan_stages(args):
     """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file.
     Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
+    for name in ("steps", "align_steps", "retrieval", "curve", "curve_eval"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
+    if args.align_steps and args.init == "identity":
+        raise UserError("--align-steps trains new mixers, and --init identity makes none")
+    if args.curve_eval and (args.data or not args.curve):
+        raise UserError("--curve-eval belongs to --curve and the built-in problems")
     for name in ("replace", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("steps", "retrieval", "curve", "curve_eval"):
-        value = getattr(args, name)
-        if value is not None and value < 0:
-            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
-    if args.curve_eval and (args.data or not args.curve):
-        raise UserError("--curve-eval belongs to --curve and the built-in problems")
     check_rates(args.lr, args.lr_rest)
+    if not 0 < args.align_lr < math.inf:
+        raise UserError(f"--align-lr must be above 0, got {args.align_lr}")
     if args.rank not in RANKS and not os.path.exists(args.rank):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
     if args.data and args.traces != "reasoning":
@@ -1263,7 +1385,7 @@ def main():
     print_start(args, stages[0].train, teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
-    calibration = calibration_batch(block, device)
+    calibration = calibration_texts(block, device, teacher.config)
     run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, held_out, {})
     for each in stages:
         stage(each, run, began)
@@ -1320,18 +1442,23 @@ def in_batches(examples, batch):
     return [examples[i:i + batch] for i in range(0, len(examples), batch)]
 
 
-def calibration_batch(block, device, count=48, most=16384):
-    """-> tokens (b, t) of some training texts, at most `most` of them, and real (b, t): False at padding.
-    For --init calibrated: its fit of d_inner unknowns wants several positions for each of them, see calibrate.
-    They are of the training split, block 0, whatever the stage: nothing held out is looked at."""
-    examples = block(0, count)
-    longest = max(len(ids) for ids, _ in examples)
-    # Fewer of them if they are long.
-    examples = examples[:max(1, most // longest)]
-    lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
-    tokens = collate(examples, device).tokens
-    real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
-    return tokens, real
+def calibration_texts(block, device, config, most=65536):
+    """-> a list of (tokens (b, t), real (b, t): False at padding) for --init calibrated, see calibrate: its fit of
+    d_inner unknowns wants 64 positions for each of them. They are of the training split, block 0, whatever the stage:
+    nothing held out is looked at."""
+    wanted = min(most, 64 * config.d_inner)
+    texts = []
+    for example in block(0, 512):
+        if wanted > 0:
+            texts.append(example)
+            wanted -= len(example[0])
+    pieces = []
+    for examples in in_batches(texts, 24):
+        tokens = collate(examples, device).tokens
+        lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
+        real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+        pieces.append((tokens, real))
+    return pieces
 
 
 def what_trains(flag, size, device):

@@ -4067,8 +4067,8 @@ def converted(init, layers=(0,), layout="t", seed=5, batch=None, dtype=torch.flo
 
 
 def all_real(*shape):
-    """A calibration batch without padding."""
-    return some_tokens(*shape), torch.ones(*shape, dtype=torch.bool)
+    """Texts for a calibration, without padding."""
+    return [(some_tokens(*shape), torch.ones(*shape, dtype=torch.bool))]
 
 
 # 4 query heads, 2 key/value heads of width 8, d_state 4: 2 chunks per head, 2 query heads share a key/value head.
@@ -4114,22 +4114,23 @@ def test_conversion_puts_every_row_and_bias_where_the_table_says(shape, init):
             assert not rest.any()
 
 
-@pytest.mark.parametrize("init, rows", [("plain", slice(64, None)), ("calibrated", slice(0, 32))])
-def test_inits_differ_from_aligned_only_where_they_say(init, rows):
-    """Plain in the order of the chunks of C and of the output, calibrated in the gate z and the output."""
+@pytest.mark.parametrize("init, rows, others", [
+    ("plain", slice(64, None), ""), ("calibrated", slice(0, 32), "D conv1d.weight conv1d.bias")])
+def test_inits_differ_from_aligned_only_where_they_say(init, rows, others):
+    """Plain in the order of the chunks of C and of the output, calibrated in the gate z, conv, D and the output."""
     batch = all_real(4, 30)
     _, aligned = converted("aligned", [1], "t t t")
     _, other = converted(init, [1], "t t t", batch=batch)
-    changed = []
+    changed = set()
     for (name, p), q in zip(aligned.named_parameters(), other.parameters(), strict=True):
         if not torch.equal(p, q):
-            changed.append(name)
-    assert changed == ["layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"]
+            changed.add(name.removeprefix("layers.1.mixer."))
+    assert changed == {"in_proj.weight", "out_proj.weight", *others.split()}
     same = torch.ones(96, dtype=torch.bool)
     same[rows] = False
     a, b = (lm.layers[1].mixer.in_proj.weight[same] for lm in (aligned, other))
     assert torch.equal(a, b)
-    with pytest.raises(UserError, match="batch"):
+    with pytest.raises(UserError, match="needs texts"):
         converted("calibrated", [1], "t t t")
 
 
@@ -4149,10 +4150,13 @@ def test_the_smallest_d_state_that_fits_is_chosen_and_another_must_divide_a_head
 
 
 def test_a_ridge_fit_finds_a_linear_map():
-    a = torch.randn(200, 6)
     w = torch.randn(3, 6)
-    assert (distill.ridge_fit(a, a @ w.T, strength=1e-9) - w).abs().max() < 1e-6
-    assert distill.ridge_fit(a, a @ w.T, strength=10.0).norm() < w.norm() / 2   # the penalty pulls towards zero
+    fit = distill.RidgeFit()
+    for rows in (150, 50):                                                   # in pieces
+        a = torch.randn(rows, 6)
+        fit.add(a, a @ w.T)
+    assert (fit.solve(strength=1e-9) - w).abs().max() < 1e-6
+    assert fit.solve(strength=10.0).norm() < w.norm() / 2                    # the penalty pulls towards zero
 
 
 @pytest.mark.parametrize("shape", [{}, {"qkv_bias": True, "qk_norm": True}],
@@ -4170,8 +4174,8 @@ def test_a_calibrated_layer_starts_nearer_to_its_attention_than_silence_does(sha
 
     def error(init, pad):
         torch.manual_seed(5)
-        batch = tokens.where(real, torch.tensor(pad)), real
-        student = convert(copy.deepcopy(teacher), teacher, [1], init, batch)
+        texts = [(tokens.where(real, torch.tensor(pad)), real)]
+        student = convert(copy.deepcopy(teacher), teacher, [1], init, texts)
         written = student.layers[1].mixer(x, None, place)[0][real]
         return ((written - wanted).norm() / wanted.norm()).item()
 
@@ -4345,7 +4349,7 @@ def distill_setup(traces, teacher):
     """-> a distill.Run for calling parts of distill.py by themselves: few texts, on the CPU."""
     codec = traces[1]
     block = train_sft.trace_block(codec, 0)
-    calibration = distill.calibration_batch(block, CPU, count=8)
+    calibration = distill.calibration_texts(block, CPU, teacher.config, most=1000)
     content = {"content of --teacher": train_sft.weights_hash(teacher)}
     return distill.Run(teacher, codec, CPU, torch.float32, block, [encoded(traces, "probe", 1)],
                        block(1, 4), calibration, content, [encoded(traces, "dev", 1)], asked={})
@@ -4802,6 +4806,68 @@ def test_distillation_on_generic_text_is_measured_on_the_problems(traces, tmp_pa
     assert generic["args"]["traces"] == "generic"
     assert generic["kl_first"] == reasoning["kl_first"]                      # the same held-out batch
     assert generic["log"][0]["kl"] != reasoning["log"][0]["kl"]              # other training texts
+
+
+def test_without_steps_the_start_itself_is_measured_and_saved(traces, tmp_path, no_answers):
+    report = last_report(small_run(traces[0], tmp_path, "--replace", 1, "--rank", "first", "--steps", 0))
+    assert report["steps"] == report["tokens"] == 0 and report["kl_last"] == report["kl_first"] > 0
+    start = distill.clone(load_pretrained(traces[0]), "all")
+    torch.manual_seed(0)
+    texts = distill.calibration_texts(train_sft.trace_block(traces[1], 0), CPU, start.config)
+    convert(start, load_pretrained(traces[0]), [0], "calibrated", texts)
+    saved = load_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(p, saved[name]) for name, p in start.state_dict().items())
+
+
+def test_alignment_counts_every_token_but_padding_and_each_layer_relative_to_its_output(traces):
+    teacher = load_pretrained(traces[0])
+    student = convert(distill.clone(teacher, "all"), teacher, [1, 2], "aligned")
+    batch = train_sft.collate(encoded(traces, "dev", 1), CPU)
+    total, count = distill.alignment_error(student, teacher, [1, 2], batch)
+    x = teacher.embed_tokens(batch.tokens)
+    wanted = 0
+    for i, block in enumerate(teacher.layers[:3]):
+        if i:
+            normed = block.input_layernorm(x)
+            place = teacher_place(teacher, normed)
+            a = block.mixer(normed, None, place)[0]
+            b = student.layers[i].mixer(normed, None, place)[0]
+            ends = [len(ids) - 1 for ids, _ in encoded(traces, "dev", 1)]
+            pairs = [(a[row, :end], b[row, :end]) for row, end in enumerate(ends)]
+            wanted += sum((a - b).square().sum() for a, b in pairs) / sum(a.square().sum() for a, _ in pairs)
+        x, _ = block(x, None, teacher_place(teacher, x))
+    assert count == 2 and abs(total / wanted - 1) < 1e-4
+
+
+def test_alignment_trains_the_new_mixers_alone_and_goes_on_after_a_kill(
+        traces, tmp_path, no_answers, interrupt_after, monkeypatch):
+    """Killed in the middle of it, and in the KL stage: the same bits."""
+    flags = "--replace", 2, "--rank", "first", "--optimizer", "adamw", "--align-steps", 3
+    before = None
+    after = []
+    align = distill.align
+
+    def noted(args, run, student, *more):
+        nonlocal before
+        before = copy.deepcopy(student.state_dict())
+        progress = align(args, run, student, *more)
+        after.append(copy.deepcopy(student.state_dict()))
+        return progress
+
+    monkeypatch.setattr(distill, "align", noted)
+    small_run(traces[0], tmp_path / "whole", *flags)
+    report = nano.read_json(tmp_path / "whole" / "report.json")
+    changed = {name for name, p in before.items() if not torch.equal(p, after[0][name])}
+    assert changed and all(name.startswith(("layers.0.mixer.", "layers.1.mixer.")) for name in changed)
+    errors = [entry["error"] for entry in report["align_log"]]
+    assert len(errors) == 3 and errors[-1] < errors[0] and report["start_seconds"][0] > 0
+    for taken in (2, 4):
+        out = tmp_path / str(taken)
+        with interrupt_after(taken):
+            small_run(traces[0], out, *flags)
+        small_run(traces[0], out, *flags, "--resume")
+        assert weights(out) == weights(tmp_path / "whole")
+        assert not list(out.glob("*progress*")) and not (out / "align.safetensors").exists()
 
 
 @pytest.mark.parametrize("killed_after", [3, 6])                             # of 2 steps, 3 trials of 1 step, 2 steps
@@ -5639,6 +5705,10 @@ BAD_INPUT = [                                # script, more arguments, what the 
     (train_sft, "--out {teacher}/ --overwrite", "which this run reads"),
     (train_sft, "--merge {copy} --out {copy} --overwrite", "which this run reads"),
     (train_sft, "--steps 0", "--steps must be at least 1"),
+    (distill, "--steps -1", "--steps must be 0 or more"),
+    (distill, "--align-steps -1", "--align-steps must be 0 or more"),
+    (distill, "--align-steps 2 --align-lr 0", "--align-lr must be above 0"),
+    (distill, "--align-steps 2 --init identity", "--init identity makes none"),
     (train_sft, "--batch -3", "--batch must be at least 1"),
 ]
 

@@ -965,7 +965,8 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
     """Train model for plan.steps steps of `batch` examples each, see batches. -> the log, progress.log.
     loss_of(model, Batch) -> summed loss, number of trained tokens.
 
-    Saves every plan.every steps, and on Ctrl-C or SIGTERM after the step at hand; then it raises KeyboardInterrupt.
+    Saves every plan.every steps, after the last, and on Ctrl-C or SIGTERM after the step at hand; then it raises
+    KeyboardInterrupt.
     With progress.resume it goes on from what was saved, to the same bits as if nothing had happened. A log entry: step,
     mean loss in nats per trained token since the last entry, tokens so far (padding included), padding, seconds."""
     optimizers = make_optimizers(model, plan.lr, plan.optimizer, plan.lr_rest)
@@ -1004,7 +1005,7 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
                 progress.start_clocks()
             if noted:
                 break
-            if progress.step % plan.every == 0:
+            if progress.step % plan.every == 0 or progress.step == plan.steps:
                 progress.save(model, optimizers)
         stopped = bool(noted)
         if stopped:
