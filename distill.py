@@ -1259,8 +1259,8 @@ def parse_args():
     add("--traces", default="reasoning", choices=("reasoning", "generic"), help="built-in texts to "
         "distil on; generic: facts without question or reasoning (default reasoning)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
-    add("--pack", action="store_true", help="lay texts into rows of --ctx tokens: same loss, less "
-        "padding")
+    add("--pack", action="store_true", help="let texts share rows of up to --ctx tokens: same "
+        "loss, less padding")
     add("--probe", type=int, default=48, help="problems per family for LOO, or --data examples "
         "(default 48)")
     add("--eval", type=int, default=200, help="held-out problems per family at the end; with "
@@ -1305,18 +1305,18 @@ def training_flags(add):
 def plan_stages(args):
     """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file.
     Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
-    for name in ("steps", "align_steps", "retrieval", "curve", "curve_eval"):
-        value = getattr(args, name)
-        if value is not None and value < 0:
-            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
     if args.align_steps and args.init == "identity":
         raise UserError("--align-steps trains new mixers, and --init identity makes none")
-    if args.curve_eval and (args.data or not args.curve):
-        raise UserError("--curve-eval belongs to --curve and the built-in problems")
     for name in ("replace", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("steps", "align_steps", "retrieval", "curve", "curve_eval"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
+    if args.curve_eval and (args.data or not args.curve):
+        raise UserError("--curve-eval belongs to --curve and the built-in problems")
     check_rates(args.lr, args.lr_rest)
     if not 0 < args.align_lr < math.inf:
         raise UserError(f"--align-lr must be above 0, got {args.align_lr}")
@@ -1420,11 +1420,12 @@ def print_start(args, train, teacher, size, device, dtype):
 
 def load_texts(args, codec, n_vocab):
     """-> block: (number, count) -> training examples; probe: batches of examples for LOO; fixed: one held-out batch;
-    held_out: batches to measure on. None of the last three is ever trained on."""
+    held_out: batches to measure on. Neither of the last two is ever trained on; nor is what is measured asked by LOO,
+    which may look at texts that train: the model that it looks at is the teacher."""
     if args.data:
         training, held_out = read_jsonl(args.data, codec, args.ctx, n_vocab)
         block = list_block(training, args.seed)
-        probe = held_out[:args.probe]
+        probe = training[:args.probe]
         fixed = held_out[:args.batch]
         held_out = in_batches(held_out[:args.eval], args.batch)
     else:

@@ -740,6 +740,42 @@ def test_position_is_counted_without_asking_a_layer(layout):
         assert state.position == position
 
 
+def drift(model, tokens, marks):
+    """Feed tokens (1, t) one by one, as when generating, and to the same weights in float64 -> at each mark, a number of
+    tokens: (mark, error of the cells, error of the logits), both relative, the cells' that of the worst layer."""
+    exact = copy.deepcopy(model).double()
+    state = model.new_state(1, tokens.shape[1])
+    exact_state = exact.new_state(1, tokens.shape[1])
+    with torch.inference_mode():
+        for begin, end in zip([0, *marks], marks):
+            for token in tokens[:, begin:end].split(1, dim=1):
+                x, state = model.hidden(token, state, donate=True)
+            # In float64 it makes no difference that these come in pieces.
+            for piece in tokens[:, begin:end].split(256, dim=1):
+                exact_x, exact_state = exact.hidden(piece, exact_state)
+            errors = [0.0]
+            for layer, exact_layer in zip(state.layers, exact_state.layers):
+                if isinstance(layer, SSM):
+                    difference = layer.h.double() - exact_layer.h
+                    errors.append((difference.norm() / exact_layer.h.norm()).item())
+            logits = exact.lm_head(exact_x[:, -1:])
+            yield end, max(errors), off(model.lm_head(x).double(), logits)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 0.02)])
+def test_cells_do_not_drift_over_2048_tokens(dtype, bound):
+    """What is rounded at a token fades as the token does: errors add up over as many tokens as a cell remembers, some
+    1000 here, and no further. (16384 tokens of a checkpoint: python test_model.py --drift DIR)"""
+    model = nano.cast(tiny("m2 t m2", torch.float32), CPU, dtype)
+    with torch.no_grad():
+        for block in model.layers:
+            if block.kind == "m2":
+                # A dt of about 0.001.
+                block.mixer.dt_proj.bias.fill_(-3.5)
+    for _, cells, logits in drift(model, some_tokens(1, 2048), [128, 2048]):
+        assert 0 < cells < bound and 0 < logits < bound
+
+
 @pytest.mark.parametrize("layout", ["t", "m2"])
 def test_a_state_of_another_batch_size_is_refused(layout):
     model = tiny(layout)
@@ -3317,29 +3353,47 @@ def some_examples(lengths):
     return examples
 
 
-def test_packing_lays_each_text_into_the_first_row_with_room():
-    """One after the other, none across two rows; one that is too long has a row to itself. What is trained of a text is
-    what is trained of it alone, and nothing else. The rest of a row is padding, counted as such."""
+def test_packing_lays_texts_into_even_rows_one_after_the_other():
+    """None across two rows, and no row longer than there is room, or than the longest text. What is trained of a text
+    is what is trained of it alone, and nothing else. The rest of a row is padding, counted as such."""
     lengths = [3, 5, 2, 4, 11, 1, 2]
     examples = some_examples(lengths)
     alone = train_sft.collate(examples, "cpu")
-    batch = train_sft.collate(examples, "cpu", room=8)
     assert alone.reset is None and alone.padding == 7 * 11 - 28
-    assert batch.padding == 4 * 11 - 28
-    for y, row in enumerate([[0, 1], [2, 3, 5], [4], [6]]):
-        start = 0
-        begins = []
-        for text in row:
-            part = slice(start, start + lengths[text])
-            begins.append(start)
-            for name in ("tokens", "targets"):
-                whole = getattr(alone, name)[text, :lengths[text]]
-                assert torch.equal(getattr(batch, name)[y, part], whole)
-            start = part.stop
-        assert (batch.targets[y, start:] == -1).all()
-        # Padding begins anew, too.
-        begins += [start] * (start < 11)
-        assert batch.reset[y].nonzero()[:, 0].tolist() == begins
+    for room, rows in [(8, [[4], [1, 2, 6], [3, 0, 5]]), (14, [[4, 2, 5], [1, 3, 0, 6]])]:
+        batch = train_sft.collate(examples, "cpu", room)
+        shape = (len(rows), 11 if room == 8 else 14)
+        assert batch.tokens.shape == batch.targets.shape == batch.reset.shape == shape
+        assert batch.padding == batch.tokens.numel() - 28
+        for y, row in enumerate(rows):
+            start = 0
+            begins = []
+            for text in row:
+                part = slice(start, start + lengths[text])
+                begins.append(start)
+                for name in ("tokens", "targets"):
+                    whole = getattr(alone, name)[text, :lengths[text]]
+                    assert torch.equal(getattr(batch, name)[y, part], whole)
+                start = part.stop
+            assert (batch.targets[y, start:] == -1).all()
+            # Padding begins anew, too.
+            begins += [start] * (start < shape[1])
+            assert batch.reset[y].nonzero()[:, 0].tolist() == begins
+
+
+@pytest.mark.parametrize("room", [1, 100, 512, 2048, 8192])
+def test_packing_never_adds_padding(room):
+    rng = random.Random(room)
+    for n in (1, 2, 7, 24, 64):
+        lengths = [rng.choice((rng.randint(1, 20), rng.randint(50, 500))) for _ in range(n)]
+        rows = train_sft.share_rows(lengths, room)
+        used = [sum(lengths[text] for text in row) for row in rows]
+        assert sorted(sum(rows, [])) == list(range(n))
+        assert max(used) <= max(room, *lengths)
+        size = len(rows) * max(used)
+        assert size <= n * max(lengths)
+        if room >= 512 and n >= 24:
+            assert size <= 1.1 * sum(lengths)
 
 
 # Texts of your own. What a record means is written as the text of its examples, the trained parts in >>> <<<.
@@ -3654,7 +3708,7 @@ def test_packed_loss_and_gradients_are_those_of_separate_texts(loss, layout, tra
     separate = [loss_of(train_sft.collate([example], "cpu")) for example in examples]
     wanted = [sum(values) for values in zip(*separate)]
     batch = train_sft.collate(examples, "cpu", room=40)
-    assert len(batch.tokens) == 3
+    assert len(batch.tokens) < 7
     for packed_or_not in (batch, train_sft.collate(examples, "cpu")):
         found = loss_of(packed_or_not)
         assert found[0] == wanted[0]
@@ -4525,7 +4579,7 @@ def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces,
     setup = distill_setup(traces, teacher)
     args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all",
                               lr=1e-4, lr_rest=None, optimizer="muon", init="calibrated",
-                              loss="reverse_kl")
+                              loss="reverse_kl", pack=False)
     student = convert(copy.deepcopy(teacher), teacher, [0], "aligned")       # as in a later stage
     trials = distill.try_each_layer(args, setup, student, {})
     assert distill.least_important_first(trials)[0] == 2
@@ -6117,6 +6171,19 @@ def compare_mutations(count, folder):
     return bad
 
 
+def print_drift(path, n_tokens):
+    """The long run of test_cells_do_not_drift_over_2048_tokens, on a checkpoint and built-in traces in one text."""
+    block = train_sft.trace_block(train_sft.load_codec(path), seed=0)
+    ids = sum([example for example, _ in block(0, n_tokens // 50)], [])
+    tokens = torch.tensor([ids[:n_tokens]])
+    marks = [2 ** i for i in range(7, 30) if 2 ** i < tokens.shape[1]] + [tokens.shape[1]]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = join_projections(load_pretrained(path, dtype=dtype))
+        print(f"{str(dtype):16} off from float64: {'cells':>10}{'logits':>10}")
+        for mark, cells, logits in drift(model, tokens, marks):
+            print(f"{mark:22} tokens     {cells:10.1e}{logits:10.1e}", flush=True)
+
+
 def main():
     """What takes too long for a test."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -6126,7 +6193,13 @@ def main():
                         help="compare the ids of N texts a tokenizer")
     parser.add_argument("--tokenizer", metavar="DIR",
                         help="with --texts: compare this checkpoint's tokenizer, too")
+    parser.add_argument("--drift", metavar="DIR",
+                        help="how far cells and logits of this checkpoint go from those of float64")
+    parser.add_argument("--tokens", type=int, default=16384, metavar="N",
+                        help="with --drift: over so many tokens, one by one (default 16384)")
     args = parser.parse_args()
+    if args.drift:
+        print_drift(args.drift, args.tokens)
     with tempfile.TemporaryDirectory() as folder:
         if args.texts:
             compare_texts(args.texts, pathlib.Path(folder), args.tokenizer)
