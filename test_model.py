@@ -4640,7 +4640,7 @@ def test_teacher_forced_measures_equal_the_naive_way_and_are_nothing_for_the_tea
             count += 1
     for pieces_above in (16384, 1):                                          # all logits at once, and in pieces
         monkeypatch.setattr(distill, "PIECES_ABOVE", pieces_above)
-        monkeypatch.setattr(distill, "PIECE_TOKENS", 7)
+        monkeypatch.setattr(distill, "FLOAT32_TOKENS", 2)
         found = distill.teacher_forced(setup, student)
         found = torch.tensor([found["kl"], *found["loss"], found["top1"]])
         torch.testing.assert_close(found, sums / count, rtol=1e-4, atol=1e-6)
