@@ -778,7 +778,8 @@ def trial_loss(args, run, student, layer, training, held_out):
 # the fewer steps there are.
 
 def distill(args, run, student, progress, start):
-    """Train the student for args.steps steps. -> log entries, one per step, see train_sft.fit. start: see curve_watch."""
+    """Train the student for args.steps steps. -> log entries, one per step, see train_sft.fit.
+    start: see curve_watch."""
     def loss_of(model, batch):
         return batch_loss(model, run.teacher, batch, args.loss)
 
@@ -934,7 +935,8 @@ def agreement(wanted, written):
 
 def hidden_code(codec, length, number):
     """Problem number `number` whose prompt has `length` tokens, or as many less as one more sentence would take. Its
-    steps are how the answer begins. The code's place in the text moves on by the golden ratio: the first few problems spread it evenly."""
+    steps are how the answer begins. The code's place in the text moves on by the golden ratio: the first few problems
+    spread it evenly."""
     rng = random.Random(f"hidden code {length} {number}")
     thing = rng.choice(THINGS)
     code = str(rng.randint(1000, 9999))
@@ -946,7 +948,7 @@ def hidden_code(codec, length, number):
     while True:
         at = round(place * len(sentences))
         text = " ".join([*sentences[:at], fact, *sentences[at:]])
-        # Asked twice: told in front what to look for, SmolLM2 finds more at 2048 tokens, near the end of its reach.
+        # Asked twice: at 2048 tokens SmolLM2 found 6 of 8 codes so, and 1 of 4 (other ones) when asked at the end.
         longer = f"{ask}\n\n{text}\n\n{ask}"
         prompt = codec.chat.prompt([{"role": "user", "content": longer}])
         if question and len(codec.enc.encode(prompt, allowed_special="all")) > length:
