@@ -365,7 +365,7 @@ def convert(student, teacher, layers, init="aligned", texts=None):
 # once, in its place, so that nothing is kept for the backward pass and nothing made twice. On a CPU the float32 copies
 # of a few rows stay in the cache. Of a step of SmolLM2-135M the loss was 2.4 of 8 s with all rows at once, and is 0.9.
 
-# The vocabulary size above which the loss works in pieces, the tokens of a piece, and those that are in float32 at once.
+# The vocabulary size above which the loss works in pieces, the tokens of a piece, and those in float32 at once.
 PIECES_ABOVE = 16384
 PIECE_TOKENS = 1024
 FLOAT32_TOKENS = 32
@@ -1282,13 +1282,12 @@ def parse_args():
         "save (default 100)")
     add("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
     add("--batch", type=int, default=24, help="texts per step (default 24)")
-    add("--optimizer", default="auto", choices=("auto", "muon", "adamw"),
-        help="muon: for the matrices of the layers, adamw for the rest; auto: muon if --batch * --ctx is "
-             "at least 16 times the model's width, else adamw (default auto)")
-    add("--lr", type=float, help="peak learning rate (default 0.0005 with muon, 0.0001 with adamw)")
+    add("--optimizer", default="auto", choices=("auto", "muon", "adamw"), help="muon: for layers' "
+        "matrices; auto: adamw if --batch * --ctx < 16 times the model's width (default auto)")
+    add("--lr", type=float, help="peak learning rate (default 5e-4 with muon, 1e-4 with adamw)")
     add("--align-lr", type=float, default=1e-3, help="that of --align-steps (default 0.001)")
-    add("--lr-rest", type=float, help="that of everything but Mamba mixers (default: --lr; if "
-        "neither is given, with adamw and mixers 0.00001)")
+    add("--lr-rest", type=float, help="that of all but Mamba mixers (default: --lr, or 1e-5 "
+        "where that is chosen, too, and adamw)")
     add("--warmup", type=int, default=10, help="steps of linear warm-up (default 10)")
     # How it is computed.
     add("--seed", type=int, default=0, help="random seed (default 0)")

@@ -722,9 +722,9 @@ def mamba_names(model):
 
 
 # Muon's products do not depend on the batch. Per matrix they cost about what a step costs for 4 d_model tokens: 6 % of
-# the products of a step of the shipped teacher, 1.2 times those of SmolLM2-135M with 1300 tokens. There it was no better
-# per token either (KL of an H-12 from 0.49 to 0.30 in 50 steps; AdamW to 0.27 in 60). How many tokens a step will have
-# is not known here, the room for them is: texts fill it to a third, roughly.
+# the products of a step of the shipped teacher, 1.2 times those of SmolLM2-135M with 1300 tokens, where it was no
+# better per token either (KL of an H-12 from 0.49 to 0.30 in 50 steps; AdamW to 0.27 in 60). How many tokens a step
+# will have is not known here, the room for them is: texts fill it to a third, roughly.
 #
 # Either moves each weight by about the rate, however small its gradient is: a rate that repairs a poor start ruins a
 # good one. So AdamW's rates here, for wide models, are low, and lower for what is not new.
@@ -1170,9 +1170,8 @@ def parse_args():
     add("--lr", type=float, help="peak learning rate (default 0.005 with --scratch, else 0.0005, "
                                   "or 0.0002 with adamw)")
     add("--lr-rest", type=float, help="that of everything but Mamba mixers (default: --lr)")
-    add("--optimizer", default="auto", choices=("auto", "muon", "adamw"),
-        help="muon: for the matrices of the layers, adamw for the rest; auto: muon if --batch * --ctx is "
-             "at least 16 times the model's width, else adamw (default auto)")
+    add("--optimizer", default="auto", choices=("auto", "muon", "adamw"), help="muon: for layers' "
+        "matrices; auto: adamw if --batch * --ctx < 16 times the model's width (default auto)")
     add("--warmup", type=int, default=50, help="steps of linear warm-up (default 50)")
     add("--seed", type=int, default=0, help="random seed (default 0)")
     # What to do with the result.
