@@ -888,7 +888,7 @@ def teacher_forced(run, student):
         wanted = texts.targets[texts.targets >= 0]                           # (m)
         # Few logits at a time where the vocabulary is large, as in distillation_loss.
         few = run.teacher.lm_head.weight.shape[0] > PIECES_ABOVE
-        piece = PIECE_TOKENS if few else max(1, len(wanted))
+        piece = 4 * FLOAT32_TOKENS if few else max(1, len(wanted))
         with autocast(run.device, run.dtype):
             x = trained_hidden(student, texts)
             for i in range(0, len(wanted), piece):
@@ -969,7 +969,7 @@ def how_many_codes(args, codec):
     if args.retrieval or args.rank == "loo-retrieval":
         hidden_code(codec, 0, 0)
     if args.retrieval is None:
-        return 4 if args.data and codec.chat.refusal is None else 0
+        return 3 if args.data and codec.chat.refusal is None else 0
     return args.retrieval
 
 
@@ -1268,9 +1268,15 @@ def parse_args():
     add("--eval", type=int, default=200, help="held-out problems per family at the end; with "
         "--data, held-out examples at most (default 200)")
     add("--retrieval", type=int, help="hidden codes to ask for at the end, so many in texts of "
-        "256, 1024 and 2048 tokens each (default: 4 with --data, else 0: none)")
+        "256, 1024 and 2048 tokens each (default: 3 with --data, else 0: none)")
     add("--curve", type=int, default=0, help="steps between two looks at the KL (default 0: none)")
     add("--curve-eval", type=int, default=0, help="... and at so many problems per family (default 0)")
+    training_flags(add)
+    return p.parse_args()
+
+
+def training_flags(add):
+    """The second half of parse_args."""
     # How it learns.
     add("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"),
         help="default reverse_kl")
@@ -1297,7 +1303,6 @@ def parse_args():
     add("--resume", action="store_true", help="continue an interrupted run in --out, with the same "
         "flags")
     add("--overwrite", action="store_true", help="replace a finished result in --out")
-    return p.parse_args()
 
 
 def plan_stages(args):

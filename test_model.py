@@ -741,7 +741,7 @@ def test_position_is_counted_without_asking_a_layer(layout):
 
 
 def drift(model, tokens, marks):
-    """Feed tokens (1, t) one by one, as when generating, and to the same weights in float64 -> at each mark, a number of
+    """Feed tokens (1, t) one by one, as when generating, and to the same weights in float64 -> at each mark, in
     tokens: (mark, error of the cells, error of the logits), both relative, the cells' that of the worst layer."""
     exact = copy.deepcopy(model).double()
     state = model.new_state(1, tokens.shape[1])
@@ -4670,7 +4670,7 @@ def test_teacher_forced_measures_equal_the_naive_way_and_are_nothing_for_the_tea
             count += 1
     for pieces_above in (16384, 1):                                          # all logits at once, and in pieces
         monkeypatch.setattr(distill, "PIECES_ABOVE", pieces_above)
-        monkeypatch.setattr(distill, "PIECE_TOKENS", 7)
+        monkeypatch.setattr(distill, "FLOAT32_TOKENS", 2)
         found = distill.teacher_forced(setup, student)
         found = torch.tensor([found["kl"], *found["loss"], found["top1"]])
         torch.testing.assert_close(found, sums / count, rtol=1e-4, atol=1e-6)

@@ -549,7 +549,7 @@ def spread(lengths, n):
 
 
 def share_rows(lengths, room):
-    """-> rows of at most room tokens (or as many as the longest text has), lists of text numbers. Many rows are computed
+    """-> rows of at most room tokens (or as many as the longest text has), lists of text numbers. Rows are computed
     side by side, so they become fewer only as long as that saves padding, of which 1 % is let pass."""
     room = max(room, *lengths)
     best = None
