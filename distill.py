@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from model import (UserError, autocast, choose_threads, claim_out, file_hash, harm, provenance,
                    run_main, start_script, weights_hash)
-from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates,
+from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates, choose_optimizer,
                        clipped_step, collate, encode_parts, encode_problem, fit, generic_block,
                        list_block, load_codec, make_optimizers, mamba_names, problem_set,
                        read_jsonl, show_example, solve, trace_block)
@@ -365,7 +365,7 @@ def convert(student, teacher, layers, init="aligned", texts=None):
 # once, in its place, so that nothing is kept for the backward pass and nothing made twice. On a CPU the float32 copies
 # of a few rows stay in the cache. Of a step of SmolLM2-135M the loss was 2.4 of 8 s with all rows at once, and is 0.9.
 
-# The vocabulary size above which the loss works in pieces, the tokens of a piece, and those that are in float32 at once.
+# The vocabulary size above which the loss works in pieces, the tokens of a piece, and those in float32 at once.
 PIECES_ABOVE = 16384
 PIECE_TOKENS = 1024
 FLOAT32_TOKENS = 32
@@ -1189,6 +1189,8 @@ def stage(args, run, began):
     print(f"{'':22}{'teacher':>10}{'student':>10}")
     table[0] += f"   (before distillation {kl_first:.4f})"
     print(*table, sep="\n")
+    if args.steps and report["kl_last"] > kl_first:
+        print("warning: training made it worse than it started: try a lower --lr, or more --steps")
     print(f"saved {args.out}; talk to it: python sample.py --model {args.out} --chat")
     print(json.dumps(report), flush=True)
 
@@ -1288,11 +1290,12 @@ def training_flags(add):
         "save (default 100)")
     add("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
     add("--batch", type=int, default=24, help="texts per step (default 24)")
-    add("--optimizer", default="muon", choices=("muon", "adamw"),
-        help="muon: for the matrices of the layers, adamw for the rest (default muon)")
-    add("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
+    add("--optimizer", default="auto", choices=("auto", "muon", "adamw"), help="muon: for layers' "
+        "matrices; auto: adamw if --batch * --ctx < 16 times the model's width (default auto)")
+    add("--lr", type=float, help="peak learning rate (default 5e-4 with muon, 1e-4 with adamw)")
     add("--align-lr", type=float, default=1e-3, help="that of --align-steps (default 0.001)")
-    add("--lr-rest", type=float, help="that of everything but Mamba mixers (default: --lr)")
+    add("--lr-rest", type=float, help="that of all but Mamba mixers (default: --lr, or 1e-5 "
+        "where that is chosen, too, and adamw)")
     add("--warmup", type=int, default=10, help="steps of linear warm-up (default 10)")
     # How it is computed.
     add("--seed", type=int, default=0, help="random seed (default 0)")
@@ -1380,11 +1383,14 @@ def main():
     block, probe, fixed, held_out = load_texts(args, codec, teacher.config.vocab_size)
     size = sum(p.numel() for p in teacher.parameters())
     for each in stages:
+        # Without new mixers nothing may move faster than the rest.
+        adamw = (1e-4, None) if each.init == "identity" else (1e-4, 1e-5)
+        choose_optimizer(each, teacher.config.d_model, muon=(5e-4, None), adamw=adamw)
         each.train = what_trains(args.train, size, device)
         each.out = claim_out(each.out, [each.teacher, each.student], args.overwrite, each.resume)
         each.retrieval = how_many_codes(each, codec)
     choose_threads(teacher, device, args.threads)
-    print_start(args, stages[0].train, teacher, size, device, dtype)
+    print_start(stages[0], stages[0].train, teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
     calibration = calibration_texts(block, device, teacher.config)
@@ -1412,7 +1418,8 @@ def print_start(args, train, teacher, size, device, dtype):
     layout = teacher.config.layout
     attention = layout.count("t")
     print(f"{args.teacher}: {size / 1e6:.2f} M parameters, {attention} attention layers; on {device}, "
-          f"products in {dtype}; {nano.scan_backend_reason(device)}; training {train}")
+          f"products in {dtype}; {nano.scan_backend_reason(device)}; training {train} "
+          f"by {args.optimizer} at {args.lr:g}")
     if attention < len(layout):
         print(f"note: {args.teacher} is no plain transformer: {len(layout) - attention} of its {len(layout)} "
               "layers have no attention. They stay as they are and do not count towards --replace")

@@ -3752,6 +3752,36 @@ def test_muon_turns_a_gradient_into_a_nearly_orthogonal_matrix(shape):
     assert (inner - torch.diag_embed(new)).abs().max() < 1e-2
 
 
+@pytest.mark.parametrize("flags, wanted", [
+    ({}, ("muon", 5e-4, None)),
+    ({"d_model": 576, "batch": 8}, ("adamw", 1e-4, 1e-5)),
+    ({"d_model": 576, "batch": 18}, ("muon", 5e-4, None)),                   # 9216 = 16 * 576
+    ({"d_model": 576, "optimizer": "muon"}, ("muon", 5e-4, None)),
+    ({"optimizer": "adamw"}, ("adamw", 1e-4, 1e-5)),
+    ({"optimizer": "adamw", "lr_rest": 0.0}, ("adamw", 1e-4, 0.0)),
+    ({"optimizer": "adamw", "lr": 3e-4}, ("adamw", 3e-4, None))])
+def test_the_optimizer_is_chosen_by_width_and_room_and_given_rates_stay(flags, wanted):
+    given = {"d_model": 64, "batch": 24, "ctx": 512, "optimizer": "auto", "lr": None, "lr_rest": None} | flags
+    args = argparse.Namespace(**given)
+    train_sft.choose_optimizer(args, args.d_model, muon=(5e-4, None), adamw=(1e-4, 1e-5))
+    assert (args.optimizer, args.lr, args.lr_rest) == wanted
+
+
+@pytest.mark.parametrize("d_model, known, wanted", [
+    (256, {"avx512_bf16": True}, "bfloat16"),
+    (256, {"amx_bf16": True}, "bfloat16"),
+    (256, {}, "float32"),
+    (64, {"avx512_bf16": True}, "float32")])
+def test_wide_models_train_with_bfloat16_products_where_the_cpu_has_them(tmp_path, monkeypatch, d_model, known, wanted):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    save_pretrained(tiny("t", d_model=d_model), tmp_path)
+    flags = {"device": "cpu", "dtype": "auto", "model": str(tmp_path)}
+    for more, dtype in (({"optimizer": "auto"}, wanted), ({}, "float32")):   # the second: a script that only reads
+        args = argparse.Namespace(**flags, **more)
+        nano.start_script(args)
+        assert args.dtype == dtype
+
+
 def test_learning_rate_rises_stays_and_falls():
     rates = [train_sft.learning_rate(step, 100, 2.0, 10) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
