@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from model import (UserError, autocast, choose_threads, claim_out, file_hash, harm, provenance,
                    run_main, start_script, weights_hash)
-from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates, clipped_step, collate,
-                       encode_parts, encode_problem, fit, generic_block, list_block, load_codec, make_optimizers,
-                       mamba_names, problem_set, read_jsonl, show_example, solve, trace_block)
+from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates,
+                       clipped_step, collate, encode_parts, encode_problem, fit, generic_block,
+                       list_block, load_codec, make_optimizers, mamba_names, problem_set,
+                       read_jsonl, show_example, solve, trace_block)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -468,20 +469,6 @@ def batch_loss(student, teacher, batch, divergence):
     return loss, len(x)
 
 
-@torch.no_grad()
-def mean_loss(student, teacher, fixed, divergence, device, dtype):
-    """Mean divergence in nats per response token over a fixed list of batches (lists of examples)."""
-    total = 0.0
-    count = 0
-    for examples in fixed:
-        batch = collate(examples, device)
-        with autocast(device, dtype):
-            loss, count_here = batch_loss(student, teacher, batch, divergence)
-        total += loss.item()
-        count += count_here
-    return total / max(1, count)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Alignment, before the KL stage if --align-steps asks for it: every new mixer learns, by itself, to write what the
 # attention that it replaces writes for the teacher's inputs.
@@ -887,11 +874,12 @@ AGREEMENT_TOKENS = 64
 RETRIEVAL_LENGTHS = (256, 1024, 2048)                    # tokens of the prompt
 WHO = ("The baker|A sailor|My neighbour|The teacher|An old farmer|The painter|A tired nurse|"
        "The captain").split("|")
-DID = "walked to|looked at|talked about|waited near|painted|cleaned|remembered|drove past".split("|")
+DID = ("walked to|looked at|talked about|waited near|painted|cleaned|remembered|"
+       "drove past").split("|")
 WHAT = ("the harbour|the old bridge|a small garden|the market|the empty station|a wooden house|"
         "the river|the school").split("|")
-WHEN = ("in the morning|after lunch|on Monday|before the rain|last summer|with a friend|for an hour|"
-        "at night").split("|")
+WHEN = ("in the morning|after lunch|on Monday|before the rain|last summer|with a friend|"
+        "for an hour|at night").split("|")
 
 
 @torch.no_grad()
@@ -909,8 +897,10 @@ def teacher_forced(run, student):
         piece = PIECE_TOKENS if few else max(1, len(wanted))
         with autocast(run.device, run.dtype):
             x = trained_hidden(student, texts)
-            for ours, theirs, targets in zip(x.split(piece), teacher_x.split(piece), wanted.split(piece)):
-                sums += compared(student.lm_head(ours), run.teacher.lm_head(theirs), targets)
+            for i in range(0, len(wanted), piece):
+                part = slice(i, i + piece)
+                logits = student.lm_head(x[part])
+                sums += compared(logits, run.teacher.lm_head(teacher_x[part]), wanted[part])
         count += len(wanted)
     kl, teacher_loss, student_loss, same = (sums / max(1, count)).tolist()
     return {"kl": kl, "loss": [teacher_loss, student_loss], "top1": same}
@@ -966,7 +956,8 @@ def hidden_code(codec, length, number):
         longer = f"{ask}\n\n{text}\n\n{ask}"
         prompt = codec.chat.prompt([{"role": "user", "content": longer}])
         if question and len(codec.enc.encode(prompt, allowed_special="all")) > length:
-            return Problem(f"code in {length} tokens", question, fact.removesuffix(f" {code}."), code)
+            beginning = fact.removesuffix(f" {code}.")
+            return Problem(f"code in {length} tokens", question, beginning, code)
         question = longer
         words = [rng.choice(choices) for choices in (WHO, DID, WHAT, WHEN)]
         sentences.append(f"{' '.join(words)}.")
@@ -996,8 +987,10 @@ def retrieval(args, run, model, note):
         if length <= run.teacher.config.max_length:
             problems = [hidden_code(run.codec, length, number) for number in range(args.retrieval)]
             texts = solve(model, run.codec, problems, batch=8, max_new_tokens=32, note=note)
-            found = [problem.answer in re.findall(r"\d+", text) for problem, text in zip(problems, texts)]
-            shares[length] = sum(found) / len(found)
+            found = 0
+            for problem, text in zip(problems, texts):
+                found += problem.answer in re.findall(r"\d+", text)
+            shares[length] = found / len(problems)
     return shares
 
 
@@ -1049,8 +1042,12 @@ def exact_match(args, run, student):
     if args.data:
         return result, []
     problems = problem_set("test", args.eval)
-    teacher_texts = ask_teacher(run, "problems", lambda model, note: solve(model, run.codec, problems, note=note))
-    student_texts = solve(student, run.codec, problems, note="student: problems")
+
+    def solve_them(model, note):
+        return solve(model, run.codec, problems, note=note)
+
+    teacher_texts = ask_teacher(run, "problems", solve_them)
+    student_texts = solve_them(student, "student: problems")
     by_teacher, teacher_all = accuracy(problems, teacher_texts)              # shares, 0 to 1
     by_student, student_all = accuracy(problems, student_texts)
     by_family = {family: [by_teacher[family], by_student[family]] for family in by_teacher}
@@ -1116,8 +1113,8 @@ class Run(NamedTuple):
     fixed: list                                          # one held-out batch, for MMR's trials
     calibration: list                                    # pairs (tokens, real), see calibrate
     content: dict                                        # fingerprints of teacher and data
-    held_out: list                                       # batches (lists of examples) to measure a student on
-    asked: dict                                          # the teacher's side of what was measured, see ask_teacher
+    held_out: list                                       # lists of examples to measure a student on
+    asked: dict                                          # the teacher's side of it, see ask_teacher
 
 
 # The flags that a result depends on. Not among them: where it is written, on which device it runs, and --eval, which
@@ -1184,9 +1181,9 @@ def stage(args, run, began):
     # progress.seconds is the time of all parts of an interrupted run.
     seconds = prepared - began + progress.seconds + time.time() - done_training
     report = {
-        "replaced": done + new, "layout": list(student.config.layout), "kl_first": kl_first, **result,
-        "steps": args.steps, "tokens": progress.tokens,
-        "seconds": round(seconds, 1), "seed": args.seed}
+        "replaced": done + new, "layout": list(student.config.layout), "kl_first": kl_first,
+        **result, "steps": args.steps, "tokens": progress.tokens, "seconds": round(seconds, 1),
+        "seed": args.seed}
     extra = {"args": vars(args), "run": depends, "scores": scores, "align_log": aligned.log, "log": log,
              "curve": progress.curve, "start_seconds": start}
     path = os.path.join(args.out, "report.json")
@@ -1255,8 +1252,8 @@ def parse_args():
     add("--out", help="directory for the result; with --stages, the one above (default: out/hN; an "
         "--init other than the default adds its name)")
     add("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of "
-        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student; loo-retrieval: loo by "
-        "hidden codes (default auto)")
+        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student; loo-retrieval: "
+        "by hidden codes (default auto)")
     inits = "; ".join(f"{name}: {what}" for name, what in INITS.items())
     add("--init", default="calibrated", choices=tuple(INITS),
         help=f"of a mixer. {inits} (default calibrated)")
@@ -1268,18 +1265,16 @@ def parse_args():
     add("--traces", default="reasoning", choices=("reasoning", "generic"), help="built-in texts to "
         "distil on; generic: facts without question or reasoning (default reasoning)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
-    add("--pack", action="store_true", help="lay texts into rows of --ctx tokens: same loss, less "
-        "padding")
+    add("--pack", action="store_true", help="let texts share rows of up to --ctx tokens: same "
+        "loss, less padding")
     add("--probe", type=int, default=48, help="problems per family for LOO, or --data examples "
         "(default 48)")
     add("--eval", type=int, default=200, help="held-out problems per family at the end; with "
         "--data, held-out examples at most (default 200)")
     add("--retrieval", type=int, help="hidden codes to ask for at the end, so many in texts of "
         "256, 1024 and 2048 tokens each (default: 4 with --data, else 0: none)")
-    add("--curve", type=int, default=0, metavar="N", help="measure the held-out KL every N steps, into the "
-        "report (default 0: never)")
-    add("--curve-eval", type=int, default=0, metavar="M", help="... and exact match on M held-out problems "
-        "per family (default 0: none)")
+    add("--curve", type=int, default=0, help="steps between two looks at the KL (default 0: none)")
+    add("--curve-eval", type=int, default=0, help="... and at so many problems per family (default 0)")
     # How it learns.
     add("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"),
         help="default reverse_kl")
@@ -1311,19 +1306,16 @@ def parse_args():
 def plan_stages(args):
     """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file.
     Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
-    for name in ("steps", "align_steps"):
-        value = getattr(args, name)
-        if value < 0:
-            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
     if args.align_steps and args.init == "identity":
         raise UserError("--align-steps trains new mixers, and --init identity makes none")
     for name in ("replace", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("retrieval", "curve", "curve_eval"):
-        if (getattr(args, name) or 0) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    for name in ("steps", "align_steps", "retrieval", "curve", "curve_eval"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
     if args.curve_eval and (args.data or not args.curve):
         raise UserError("--curve-eval belongs to --curve and the built-in problems")
     check_rates(args.lr, args.lr_rest)
@@ -1395,7 +1387,7 @@ def main():
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
     calibration = calibration_texts(block, device, teacher.config)
-    run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, held_out, asked={})
+    run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, held_out, {})
     for each in stages:
         stage(each, run, began)
         # Loading counts for the first stage.
@@ -1429,11 +1421,12 @@ def print_start(args, train, teacher, size, device, dtype):
 
 def load_texts(args, codec, n_vocab):
     """-> block: (number, count) -> training examples; probe: batches of examples for LOO; fixed: one held-out batch;
-    held_out: batches to measure on. None of the last three is ever trained on."""
+    held_out: batches to measure on. Neither of the last two is ever trained on; nor is what is measured asked by LOO,
+    which may look at texts that train: the model that it looks at is the teacher."""
     if args.data:
         training, held_out = read_jsonl(args.data, codec, args.ctx, n_vocab)
         block = list_block(training, args.seed)
-        probe = held_out[:args.probe]
+        probe = training[:args.probe]
         fixed = held_out[:args.batch]
         held_out = in_batches(held_out[:args.eval], args.batch)
     else:
