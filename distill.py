@@ -170,15 +170,21 @@ def not_carried(config):
 # where a model without the layer would. "calibrated" repairs that on some training texts, in closed form:
 #
 #       gate z      opened: fitted to a constant c with silu(c) = 1, plus a little of its random start
-#       conv        lets the newest token through, made small: silu(0.1 v) is nearly the straight line 0.05 v
-#       D           a head's channels hold the same u as those of the heads that share its v. So the first of them gets a
-#                   large D, it says what the token itself brings, and the last none: its channels are memory alone
+#       conv        the newest token alone, and small: silu(0.1 v) is nearly a straight line, 0.05 v
+#       D           of the query heads that share a kv head, the first gets 3, the others 0. Their channels hold the same
+#                   u: what the token itself brings comes from the first, and the others are memory alone
 #       out_proj    fitted such that x + mixer(norm(x)) comes close to what stands there in the teacher
 #
-# Layer by layer, each on the work of those before it: what they lost is wanted from the later ones, as far as they can
-# tell it. Nothing but two linear systems per layer is solved: it takes no training step, and the file format does not
-# notice. dt and A stay as they are: size and direction are corrected in the last linear map. The closed form is ours
-# and not the paper's; Taylor-Calibrate (arXiv 2606.16429) fits another mixer to its attention by gradient steps.
+# Layer by layer, each on the work of those before it. The last line asks for more than the attention's output: what the
+# layers before have lost is wanted, too, as far as this one can tell it. Two linear systems are solved per layer: it
+# takes no training step, and the file format does not notice. dt and A stay as they are: size and direction are
+# corrected in the last linear map. The closed form is ours and not the paper's; Taylor-Calibrate (arXiv 2606.16429)
+# fits another mixer to its attention by gradient steps.
+#
+# Texts count: a fit of d_inner unknowns for each output, to few positions, is good there and nowhere else. KL of
+# SmolLM2-135M with 12 of 30 layers replaced, on held-out answers, before any training: gate and out_proj fitted to the
+# attention's output on 10 000 positions 0.380; with conv and D 0.320; with the teacher's x as the aim and 38 000
+# positions 0.253.
 
 OPEN_GATE = 1.28                                         # silu(1.28) = 1
 SMALL_CONV = 0.1
@@ -247,7 +253,7 @@ def open_gate(mixer, inputs):
 
 
 def straighten(mixer):
-    """Set conv and D as said above."""
+    """Set conv and D as the table says."""
     c = mixer.config
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = SMALL_CONV
@@ -467,7 +473,7 @@ def batch_loss(student, teacher, batch, divergence):
 # Alignment, before the KL stage if --align-steps asks for it: every new mixer learns, by itself, to write what the
 # attention that it replaces writes for the teacher's inputs.
 #
-# The teacher walks through its layers once; at each replaced one its normed input is given to attention and mixer alike.
+# The teacher walks through its layers once; at each new one its normed input is given to attention and mixer alike.
 # The loss is the mean squared error, relative to the attention's output: layers of loud and of quiet outputs count the
 # same. No gradient goes through MLPs, through the output layer or from layer to layer, so a step costs a third of a KL
 # step. But nobody asks which errors matter, and in use a mixer's input comes from the mixers before it.
@@ -1462,8 +1468,9 @@ def calibration_texts(block, device, config, most=65536):
         if wanted > 0:
             texts.append(example)
             wanted -= len(example[0])
+    longest = max(len(ids) for ids, _ in texts)
     pieces = []
-    for examples in in_batches(texts, 24):
+    for examples in in_batches(texts, max(1, 4096 // longest)):
         tokens = collate(examples, device).tokens
         lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
         real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
