@@ -369,7 +369,7 @@ def convert(student, teacher, layers, init="aligned", texts=None):
 # With a large vocabulary the (tokens, vocabulary) logits are the largest tensors of the whole run (131072 x 16384 in
 # float32 is 8.6 GB): they are then made piece by piece from the hidden states, and the gradient of a piece is made at
 # once, in its place, so that nothing is kept for the backward pass and nothing made twice. On a CPU the float32 copies
-# of a few rows stay in the cache. Of a step of SmolLM2-135M the loss was 2.4 of 8 s with all rows at once, and is 0.9.
+# of a few rows stay in the cache. It took 0.6 of 6.2 s off a step of SmolLM2-135M, and 1.5 of 6.6 GB.
 
 # The vocabulary size above which the loss works in pieces, the tokens of a piece, and those in float32 at once.
 PIECES_ABOVE = 16384
