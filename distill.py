@@ -171,8 +171,8 @@ def not_carried(config):
 #
 #       gate z      opened: fitted to a constant c with silu(c) = 1, plus a little of its random start
 #       conv        the newest token alone, and small: silu(0.1 v) is nearly a straight line, 0.05 v
-#       D           of the query heads that share a kv head, the first gets 3, the others 0. Their channels hold the same
-#                   u: what the token itself brings comes from the first, and the others are memory alone
+#       D           of the query heads that share a kv head, the first gets 3, the others 0. Their channels hold the
+#                   same u: what the token itself brings comes from the first, and the others are memory alone
 #       out_proj    fitted such that x + mixer(norm(x)) comes close to what stands there in the teacher
 #
 # Layer by layer, each on the work of those before it. The last line asks for more than the attention's output: what the
