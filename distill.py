@@ -524,7 +524,7 @@ def mmr_scores(args, run, student):
 
     key = depends_on(args, run, student)
     # The order of the trials' losses is all that is used: how the stage goes on afterwards does not matter to it.
-    for flag in ("replace", "rank", "steps", "warmup", "probe"):
+    for flag in ("replace", "rank", "steps", "accumulate", "warmup", "probe"):
         del key[flag]
     return stored_scores(os.path.join(args.out, "mmr.json"), key, make)
 
@@ -630,7 +630,7 @@ def distill(args, run, student, progress):
         return batch_loss(model, run.teacher, tokens, targets, args.loss)
 
     plan = Plan(steps=args.steps, lr=args.lr, warmup=args.warmup, every=25, log_every=1, name="kl",
-                optimizer=args.optimizer, lr_rest=args.lr_rest)
+                optimizer=args.optimizer, lr_rest=args.lr_rest, accumulate=args.accumulate)
     return fit(student, loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
 
 
@@ -719,7 +719,7 @@ class Run(NamedTuple):
 # The flags that a result depends on. Not among them: where it is written, on which device it runs, and --eval, which
 # only looks. Nor the paths of teacher, student and data: what counts is what is in them.
 FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "steps", "probe_steps", "batch",
-         "ctx", "optimizer", "lr", "lr_rest", "warmup", "probe", "seed", "dtype")
+         "accumulate", "ctx", "optimizer", "lr", "lr_rest", "warmup", "probe", "seed", "dtype")
 
 
 def depends_on(args, run, student):
@@ -907,6 +907,9 @@ def parse_args():
     add("--steps", type=int, default=100, help="optimiser steps of a stage (default 100)")
     add("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
     add("--batch", type=int, default=24, help="texts per step (default 24)")
+    add("--accumulate", type=int, default=1, metavar="K",
+        help="make a step of K batches, one after the other: K times the texts, the memory of one; "
+        "not in MMR trials (default 1)")
     add("--optimizer", default="muon", choices=("muon", "adamw"),
         help="muon: for the matrices of the layers, adamw for the rest (default muon)")
     add("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
@@ -926,7 +929,8 @@ def parse_args():
 def plan_stages(args):
     """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file.
     Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
-    for name in ("replace", "steps", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
+    counts = ("replace", "steps", "probe_steps", "batch", "accumulate", "ctx", "probe", "eval", "d_state", "threads")
+    for name in counts:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

@@ -3647,6 +3647,34 @@ def test_the_log_holds_means_over_the_tokens_since_its_last_entry(hybrid, tmp_pa
     assert not os.listdir(tmp_path)
 
 
+def uneven_block(number, count):
+    """Texts of 9 tokens, of which none to 8 are trained."""
+    rng = random.Random(number)
+    texts = []
+    for _ in range(count):
+        prompt = rng.randint(1, 9)
+        texts.append((rng.sample(range(10, 200), 9), [False] * prompt + [True] * (9 - prompt)))
+    return texts
+
+
+@OPTIMIZERS
+def test_a_step_is_the_same_however_it_is_cut_into_batches(hybrid, tmp_path, optimizer):
+    """8 x 1 = 4 x 2 = 1 x 8, though some texts train many tokens and some none."""
+    start = hybrid[0].double()
+    ends = []
+    for batch, accumulate in ((8, 1), (4, 2), (1, 8)):
+        model = copy.deepcopy(start)
+        plan = train_sft.Plan(3, 1e-3, 1, 9, 1, "loss", optimizer, None, accumulate)
+        progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
+        log = train_sft.fit(model, train_sft.cross_entropy, uneven_block, batch, plan, progress, CPU, torch.float32)
+        ends.append((model, [entry["loss"] for entry in log]))
+    whole, losses = ends[0]
+    for model, other in ends[1:]:
+        assert other == pytest.approx(losses, abs=1e-5)
+        for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+            assert off(p, q) < 1e-5
+
+
 def test_ctrl_c_during_a_save_spoils_nothing(traces, tmp_path, monkeypatch, interrupt_after):
     real = nano.write_atomic
 

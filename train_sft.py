@@ -740,6 +740,7 @@ class Plan(NamedTuple):
     name: str                                            # of the loss, in log entries and on the bar
     optimizer: str = "muon"                              # or adamw
     lr_rest: float | None = None                         # of everything but Mamba mixers; None: lr
+    accumulate: int = 1                                  # batches in a step
 
 
 # A run in progress is one safetensors file: weights and optimiser states as tensors, the rest as JSON in its header.
@@ -911,8 +912,8 @@ def signals_noted():
 
 
 def fit(model, loss_of, block, batch, plan, progress, device, dtype):
-    """Train model for plan.steps steps of `batch` examples each, see batches. -> the log, progress.log.
-    loss_of(model, tokens, targets) -> summed loss, number of trained tokens.
+    """Train model for plan.steps steps of plan.accumulate * batch examples each, see batches. -> the log, progress.log.
+    loss_of(model, tokens, targets) -> loss, summed over the trained tokens (targets >= 0), and their number.
 
     Saves every plan.every steps, and on Ctrl-C or SIGTERM after the step at hand; then it raises KeyboardInterrupt.
     With progress.resume it goes on from what was saved, to the same bits as if nothing had happened. A log entry: step,
@@ -920,24 +921,20 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
     optimizers = make_optimizers(model, plan.lr, plan.optimizer, plan.lr_rest)
     progress.load(model, optimizers, plan)
     progress.check_disk(model, optimizers)
-    stream = batches(block, batch, progress.step)
+    stream = batches(block, batch * plan.accumulate, progress.step)
     began = time.time() - progress.seconds
     bar = tqdm(total=plan.steps, initial=progress.step, desc="training", unit="step")
     with bar, signals_noted() as noted:
         for step in range(progress.step, plan.steps):
-            tokens, targets = collate(next(stream), device)                  # (b, t) each
-            with autocast(device, dtype):
-                loss, count = loss_of(model, tokens, targets)
-            # The mean over this batch's tokens.
-            (loss / max(1, count)).backward()
+            loss, count, n_tokens = gradients(model, loss_of, next(stream), batch, device, dtype)
             rate = learning_rate(step, plan.steps, plan.lr, plan.warmup)
             # Muon's products, too, take dtype: half of a step of a model of 135 M parameters is theirs.
             with autocast(device, dtype):
                 clipped_step(model, optimizers, rate)
             progress.step = step + 1
-            progress.tokens += tokens.numel()
+            progress.tokens += n_tokens
             progress.seconds = time.time() - began
-            progress.loss += loss.item()
+            progress.loss += loss
             progress.count += count
             bar.update()
             if progress.step % plan.log_every == 0 or progress.step == plan.steps:
@@ -956,6 +953,26 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
               file=sys.stderr)
         raise KeyboardInterrupt
     return progress.log
+
+
+def gradients(model, loss_of, examples, batch, device, dtype):
+    """Forward and backward pass of a step's examples, `batch` at a time: what one pass keeps is freed before the next.
+    -> summed loss, number of trained tokens, number of all tokens (padding included); see fit for loss_of.
+
+    The gradient is that of the mean over the trained tokens of the whole step, however it is cut: a mean of the
+    batches' means would let a token count more, the fewer there are beside it."""
+    parts = []
+    for i in range(0, len(examples), batch):
+        parts.append(collate(examples[i:i + batch], device))                 # tokens, targets: (b, t) each
+    count = sum(int((targets >= 0).sum()) for _, targets in parts)
+    n_tokens = sum(tokens.numel() for tokens, _ in parts)
+    total = 0.0
+    for tokens, targets in parts:
+        with autocast(device, dtype):
+            loss, _ = loss_of(model, tokens, targets)
+        (loss / max(1, count)).backward()
+        total += loss.item()
+    return total, count, n_tokens
 
 
 def write_entry(progress, name):
@@ -1069,6 +1086,8 @@ def parse_args():
     add("--data", help="JSONL file, plain or .gz: prompt/response, messages or conversations "
                        "(default: the built-in traces)")
     add("--batch", type=int, default=32, help="texts per step (default 32)")
+    add("--accumulate", type=int, default=1, metavar="K",
+        help="make a step of K batches, one after the other: K times the texts, the memory of one (default 1)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
     add("--easy", type=float, default=0.0, help="share of the steps during which built-in problems "
                                                 "grow from small to full size (default 0)")
@@ -1101,7 +1120,7 @@ def check_flags(args):
     """Fill in the default of --lr. Raises UserError for what can be seen to be wrong without any file."""
     if args.lr is None:
         args.lr = 0.005 if args.scratch else 0.0005
-    for name in ("steps", "batch", "ctx", "every"):
+    for name in ("steps", "batch", "accumulate", "ctx", "every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     check_rates(args.lr, args.lr_rest)
@@ -1139,8 +1158,8 @@ def start_data(args, codec, n_vocab):
 
 def start_progress(args, model):
     """-> the Progress of this run."""
-    keys = ("layers", "steps", "batch", "ctx", "lr", "lr_rest", "optimizer", "warmup", "easy",
-            "seed", "dtype")
+    keys = ("layers", "steps", "batch", "accumulate", "ctx", "lr", "lr_rest", "optimizer", "warmup",
+            "easy", "seed", "dtype")
     run = {key: getattr(args, key) for key in keys}
     run["content of the model"] = weights_hash(model)
     run["content of --data"] = file_hash(args.data)
@@ -1175,7 +1194,7 @@ def main():
           f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     progress = start_progress(args, model)
     plan = Plan(args.steps, args.lr, args.warmup, args.every, log_every=10, name="loss",
-                optimizer=args.optimizer, lr_rest=args.lr_rest)
+                optimizer=args.optimizer, lr_rest=args.lr_rest, accumulate=args.accumulate)
     model = model.to(device).train()
     log = fit(model, cross_entropy, block, args.batch, plan, progress, device, dtype)
     if other:
