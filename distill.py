@@ -28,10 +28,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model import (UserError, autocast, choose_threads, claim_out, file_hash, harm, provenance,
-                   run_main, start_script, weights_hash)
+                   start_script, weights_hash)
 from train_sft import (Plan, Progress, accuracy, batches, check_rates, clipped_step, collate,
                        encode_problem, fit, generic_block, list_block, load_codec, make_optimizers,
-                       mamba_names, problem_set, read_jsonl, show_example, solve, trace_block)
+                       mamba_names, once, own_part, problem_set, processes, read_jsonl, run_together,
+                       share_out, show_example, solve, summed, take_back, trace_block, union)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -395,6 +396,8 @@ def mean_loss(student, teacher, fixed, divergence, device, dtype):
 def leave_one_out(model, probe, device, dtype, use_accuracy):
     """probe: lists of examples -> per attention layer {"layer", "accuracy" or None, "kl", "loss"} without its mixer."""
     attention = attention_layers(model.config)
+    # Of many processes each takes some of the texts.
+    probe = own_part(probe)
     totals = {layer: torch.zeros(3, dtype=torch.float64) for layer in attention}
     tokens_seen = 0
     texts_seen = 0
@@ -407,11 +410,13 @@ def leave_one_out(model, probe, device, dtype, use_accuracy):
                     bar.update()
             tokens_seen += int((batch.targets >= 0).sum())
             texts_seen += len(examples)
+    tokens_seen, texts_seen = summed(tokens_seen, texts_seen)
     scores = []
-    for layer, (right, kl, loss) in totals.items():
-        accuracy = right.item() / texts_seen if use_accuracy else None
-        kl = kl.item() / tokens_seen
-        loss = loss.item() / tokens_seen
+    for layer, sums in totals.items():
+        right, kl, loss = summed(*sums.tolist())
+        accuracy = right / texts_seen if use_accuracy else None
+        kl = kl / tokens_seen
+        loss = loss / tokens_seen
         scores.append({"layer": layer, "accuracy": accuracy, "kl": kl, "loss": loss})
     return scores
 
@@ -467,7 +472,7 @@ def stored_scores(path, key, make):
         return stored
     scores = make()
     stored = key | {"order": least_important_first(scores), "scores": scores}
-    nano.write_json(path, stored)
+    once(nano.write_json, path, stored)
     return stored
 
 
@@ -567,10 +572,16 @@ def try_each_layer(args, run, student, key):
     known = [trial["layer"] for trial in trials]
     todo = [layer for layer in attention_layers(student.config) if layer not in known]
     *training, held_out = trial_batches(args, run)
-    for layer in tqdm(todo, desc="MMR", unit="layer"):
-        loss = trial_loss(args, run, student, layer, training, held_out)
-        trials.append({"layer": layer, "loss": loss})
-        nano.write_json(path, {"key": key, "trials": trials})
+    # Of many processes each tries a layer of its own, with a whole student.
+    with tqdm(total=len(todo), desc="MMR", unit="layer") as bar:
+        while todo:
+            losses = {}
+            for layer in own_part(todo[:processes()]):
+                losses[layer] = trial_loss(args, run, student, layer, training, held_out)
+            trials += [{"layer": layer, "loss": loss} for layer, loss in union(losses).items()]
+            once(nano.write_json, path, {"key": key, "trials": trials})
+            todo = todo[processes():]
+            bar.update(processes())
     return trials
 
 
@@ -632,13 +643,17 @@ def trial_loss(args, run, student, layer, training, held_out):
 
 def distill(args, run, student, progress):
     """Train the student for args.steps steps. -> log entries, one per step, see train_sft.fit."""
+    teacher = share_out(run.teacher, run.device, run.dtype)
+
     def loss_of(model, batch):
-        return batch_loss(model, run.teacher, batch, args.loss)
+        return batch_loss(model, teacher, batch, args.loss)
 
     plan = Plan(steps=args.steps, lr=args.lr, warmup=args.warmup, every=25, log_every=1, name="kl",
                 optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0,
                 accumulate=args.accumulate)
-    return fit(student, loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
+    log = fit(student, loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
+    take_back(run.teacher, teacher)
+    return log
 
 
 def clone(model, train):
@@ -773,7 +788,7 @@ def stage(args, run, began):
     nano.cast(student.eval(), run.device, student.embed_tokens.weight.dtype)
     kl_last = held_out_kl(run, student)
     result, table = evaluate(args, run, student)
-    nano.save_pretrained(student, args.out, tokenizer_from=args.teacher)
+    once(nano.save_pretrained, student, args.out, tokenizer_from=args.teacher)
     # progress.seconds is the time of all parts of an interrupted run.
     seconds = prepared - began + progress.seconds + time.time() - done_training
     report = {
@@ -782,8 +797,8 @@ def stage(args, run, began):
         "seconds": round(seconds, 1), "seed": args.seed}
     extra = {"args": vars(args), "run": depends, "scores": scores, "log": log}
     path = os.path.join(args.out, "report.json")
-    nano.write_json(path, report | extra | provenance(run.device))
-    progress.remove()
+    once(nano.write_json, path, report | extra | provenance(run.device))
+    once(progress.remove)
     kl_line = f"{'KL to the teacher':22}{0:10.4f}{kl_last:10.4f}"
     print(f"{'':22}{'teacher':>10}{'student':>10}")
     print(f"{kl_line}   (before distillation {kl_first:.4f})", *table, sep="\n")
@@ -1003,7 +1018,7 @@ def main():
     size = sum(p.numel() for p in teacher.parameters())
     for each in stages:
         each.train = what_trains(args.train, size, device)
-        each.out = claim_out(each.out, [each.teacher, each.student], args.overwrite, each.resume)
+        each.out = once(claim_out, each.out, [each.teacher, each.student], args.overwrite, each.resume)
     choose_threads(teacher, device, args.threads)
     print_start(args, stages[0].train, teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
@@ -1091,4 +1106,4 @@ def memory_bytes(device):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_together(main)
