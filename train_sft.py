@@ -904,7 +904,7 @@ class Progress:
         """The run is finished and its result saved; or its progress is now in the file or directory `but`."""
         if os.path.exists(self.path) and but != self.path:
             os.remove(self.path)
-        for folder in saved_parts(self.path):
+        for folder in saved_parts(self.path) + saved_parts(self.path, ".tmp"):
             if folder != but:
                 shutil.rmtree(folder)
 
@@ -1215,7 +1215,7 @@ def union(part):
 
 
 def once(do, *args, **named):
-    """do(*args, **named) by process 0 alone, while the others wait. -> what it gave there. A UserError is everybody's."""
+    """do(*args, **named) by process 0, while the others wait. -> what it gave there. A UserError is everybody's."""
     if processes() == 1:
         return do(*args, **named)
     outcome = [None, None]
@@ -1238,7 +1238,7 @@ def is_sharded(tensor):
 
 
 def share_out(model, device, dtype):
-    """-> a model that computes the same, in hidden() and then lm_head, and of whose weights each process holds its rows.
+    """-> a model that computes the same, in hidden() and then lm_head, of whose weights each process holds its rows.
     `model` is a shell without weights until take_back. A single process: the model itself.
     Weights that train are float32 in each process's rows; on a GPU they are gathered, and used, in dtype."""
     if processes() == 1:
@@ -1247,6 +1247,8 @@ def share_out(model, device, dtype):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"torchrun with several processes needs --device cuda or cpu, got {device}")
+    # A state that a layer gives back may be a view. Nobody writes into it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     # deepcopy asks its memo before it copies: the weights stay the same, and leave the shell behind.
     shared = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     set_weights(model, {name: p.detach().to("meta") for name, p in model.named_parameters()})
@@ -1259,7 +1261,7 @@ def share_out(model, device, dtype):
     def shard(module, policy):
         for p in module.parameters():
             if p.requires_grad and not is_sharded(p):
-                p.data = p.data.float()
+                p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
     # What is gathered together: a layer. A call takes what no earlier call has taken inside it.
@@ -1324,9 +1326,10 @@ def orthogonalize_shared(matrices):
 # whole, then; older ones go when a newer one has come. (The engine keeps its table of contents as a pickle: continue no
 # run of somebody whose code you would not run.)
 
-def saved_parts(path):
-    """The path of a Progress -> its directories, the newest last."""
-    return sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "progress-" + "[0-9]" * 8)))
+def saved_parts(path, ending=""):
+    """The path of a Progress -> its directories, the newest last. ending ".tmp": those that were never finished."""
+    pattern = "progress-" + "[0-9]" * 8 + ending
+    return sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(path)), pattern)))
 
 
 def save_parts(progress, model, optimizers):
@@ -1392,6 +1395,8 @@ def run_together(main):
         nano.run_main(main)
         return
     store, rank, world = next(dist.rendezvous("env://"))
+    # When torchrun starts all again (--max-restarts), what the last attempt left in its store must not be found.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
