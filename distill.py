@@ -18,21 +18,22 @@ import json
 import math
 import os
 import random
+import re
 import time
 from dataclasses import fields, replace
 from typing import NamedTuple
 
 import model as nano         # before torch: it says how threads wait
 import torch
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model import (UserError, autocast, choose_threads, claim_out, file_hash, harm, provenance,
                    start_script, weights_hash)
-from train_sft import (Plan, Progress, accuracy, batches, check_rates, clipped_step, collate,
-                       encode_problem, fit, generic_block, list_block, load_codec, make_optimizers,
-                       mamba_names, once, own_part, problem_set, processes, read_jsonl, run_together,
-                       share_out, show_example, solve, summed, take_back, trace_block, union)
+from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates,
+                       clipped_step, collate, encode_parts, encode_problem, fit, generic_block,
+                       list_block, load_codec, make_optimizers, mamba_names, once, own_part,
+                       problem_set, processes, read_jsonl, run_together, share_out, show_example,
+                       solve, summed, take_back, trace_block, union)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ from train_sft import (Plan, Progress, accuracy, batches, check_rates, clipped_s
 
 
 INITS = {
-    "calibrated": "aligned, then gate and output fitted on one batch",
+    "calibrated": "aligned, then gate, conv, D and output made to fit the teacher",
     "aligned": "from attention, chunks matched",
     "plain": "from attention, in the published order",
     "random": "nothing copied",
@@ -167,50 +168,98 @@ def not_carried(config):
 
 
 # A fresh mixer has a weakness: with dt near 0.01 and a random gate it writes next to nothing, and the student starts
-# where a model without the layer would. "calibrated" repairs that on one batch of texts, in closed form: the gate is
-# opened (z is fitted to a constant c with silu(c) = 1, plus a little of its random start), and out_proj is fitted to
-# what the attention would have written for the same input. Layer by layer, so each sees the work of those before it.
-# Nothing but two linear systems per layer is solved: it takes no training step, and the file format does not notice.
-# dt stays as it is: size and direction are corrected in the last linear map. The closed form is ours and not the
-# paper's; Taylor-Calibrate (arXiv 2606.16429) fits another mixer to its attention by gradient steps.
-# With 7 of 10 layers replaced, 400 steps of distillation end at a KL of 0.16 from here and of 0.25 from "aligned" (see
-# results/README.md, "The claims").
+# where a model without the layer would. "calibrated" repairs that on some training texts, in closed form:
+#
+#       gate z      opened: fitted to a constant c with silu(c) = 1, plus a little of its random start
+#       conv        lets the newest token through, made small: silu(0.1 v) is nearly the straight line 0.05 v
+#       D           a head's channels hold the same u as those of the heads that share its v. So the first of them gets a
+#                   large D, it says what the token itself brings, and the last none: its channels are memory alone
+#       out_proj    fitted such that x + mixer(norm(x)) comes close to what stands there in the teacher
+#
+# Layer by layer, each on the work of those before it: what they lost is wanted from the later ones, as far as they can
+# tell it. Nothing but two linear systems per layer is solved: it takes no training step, and the file format does not
+# notice. dt and A stay as they are: size and direction are corrected in the last linear map. The closed form is ours
+# and not the paper's; Taylor-Calibrate (arXiv 2606.16429) fits another mixer to its attention by gradient steps.
 
 OPEN_GATE = 1.28                                         # silu(1.28) = 1
+SMALL_CONV = 0.1
 
 
-def ridge_fit(a, b, strength=0.01):
-    """Least squares with a small penalty: a (m, k), b (m, r) -> w (r, k) float64, on the CPU, with a w^T close to b.
-    strength is relative to the mean square of a's columns: channels that hardly move get no huge weights."""
-    a = a.double().cpu()
-    b = b.double().cpu()
-    gram = a.T @ a                                                           # (k, k)
-    gram += strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram, a.T @ b).T
+class RidgeFit:
+    """Least squares with a small penalty, from sums: the rows may come in pieces, and none of them is kept."""
+    def __init__(self):
+        self.gram = 0.0                                                      # (k, k), a^T a
+        self.product = 0.0                                                   # (k, r), a^T b
+
+    def add(self, a, b):
+        """a (m, k), b (m, r): inputs and what they should give."""
+        a = a.cpu().double()
+        self.gram = self.gram + a.T @ a
+        self.product = self.product + a.T @ b.cpu().double()
+
+    def solve(self, strength=0.01):
+        """-> w (r, k) float64, on the CPU, with a w^T close to b. strength is relative to the mean square of a's
+        columns: channels that hardly move get no huge weights."""
+        penalty = strength * self.gram.diagonal().mean()
+        eye = torch.eye(len(self.gram), dtype=torch.float64)
+        return torch.linalg.solve(self.gram + penalty * eye, self.product).T
 
 
 @torch.no_grad()
-def calibrate(student, teacher, layers, tokens, real):
-    """Fit gate and out_proj of the new mixers in these layers of student, in place. tokens (b, t); real (b, t) False at
-    padding. Not in the paper; measured in results/README.md."""
-    x = student.embed_tokens(tokens)                                         # (b, t, d_model)
-    place, _ = nano.make_place(student.config, tokens, 0, None, None, x.dtype)
-    for i, block in enumerate(student.layers):
+def calibrate(student, teacher, layers, texts):
+    """Fit the new mixers in these layers of student, in place. texts: a list of (tokens (b, t), real (b, t): False at
+    padding). Not in the paper; measured in results/README.md."""
+    xs = [student.embed_tokens(tokens) for tokens, _ in texts]               # (b, t, d_model) each
+    teacher_xs = [teacher.embed_tokens(tokens) for tokens, _ in texts]
+    places = [nano.make_place(student.config, tokens, 0, None, None, x.dtype)[0]
+              for x, (tokens, _) in zip(xs, texts)]
+    reals = [real for _, real in texts]
+    # What lies above the last of them needs no look.
+    for i in range(max(layers) + 1):
+        block = student.layers[i]
+        original = teacher.layers[i]
         if i in layers:
-            normed = block.input_layernorm(x)                                # (b, t, d_model)
-            wanted, _ = teacher.layers[i].mixer(normed, None, place)
-            open_gate(block.mixer, normed[real])
-            gated = before_out_proj(block.mixer, normed, place)              # (b, t, d_inner)
-            block.mixer.out_proj.weight.copy_(ridge_fit(gated[real], wanted[real]))
-        x, _ = block(x, None, place)
+            fit_mixer(block, original, list(zip(xs, teacher_xs, places, reals)))
+        xs = [block(x, None, place)[0] for x, place in zip(xs, places)]
+        teacher_xs = [original(x, None, place)[0] for x, place in zip(teacher_xs, places)]
 
 
-def open_gate(mixer, normed):
-    """Change z's rows such that the gate silu(z) is about 1 for inputs like normed (m, d_model)."""
-    target = normed.new_full((len(normed), 1), OPEN_GATE)
+def fit_mixer(block, original, pieces):
+    """Fit the mixer of block to its original in the teacher. pieces: (x, teacher_x, place, real), as in calibrate."""
+    mixer = block.mixer
+    open_gate(mixer, [block.input_layernorm(x)[real] for x, _, _, real in pieces])
+    straighten(mixer)
+    fit = RidgeFit()
+    for x, teacher_x, place, real in pieces:
+        written, _ = original.mixer(original.input_layernorm(teacher_x), None, place)
+        gated = before_out_proj(mixer, block.input_layernorm(x), place)      # (b, t, d_inner)
+        fit.add(gated[real], (teacher_x + written - x)[real])
+    mixer.out_proj.weight.copy_(fit.solve())
+
+
+def open_gate(mixer, inputs):
+    """Change z's rows such that the gate silu(z) is about 1 for inputs like these, a list of (m, d_model)."""
+    fit = RidgeFit()
+    for normed in inputs:
+        fit.add(normed, normed.new_full((len(normed), 1), OPEN_GATE))
     z = mixer.in_proj.weight[:mixer.config.d_inner]                          # (d_inner, d_model), a view
     # A tenth of the random start stays: rows that were all the same would stay the same for ever.
-    z.mul_(0.1).add_(ridge_fit(normed, target).to(z))
+    z.mul_(0.1).add_(fit.solve().to(z))
+
+
+def straighten(mixer):
+    """Set conv and D as said above."""
+    c = mixer.config
+    mixer.conv1d.weight.zero_()
+    mixer.conv1d.weight[:, 0, -1] = SMALL_CONV
+    if mixer.conv1d.bias is not None:
+        mixer.conv1d.bias.zero_()
+    sharing = c.d_inner // c.d_xb
+    if sharing > 1:
+        # Channels, as query_order lays them out: chunk of u, head that shares it, lane.
+        D = mixer.D.view(-1, sharing, c.d_state)
+        D.zero_()
+        D[:, 0] = 3
 
 
 def before_out_proj(mixer, x, place):
@@ -276,13 +325,13 @@ def choose_d_state(config, wanted):
     return wanted
 
 
-def convert(student, teacher, layers, init="aligned", batch=None):
+def convert(student, teacher, layers, init="aligned", texts=None):
     """Replace the mixers of these layers of student, in place, by Mamba layers made from the teacher's attention.
-    layers: 0-based; all must still be attention in the student. init: a key of INITS. batch: (tokens, real), which
+    layers: 0-based; all must still be attention in the student. init: a key of INITS. texts: what
     "calibrated" needs, see calibrate. Returns the student. Raises UserError before anything is changed."""
     config = converted_config(student.config, teacher.config, layers, init)
-    if init == "calibrated" and batch is None:
-        raise UserError("init calibrated needs a batch of tokens")
+    if init == "calibrated" and not texts:
+        raise UserError("init calibrated needs texts")
     for i in layers:
         block = student.layers[i]
         block.kind = config.layout[i]
@@ -295,7 +344,7 @@ def convert(student, teacher, layers, init="aligned", batch=None):
             block.mixer = nano.cast(mixer, weight.device, weight.dtype)
     student.config = config
     if init == "calibrated" and layers:
-        calibrate(student, teacher, layers, *batch)
+        calibrate(student, teacher, layers, texts)
     return student
 
 
@@ -313,11 +362,14 @@ def convert(student, teacher, layers, init="aligned", batch=None):
 # took the teacher thousands. Prompt and padding do not count, and the mean is over tokens, not over texts.
 #
 # With a large vocabulary the (tokens, vocabulary) logits are the largest tensors of the whole run (131072 x 16384 in
-# float32 is 8.6 GB): they are then made piece by piece from the hidden states, and made again in the backward pass.
+# float32 is 8.6 GB): they are then made piece by piece from the hidden states, and the gradient of a piece is made at
+# once, in its place, so that nothing is kept for the backward pass and nothing made twice. On a CPU the float32 copies
+# of a few rows stay in the cache. Of a step of SmolLM2-135M the loss was 2.4 of 8 s with all rows at once, and is 0.9.
 
-# The vocabulary size above which the loss works in pieces, and the tokens of a piece.
+# The vocabulary size above which the loss works in pieces, the tokens of a piece, and those that are in float32 at once.
 PIECES_ABOVE = 16384
 PIECE_TOKENS = 1024
+FLOAT32_TOKENS = 32
 
 
 def kl_divergence(student_logits, teacher_logits, divergence="reverse_kl"):
@@ -334,20 +386,51 @@ def distillation_loss(x, teacher_x, head, teacher_head, divergence="reverse_kl",
     """x, teacher_x (m, d_model): hidden states of the trained positions; head, teacher_head: the output layers.
     -> the summed divergence in nats. piece: tokens that are computed at once, None: decided by the vocabulary size.
     A sum, so pieces add up exactly to the whole, and the caller divides by the tokens of the batch."""
-    def sum_of(part, teacher_part):
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher_part)
-        return kl_divergence(head(part), teacher_logits, divergence).sum()
-
     if piece is None and head.weight.shape[0] > PIECES_ABOVE:
         piece = PIECE_TOKENS
-    if piece is None:
-        return sum_of(x, teacher_x)
-    total = x.new_zeros((), dtype=torch.float32)
-    for part, teacher_part in zip(x.split(piece), teacher_x.split(piece)):
-        # The pieces' logits are not kept for the backward pass but made again there: one piece exists at a time.
-        total = total + checkpoint(sum_of, part, teacher_part, use_reentrant=False)
-    return total
+    if piece is not None:
+        return LossInPieces.apply(x, head.weight, teacher_x, teacher_head, divergence, piece)
+    with torch.no_grad():
+        teacher_logits = teacher_head(teacher_x)
+    return kl_divergence(head(x), teacher_logits, divergence).sum()
+
+
+class LossInPieces(torch.autograd.Function):
+    """(x, the head's weight, teacher_x, teacher_head, divergence, piece) -> what distillation_loss says."""
+    @staticmethod
+    def forward(ctx, x, weight, teacher_x, teacher_head, divergence, piece):
+        total = x.new_zeros((), dtype=torch.float32)
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(x), piece):
+            part = slice(i, i + piece)
+            logits = torch.nn.functional.linear(x[part], weight)             # (tokens of this piece, vocab_size)
+            teacher_logits = teacher_head(teacher_x[part])
+            pairs = zip(logits.split(FLOAT32_TOKENS), teacher_logits.split(FLOAT32_TOKENS))
+            for rows, teacher_rows in pairs:
+                total += loss_and_gradient(rows, teacher_rows, divergence)
+            grad_x[part] = logits @ weight
+            if grad_weight is not None:
+                grad_weight += logits.T @ x[part]
+        ctx.save_for_backward(grad_x, grad_weight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_x, grad_weight = ctx.saved_tensors
+        if grad_weight is not None:
+            grad_weight = grad * grad_weight
+        return grad * grad_x, grad_weight, None, None, None, None
+
+
+def loss_and_gradient(logits, teacher_logits, divergence):
+    """(rows, vocab_size) each -> the summed divergence; logits are overwritten by its gradient."""
+    with torch.enable_grad():
+        wide = logits.float().requires_grad_()
+        loss = kl_divergence(wide, teacher_logits, divergence).sum()
+    logits.copy_(torch.autograd.grad(loss, wide)[0])
+    return loss.detach()
 
 
 def trained_hidden(model, batch):
@@ -355,6 +438,21 @@ def trained_hidden(model, batch):
     logits of theirs above all, are of no use."""
     x, _ = model.hidden(batch.tokens, reset=batch.reset)                     # (b, t, d_model)
     return x[batch.targets >= 0]
+
+
+class TaughtBatch(NamedTuple):
+    """A Batch that is used again and again, and the teacher's side of its loss: hidden states, not logits, are small
+    enough to keep."""
+    texts: object                                        # a train_sft.Batch
+    teacher_x: torch.Tensor                              # (m, d_model), see trained_hidden
+
+
+@torch.no_grad()
+def taught_batch(run, examples, room=0):
+    """room: see train_sft.collate."""
+    batch = collate(examples, run.device, room)
+    with autocast(run.device, run.dtype):
+        return TaughtBatch(batch, trained_hidden(run.teacher, batch))
 
 
 def batch_loss(student, teacher, batch, divergence):
@@ -366,18 +464,57 @@ def batch_loss(student, teacher, batch, divergence):
     return loss, len(x)
 
 
-@torch.no_grad()
-def mean_loss(student, teacher, fixed, divergence, device, dtype):
-    """Mean divergence in nats per response token over a fixed list of batches (lists of examples)."""
-    total = 0.0
-    count = 0
-    for examples in fixed:
-        batch = collate(examples, device)
-        with autocast(device, dtype):
-            loss, count_here = batch_loss(student, teacher, batch, divergence)
-        total += loss.item()
-        count += count_here
-    return total / max(1, count)
+# ----------------------------------------------------------------------------------------------------------------------
+# Alignment, before the KL stage if --align-steps asks for it: every new mixer learns, by itself, to write what the
+# attention that it replaces writes for the teacher's inputs.
+#
+# The teacher walks through its layers once; at each replaced one its normed input is given to attention and mixer alike.
+# The loss is the mean squared error, relative to the attention's output: layers of loud and of quiet outputs count the
+# same. No gradient goes through MLPs, through the output layer or from layer to layer, so a step costs a third of a KL
+# step. But nobody asks which errors matter, and in use a mixer's input comes from the mixers before it.
+
+def alignment_error(student, teacher, layers, batch):
+    """-> the summed relative squared error of the mixers in these layers of student, and the number of layers.
+    It counts all tokens of the Batch, prompts too: later tokens read what was written there."""
+    # Padding is what no trained token follows in its row.
+    real = (batch.targets >= 0).flip(1).cummax(1).values.flip(1)             # (b, t)
+    x = teacher.embed_tokens(batch.tokens)                                   # (b, t, d_model)
+    place, _ = nano.make_place(teacher.config, batch.tokens, 0, None, batch.reset, x.dtype)
+    total = x.new_zeros(())
+    for i in range(max(layers) + 1):
+        block = teacher.layers[i]
+        if i in layers:
+            with torch.no_grad():
+                normed = block.input_layernorm(x)
+                wanted, _ = block.mixer(normed, None, place)
+            written, _ = student.layers[i].mixer(normed, None, place)
+            error = (written - wanted)[real].float().square().sum()
+            total = total + error / wanted[real].float().square().sum()
+        with torch.no_grad():
+            x, _ = block(x, None, place)
+    return total, len(layers)
+
+
+def align(args, run, student, layers, depends):
+    """Train the new mixers in these layers of student for args.align_steps steps, and nothing else. -> Progress.
+    It has a file of its own, with its last step, until the stage is saved: a killed run goes on in either phase."""
+    progress = Progress(os.path.join(args.out, "align.safetensors"), depends, args.resume)
+    if not args.align_steps or not layers:
+        return progress
+    mixers = tuple(f"layers.{i}.mixer." for i in layers)
+    for name, p in student.named_parameters():
+        p.requires_grad_(name.startswith(mixers))
+        if p.requires_grad:
+            p.data = p.data.float()
+
+    def loss_of(model, batch):
+        return alignment_error(model, run.teacher, layers, batch)
+
+    plan = Plan(steps=args.align_steps, lr=args.align_lr, warmup=args.warmup, every=25, log_every=1, name="error",
+                optimizer=args.optimizer, room=args.ctx if args.pack else 0, accumulate=args.accumulate,
+                count=lambda batch: len(layers))
+    fit(student.train(), loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
+    return progress
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -388,6 +525,9 @@ def mean_loss(student, teacher, fixed, divergence, device, dtype):
 # have written. Equal scores are told apart by the loss. On --data the measure is the KL to the intact model.
 # All layers before the missing one compute what they always do, so the walk below does them once: layer i costs the
 # n_layer - i layers above it, 50 layers cost half of 50 full passes.
+#
+# "loo-retrieval" takes the layer away in the same manner and asks for hidden codes (see "What a student is worth"): a
+# text of everyday tokens hardly needs what the layers do that look far back. The codes are other ones than at the end.
 #
 # The paper measures MMLU, which a model of 2 M parameters cannot answer. Why not the attention weights or a gradient?
 # Because the residual stream lets later layers repair an early loss: only running the rest of the model shows it.
@@ -485,6 +625,10 @@ def rank_layers(args, run, student):
         stored = loo_scores(args, run)
         order = stored["order"]
         scores = stored["scores"]
+    elif args.rank == "loo-retrieval":
+        stored = retrieval_scores(args, run)
+        order = stored["order"]
+        scores = stored["scores"]
     elif args.rank == "mmr":
         stored = mmr_scores(args, run, student)
         order = stored["order"]
@@ -529,6 +673,20 @@ def loo_scores(args, run):
     return stored_scores(os.path.join(args.out, "loo.json"), key, make)
 
 
+def retrieval_scores(args, run):
+    """The same, by hidden codes: the share of codes whose every token is the most likely one, then their loss."""
+    def make():
+        probe = [[code_example(run.codec, length, number)] for number in numbers]
+        return leave_one_out(run.teacher, probe, run.device, run.dtype, use_accuracy=True)
+
+    length = min(512, run.teacher.config.max_length)
+    # Far from those that a student is asked.
+    numbers = range(1000, 1008)
+    key = {"content of --teacher": run.content["content of --teacher"], "dtype": args.dtype,
+           "codes": len(numbers), "length": length}
+    return stored_scores(os.path.join(args.out, "loo-retrieval.json"), key, make)
+
+
 def mmr_scores(args, run, student):
     """The stored dict of MMR scores. They belong to this student, and to everything that its trials depend on."""
     def make():
@@ -536,7 +694,7 @@ def mmr_scores(args, run, student):
 
     key = depends_on(args, run, student)
     # The order of the trials' losses is all that is used: how the stage goes on afterwards does not matter to it.
-    for flag in ("replace", "rank", "steps", "accumulate", "warmup", "probe"):
+    for flag in ("replace", "rank", "align_steps", "align_lr", "steps", "accumulate", "warmup", "probe"):
         del key[flag]
     return stored_scores(os.path.join(args.out, "mmr.json"), key, make)
 
@@ -556,11 +714,6 @@ def mmr_scores(args, run, student):
 #
 # What counts is measured on held-out texts of all lengths and families: training batches hold texts of one length, and
 # measured on a short one, layers looked harmless that long stories need (H-27 lost 0.04 by it).
-
-class TrialBatch(NamedTuple):
-    texts: object                                        # a train_sft.Batch
-    teacher_x: torch.Tensor                              # (m, d_model), the teacher's side of the loss
-
 
 def try_each_layer(args, run, student, key):
     """-> per attention layer of the student {"layer", "loss"}: the distillation loss of its trial, in nats per token.
@@ -586,17 +739,11 @@ def try_each_layer(args, run, student, key):
 
 
 def trial_batches(args, run):
-    """-> args.probe_steps TrialBatches to train on, and a last one that only measures: the held-out texts."""
+    """-> args.probe_steps TaughtBatches to train on, and a last one that only measures: the held-out texts."""
     stream = batches(run.block, args.batch)
     texts = [*itertools.islice(stream, args.probe_steps), run.fixed]
-    trial = []
-    for examples in texts:
-        batch = collate(examples, run.device, args.ctx if args.pack else 0)
-        with torch.no_grad(), autocast(run.device, run.dtype):
-            # Hidden states, not logits: (m, d_model) is small enough to keep for all batches.
-            teacher_x = trained_hidden(run.teacher, batch)
-        trial.append(TrialBatch(batch, teacher_x))
-    return trial
+    room = args.ctx if args.pack else 0
+    return [taught_batch(run, examples, room) for examples in texts]
 
 
 def trial_loss(args, run, student, layer, training, held_out):
@@ -604,7 +751,8 @@ def trial_loss(args, run, student, layer, training, held_out):
     # The same fresh parts for every candidate.
     torch.manual_seed(args.seed)
     trial = clone(student, args.train)
-    convert(trial, run.teacher, [layer], args.init, run.calibration)
+    with autocast(run.device, run.dtype):
+        convert(trial, run.teacher, [layer], args.init, run.calibration)
     set_trained(trial, args.train)
     optimizers = make_optimizers(trial, args.lr, args.optimizer, args.lr_rest)
 
@@ -641,8 +789,8 @@ def trial_loss(args, run, student, layer, training, held_out):
 # While much attention is left the others fill in, and a start matters little. It matters more, the more layers go and
 # the fewer steps there are.
 
-def distill(args, run, student, progress):
-    """Train the student for args.steps steps. -> log entries, one per step, see train_sft.fit."""
+def distill(args, run, student, progress, start):
+    """Train the student for args.steps steps. -> log entries, one per step, see train_sft.fit. start: see curve_watch."""
     teacher = share_out(run.teacher, run.device, run.dtype)
 
     def loss_of(model, batch):
@@ -650,7 +798,7 @@ def distill(args, run, student, progress):
 
     plan = Plan(steps=args.steps, lr=args.lr, warmup=args.warmup, every=25, log_every=1, name="kl",
                 optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0,
-                accumulate=args.accumulate)
+                accumulate=args.accumulate, watch=curve_watch(args, run, student, start) if args.curve else None)
     log = fit(student, loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
     take_back(run.teacher, teacher)
     return log
@@ -717,6 +865,246 @@ def check_student(args, student, teacher):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What a student is worth. All of it is measured on held-out texts, of the teacher too:
+#
+#   KL, loss, top-1    both read the same text; at each of its trained tokens, the divergence that is distilled (always
+#                      reverse KL, whatever --loss trains), the loss of the token itself, and is the most likely token
+#                      the same one?
+#   agreement          both write, greedily, what follows the text's first prompt. Of the teacher's first 64 tokens
+#                      (fewer if it ends sooner; the end counts as a token), the share before the first difference
+#   retrieval          one sentence among others holds a code; it is asked for, and must stand in the answer
+#   exact match        of built-in problems, the share whose answer is right to the letter
+#
+# The first kind is precise and cheap, and flatters: the text keeps the student on the teacher's path, and most tokens
+# do not need what lies far back. Hybrids that were close by likelihood have been far behind by generation (arXiv
+# 2603.26556), so the others let both write by themselves, and retrieval asks for what a state of fixed size must lose.
+# Its sentences come from below and are in no training text; with a code of four digits, luck finds one in 9000.
+
+AGREEMENT_TOKENS = 64
+RETRIEVAL_LENGTHS = (256, 1024, 2048)                    # tokens of the prompt
+WHO = ("The baker|A sailor|My neighbour|The teacher|An old farmer|The painter|A tired nurse|"
+       "The captain").split("|")
+DID = ("walked to|looked at|talked about|waited near|painted|cleaned|remembered|"
+       "drove past").split("|")
+WHAT = ("the harbour|the old bridge|a small garden|the market|the empty station|a wooden house|"
+        "the river|the school").split("|")
+WHEN = ("in the morning|after lunch|on Monday|before the rain|last summer|with a friend|"
+        "for an hour|at night").split("|")
+
+
+@torch.no_grad()
+def teacher_forced(run, student):
+    """Means over the trained tokens of the held-out texts. -> {"kl": nats, "loss": [teacher's, student's] in nats,
+    "top1": share of tokens}. The teacher reads them once for all students."""
+    if "held out" not in run.asked:
+        run.asked["held out"] = [taught_batch(run, examples) for examples in run.held_out]
+    sums = torch.zeros(4, dtype=torch.float64)
+    count = 0
+    for texts, teacher_x in run.asked["held out"]:
+        wanted = texts.targets[texts.targets >= 0]                           # (m)
+        # Few logits at a time where the vocabulary is large, as in distillation_loss.
+        few = run.teacher.lm_head.weight.shape[0] > PIECES_ABOVE
+        piece = PIECE_TOKENS if few else max(1, len(wanted))
+        with autocast(run.device, run.dtype):
+            x = trained_hidden(student, texts)
+            for i in range(0, len(wanted), piece):
+                part = slice(i, i + piece)
+                logits = student.lm_head(x[part])
+                sums += compared(logits, run.teacher.lm_head(teacher_x[part]), wanted[part])
+        count += len(wanted)
+    kl, teacher_loss, student_loss, same = (sums / max(1, count)).tolist()
+    return {"kl": kl, "loss": [teacher_loss, student_loss], "top1": same}
+
+
+def compared(logits, teacher_logits, targets):
+    """(m, vocab_size) twice, targets (m) -> sums: [KL, the teacher's loss, the student's, equal most likely tokens]."""
+    kl = kl_divergence(logits, teacher_logits).sum()
+    losses = []
+    for each in (teacher_logits, logits):
+        losses.append(torch.nn.functional.cross_entropy(each.float(), targets, reduction="sum"))
+    same = (logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
+    return torch.stack([kl, *losses, same]).cpu()
+
+
+def continuations(run, model, note):
+    """What model writes by itself after the first prompt of each held-out text. -> lists of ids; -1 is the end."""
+    written = []
+    for examples in tqdm(run.held_out, desc=note, leave=False):
+        # At least one token is given.
+        prompts = [ids[:max(1, trained.index(True))] for ids, trained in examples]
+        for ids in model.generate(prompts, AGREEMENT_TOKENS):
+            written.append(ids if len(ids) == AGREEMENT_TOKENS else [*ids, -1])
+    return written
+
+
+def agreement(wanted, written):
+    """Two lists of lists of ids -> the mean share of a wanted one before it and the written one first differ."""
+    shares = []
+    for theirs, ours in zip(wanted, written, strict=True):
+        same = 0
+        while same < min(len(theirs), len(ours)) and theirs[same] == ours[same]:
+            same += 1
+        shares.append(same / len(theirs))
+    return sum(shares) / max(1, len(shares))
+
+
+def hidden_code(codec, length, number):
+    """Problem number `number` whose prompt has `length` tokens, or as many less as one more sentence would take. Its
+    steps are how the answer begins. The code's place in the text moves on by the golden ratio: the first few problems spread it evenly."""
+    rng = random.Random(f"hidden code {length} {number}")
+    thing = rng.choice(THINGS)
+    code = str(rng.randint(1000, 9999))
+    place = (0.1 + number * 0.618034) % 1
+    ask = f"What is the secret code of the {thing}?"
+    fact = f"The secret code of the {thing} is {code}."
+    sentences = []
+    question = ""
+    while True:
+        at = round(place * len(sentences))
+        text = " ".join([*sentences[:at], fact, *sentences[at:]])
+        # Asked twice: told in front what to look for, SmolLM2 finds more at 2048 tokens, near the end of its reach.
+        longer = f"{ask}\n\n{text}\n\n{ask}"
+        prompt = codec.chat.prompt([{"role": "user", "content": longer}])
+        if question and len(codec.enc.encode(prompt, allowed_special="all")) > length:
+            beginning = fact.removesuffix(f" {code}.")
+            return Problem(f"code in {length} tokens", question, beginning, code)
+        question = longer
+        words = [rng.choice(choices) for choices in (WHO, DID, WHAT, WHEN)]
+        sentences.append(f"{' '.join(words)}.")
+
+
+def code_example(codec, length, number):
+    """hidden_code as an example of train_sft: prompt and answer, the code alone trained."""
+    problem = hidden_code(codec, length, number)
+    prompt = codec.chat.prompt([{"role": "user", "content": problem.question}])
+    return encode_parts(codec, [(prompt + problem.steps, False), (f" {problem.answer}", True)])
+
+
+def how_many_codes(args, codec):
+    """--retrieval, or what it is by default. Raises UserError where nothing can be asked."""
+    if args.retrieval or args.rank == "loo-retrieval":
+        hidden_code(codec, 0, 0)
+    if args.retrieval is None:
+        return 4 if args.data and codec.chat.refusal is None else 0
+    return args.retrieval
+
+
+def retrieval(args, run, model, note):
+    """-> {length: share of args.retrieval codes that stand in the model's answer}; {} for none. Lengths that the
+    teacher was not trained for are left out."""
+    shares = {}
+    for length in RETRIEVAL_LENGTHS if args.retrieval else ():
+        if length <= run.teacher.config.max_length:
+            problems = [hidden_code(run.codec, length, number) for number in range(args.retrieval)]
+            texts = solve(model, run.codec, problems, batch=8, max_new_tokens=32, note=note)
+            found = 0
+            for problem, text in zip(problems, texts):
+                found += problem.answer in re.findall(r"\d+", text)
+            shares[length] = found / len(problems)
+    return shares
+
+
+def ask_teacher(run, question, ask):
+    """ask(model, note) of the teacher, which is asked each question once, however many stages there are."""
+    if question not in run.asked:
+        run.asked[question] = ask(run.teacher, f"teacher: {question}")
+    return run.asked[question]
+
+
+def evaluate(args, run, student):
+    """All measures of a finished student. -> report entries, and the lines of a table: teacher, student."""
+    forced = teacher_forced(run, student)
+
+    def write(model, note):
+        return continuations(run, model, note)
+
+    def find_codes(model, note):
+        return retrieval(args, run, model, note)
+
+    wanted = ask_teacher(run, "continuations", write)
+    same = agreement(wanted, write(student, "student: continuations"))
+    found = ask_teacher(run, "retrieval", find_codes)
+    found_by_student = find_codes(student, "student: retrieval")
+    codes = {length: [share, found_by_student[length]] for length, share in found.items()}
+    result = {"kl_last": forced["kl"], "next_token_loss": forced["loss"], "top1": forced["top1"],
+              "agreement": same, "retrieval": codes}
+    rows = {"KL to the teacher": [0, forced["kl"]], "next-token loss": forced["loss"],
+            "equal top-1 tokens": [1, forced["top1"]], "greedy agreement": [1, same]}
+    rows |= {f"code in {length} tokens": shares for length, shares in codes.items()}
+    lines = [f"{name:22}{shares[0]:10.4f}{shares[1]:10.4f}" for name, shares in rows.items()]
+    solved, more = exact_match(args, run, student)
+    return result | solved, [*lines, *memory_lines(run.teacher, student), *more]
+
+
+def memory_lines(teacher, student):
+    """What a text costs: bytes that grow with it and bytes that do not. -> lines of the table."""
+    # States for one text of one token.
+    cache, state = teacher.new_state(1, 1).nbytes()
+    student_cache, student_state = student.new_state(1, 1).nbytes()
+    return [f"{'cache bytes per token':22}{cache:10}{student_cache:10}",
+            f"{'state bytes per text':22}{state:10}{student_state:10}"]
+
+
+def exact_match(args, run, student):
+    """Let both solve the held-out problems. -> report entries, and lines of the table.
+    Problems of the test split, which neither training nor ranking ever sees; with --data no answer can be checked."""
+    result = {"teacher_accuracy": None, "student_accuracy": None, "accuracy_by_family": None}
+    if args.data:
+        return result, []
+    problems = problem_set("test", args.eval)
+
+    def solve_them(model, note):
+        return solve(model, run.codec, problems, note=note)
+
+    teacher_texts = ask_teacher(run, "problems", solve_them)
+    student_texts = solve_them(student, "student: problems")
+    by_teacher, teacher_all = accuracy(problems, teacher_texts)              # shares, 0 to 1
+    by_student, student_all = accuracy(problems, student_texts)
+    by_family = {family: [by_teacher[family], by_student[family]] for family in by_teacher}
+    lines = []
+    for name, shares in (by_family | {"all problems": [teacher_all, student_all]}).items():
+        lines.append(f"{name:22}{shares[0]:10.3f}{shares[1]:10.3f}")
+    result["teacher_accuracy"] = teacher_all
+    result["student_accuracy"] = student_all
+    result["accuracy_by_family"] = by_family
+    return result, lines + one_problem(problems, teacher_texts, student_texts)
+
+
+def one_problem(problems, teacher_texts, student_texts):
+    """-> lines: a long problem and what both wrote, traces included, at most 600 characters of each. Numbers alone hide
+    what kind of mistake is made."""
+    first = problems[:30]
+    longest = max(first, key=lambda problem: len(problem.steps))
+    i = first.index(longest)
+    return ["", f"problem   {longest.question}", f"expected  {longest.answer}",
+            f"teacher   {teacher_texts[i][:600]}", f"student   {student_texts[i][:600]}"]
+
+
+# --curve measures a run on its way, from before its first step on: how good is a student after how much work? The time
+# of measuring is not counted, that of making the start (calibration, alignment) is.
+
+def curve_watch(args, run, student, start):
+    """-> the watch of train_sft.Plan, which adds a point to progress.curve every args.curve steps and at the end.
+    start: (seconds, processor's seconds) that the start has taken."""
+    problems = problem_set("dev", args.curve_eval) if args.curve_eval else []
+
+    def watch(progress):
+        due = progress.step % args.curve == 0 or progress.step == args.steps
+        known = progress.curve and progress.curve[-1]["step"] == progress.step
+        if known or not due:
+            return
+        share = None
+        if problems:
+            _, share = accuracy(problems, solve(student, run.codec, problems, note="curve"))
+        progress.curve.append({
+            "step": progress.step, "tokens": progress.tokens,
+            "seconds": round(start[0] + progress.seconds, 1),
+            "cpu_seconds": round(start[1] + progress.cpu_seconds, 1),
+            "kl": teacher_forced(run, student)["kl"], "accuracy": share})
+    return watch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # One stage, from the ranking to the saved checkpoint.
 #
 # The paper's family is a chain of stages: 25, 27, 30, 34, 37, 40 layers. Each starts from the weights of the one
@@ -732,16 +1120,18 @@ class Run(NamedTuple):
     dtype: torch.dtype                                   # of matrix products
     block: object                                        # (number, count) -> training examples, see train_sft.batches
     probe: list                                          # lists of examples for LOO
-    fixed: list                                          # one held-out batch, for the KL before and after
-    calibration: tuple                                   # (tokens, real), see calibrate
+    fixed: list                                          # one held-out batch, for MMR's trials
+    calibration: list                                    # pairs (tokens, real), see calibrate
     content: dict                                        # fingerprints of teacher and data
-    solved: dict                                         # the teacher's answers, once it has been asked
+    held_out: list                                       # lists of examples to measure a student on
+    asked: dict                                          # the teacher's side of it, see ask_teacher
 
 
 # The flags that a result depends on. Not among them: where it is written, on which device it runs, and --eval, which
 # only looks. Nor the paths of teacher, student and data: what counts is what is in them.
-FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "steps", "probe_steps", "batch",
-         "accumulate", "ctx", "pack", "optimizer", "lr", "lr_rest", "warmup", "probe", "seed", "dtype")
+FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "align_steps", "steps",
+         "probe_steps", "batch", "accumulate", "ctx", "pack", "optimizer", "align_lr", "lr", "lr_rest", "warmup",
+         "probe", "seed", "dtype")
 
 
 def depends_on(args, run, student):
@@ -772,36 +1162,47 @@ def stage(args, run, began):
     new, scores = choose_layers(args, run, student, done)
     # Fresh parts do not depend on the ranking.
     torch.manual_seed(args.seed)
-    convert(student, run.teacher, new, args.init, run.calibration)
-    set_trained(student, args.train).train()
+    seconds = -time.time()
+    cpu_seconds = -time.process_time()
+    with autocast(run.device, run.dtype):
+        convert(student, run.teacher, new, args.init, run.calibration)
+    start = (seconds + time.time(), cpu_seconds + time.process_time())
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
+    depends_too = depends | {"replaced": done + new}
+    seconds = time.time()
+    aligned = align(args, run, student, new, depends_too)
+    # Its seconds are those of all parts of an interrupted run, of which this one may have done none.
+    began += time.time() - seconds - aligned.seconds
+    start = (start[0] + aligned.seconds, start[1] + aligned.cpu_seconds)
+    set_trained(student, args.train).train()
 
     file = os.path.join(args.out, "progress.safetensors")
-    progress = Progress(file, depends | {"replaced": done + new}, args.resume)
+    progress = Progress(file, depends_too, args.resume)
     # Also in a run that is continued: the student is made again, and its training loaded into it afterwards.
-    kl_first = held_out_kl(run, student)
+    kl_first = teacher_forced(run, student)["kl"]
     prepared = time.time()
-    log = distill(args, run, student, progress)
+    log = distill(args, run, student, progress, start)
     done_training = time.time()
 
     # As it will be saved: mixers that trained in float32 beside weights in bfloat16 take their dtype.
     nano.cast(student.eval(), run.device, student.embed_tokens.weight.dtype)
-    kl_last = held_out_kl(run, student)
     result, table = evaluate(args, run, student)
     once(nano.save_pretrained, student, args.out, tokenizer_from=args.teacher)
     # progress.seconds is the time of all parts of an interrupted run.
     seconds = prepared - began + progress.seconds + time.time() - done_training
     report = {
-        "replaced": done + new, "layout": list(student.config.layout), **result,
-        "kl_first": kl_first, "kl_last": kl_last, "steps": args.steps, "tokens": progress.tokens,
-        "seconds": round(seconds, 1), "seed": args.seed}
-    extra = {"args": vars(args), "run": depends, "scores": scores, "log": log}
+        "replaced": done + new, "layout": list(student.config.layout), "kl_first": kl_first,
+        **result, "steps": args.steps, "tokens": progress.tokens, "seconds": round(seconds, 1),
+        "seed": args.seed}
+    extra = {"args": vars(args), "run": depends, "scores": scores, "align_log": aligned.log, "log": log,
+             "curve": progress.curve, "start_seconds": start}
     path = os.path.join(args.out, "report.json")
     once(nano.write_json, path, report | extra | provenance(run.device))
+    once(aligned.remove)
     once(progress.remove)
-    kl_line = f"{'KL to the teacher':22}{0:10.4f}{kl_last:10.4f}"
     print(f"{'':22}{'teacher':>10}{'student':>10}")
-    print(f"{kl_line}   (before distillation {kl_first:.4f})", *table, sep="\n")
+    table[0] += f"   (before distillation {kl_first:.4f})"
+    print(*table, sep="\n")
     print(f"saved {args.out}; talk to it: python sample.py --model {args.out} --chat")
     print(json.dumps(report), flush=True)
 
@@ -838,50 +1239,6 @@ def choose_layers(args, run, student, done):
     return order[:missing], scores
 
 
-def held_out_kl(run, student):
-    """Always reverse KL on the same held-out batch, whatever --loss trains: results can be compared."""
-    return mean_loss(student, run.teacher, [run.fixed], "reverse_kl", run.device, run.dtype)
-
-
-def evaluate(args, run, student):
-    """Let both solve the held-out problems. -> report entries, and the lines of a table.
-    Problems of the test split, which neither training nor ranking ever sees; with --data no answer can be checked."""
-    result = {"teacher_accuracy": None, "student_accuracy": None, "accuracy_by_family": None}
-    # States for one text of one token.
-    cache, state = run.teacher.new_state(1, 1).nbytes()
-    student_cache, student_state = student.new_state(1, 1).nbytes()
-    lines = [f"{'cache bytes per token':22}{cache:10}{student_cache:10}",
-             f"{'state bytes per text':22}{state:10}{student_state:10}"]
-    if args.data:
-        return result, lines
-
-    problems = problem_set("test", args.eval)
-    # Every stage asks the same problems.
-    if args.eval not in run.solved:
-        run.solved[args.eval] = solve(run.teacher, run.codec, problems, note="teacher solves")
-    teacher_texts = run.solved[args.eval]
-    student_texts = solve(student, run.codec, problems, note="student solves")
-    by_teacher, teacher_all = accuracy(problems, teacher_texts)              # shares, 0 to 1
-    by_student, student_all = accuracy(problems, student_texts)
-    by_family = {family: [by_teacher[family], by_student[family]] for family in by_teacher}
-    for name, shares in (by_family | {"all problems": [teacher_all, student_all]}).items():
-        lines.append(f"{name:22}{shares[0]:10.3f}{shares[1]:10.3f}")
-    result["teacher_accuracy"] = teacher_all
-    result["student_accuracy"] = student_all
-    result["accuracy_by_family"] = by_family
-    return result, lines + one_problem(problems, teacher_texts, student_texts)
-
-
-def one_problem(problems, teacher_texts, student_texts):
-    """-> lines: a long problem and what both wrote, traces included, at most 600 characters of each. Numbers alone hide
-    what kind of mistake is made."""
-    first = problems[:30]
-    longest = max(first, key=lambda problem: len(problem.steps))
-    i = first.index(longest)
-    return ["", f"problem   {longest.question}", f"expected  {longest.answer}",
-            f"teacher   {teacher_texts[i][:600]}", f"student   {student_texts[i][:600]}"]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line.
 #
@@ -889,7 +1246,7 @@ def one_problem(problems, teacher_texts, student_texts):
 # directory of the run, and only then work. What is wrong in the last of six stages is reported before the first, as far
 # as flags and files tell.
 
-RANKS = ("auto", "loo", "mmr", "first", "last", "random", "apriel15b")
+RANKS = ("auto", "loo", "loo-retrieval", "mmr", "first", "last", "random", "apriel15b")
 
 
 def parse_args():
@@ -905,7 +1262,8 @@ def parse_args():
     add("--out", help="directory for the result; with --stages, the one above (default: out/hN; an "
         "--init other than the default adds its name)")
     add("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of "
-        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student (default auto)")
+        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student; loo-retrieval: "
+        "by hidden codes (default auto)")
     inits = "; ".join(f"{name}: {what}" for name, what in INITS.items())
     add("--init", default="calibrated", choices=tuple(INITS),
         help=f"of a mixer. {inits} (default calibrated)")
@@ -917,18 +1275,25 @@ def parse_args():
     add("--traces", default="reasoning", choices=("reasoning", "generic"), help="built-in texts to "
         "distil on; generic: facts without question or reasoning (default reasoning)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
-    add("--pack", action="store_true", help="lay texts into rows of --ctx tokens: same loss, less "
-        "padding")
+    add("--pack", action="store_true", help="let texts share rows of up to --ctx tokens: same "
+        "loss, less padding")
     add("--probe", type=int, default=48, help="problems per family for LOO, or --data examples "
         "(default 48)")
-    add("--eval", type=int, default=200, help="held-out problems per family at the end "
-        "(default 200)")
+    add("--eval", type=int, default=200, help="held-out problems per family at the end; with "
+        "--data, held-out examples at most (default 200)")
+    add("--retrieval", type=int, help="hidden codes to ask for at the end, so many in texts of "
+        "256, 1024 and 2048 tokens each (default: 4 with --data, else 0: none)")
+    add("--curve", type=int, default=0, help="steps between two looks at the KL (default 0: none)")
+    add("--curve-eval", type=int, default=0, help="... and at so many problems per family (default 0)")
     # How it learns.
     add("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"),
         help="default reverse_kl")
     add("--train", default="auto", choices=("auto", "all", "mixers"),
         help="which weights train; auto: all if that fits into memory (default auto)")
-    add("--steps", type=int, default=100, help="optimiser steps of a stage (default 100)")
+    add("--align-steps", type=int, default=0, help="steps before those of --steps in which the new mixers "
+        "learn their attention's output (default 0)")
+    add("--steps", type=int, default=100, help="optimiser steps of a stage; 0: convert, evaluate and "
+        "save (default 100)")
     add("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
     add("--batch", type=int, default=24, help="texts per step (default 24)")
     add("--accumulate", type=int, default=1, metavar="K",
@@ -937,6 +1302,7 @@ def parse_args():
     add("--optimizer", default="muon", choices=("muon", "adamw"),
         help="muon: for the matrices of the layers, adamw for the rest (default muon)")
     add("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
+    add("--align-lr", type=float, default=1e-3, help="that of --align-steps (default 0.001)")
     add("--lr-rest", type=float, help="that of everything but Mamba mixers (default: --lr)")
     add("--warmup", type=int, default=10, help="steps of linear warm-up (default 10)")
     # How it is computed.
@@ -953,12 +1319,25 @@ def parse_args():
 def plan_stages(args):
     """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file.
     Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
-    counts = ("replace", "steps", "probe_steps", "batch", "accumulate", "ctx", "probe", "eval", "d_state", "threads")
+    if args.align_steps and args.init == "identity":
+        raise UserError("--align-steps trains new mixers, and --init identity makes none")
+    for name in ("align_steps", "curve"):
+        if getattr(args, name) and processes() > 1:
+            raise UserError(f"--{name.replace('_', '-')} works in a single process, without torchrun")
+    counts = ("replace", "probe_steps", "batch", "accumulate", "ctx", "probe", "eval", "d_state", "threads")
     for name in counts:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("steps", "align_steps", "retrieval", "curve", "curve_eval"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
+    if args.curve_eval and (args.data or not args.curve):
+        raise UserError("--curve-eval belongs to --curve and the built-in problems")
     check_rates(args.lr, args.lr_rest)
+    if not 0 < args.align_lr < math.inf:
+        raise UserError(f"--align-lr must be above 0, got {args.align_lr}")
     if args.rank not in RANKS and not os.path.exists(args.rank):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
     if args.data and args.traces != "reasoning":
@@ -1014,17 +1393,18 @@ def main():
     teacher = nano.load_pretrained(args.teacher, device, dtype)
     check_teacher(args, teacher.config, stages[-1].replace)
     codec = load_codec(args.teacher)
-    block, probe, fixed = load_texts(args, codec, teacher.config.vocab_size)
+    block, probe, fixed, held_out = load_texts(args, codec, teacher.config.vocab_size)
     size = sum(p.numel() for p in teacher.parameters())
     for each in stages:
         each.train = what_trains(args.train, size, device)
         each.out = once(claim_out, each.out, [each.teacher, each.student], args.overwrite, each.resume)
+        each.retrieval = how_many_codes(each, codec)
     choose_threads(teacher, device, args.threads)
     print_start(args, stages[0].train, teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
-    calibration = calibration_batch(block, device)
-    run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, {})
+    calibration = calibration_texts(block, device, teacher.config)
+    run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, held_out, {})
     for each in stages:
         stage(each, run, began)
         # Loading counts for the first stage.
@@ -1057,36 +1437,47 @@ def print_start(args, train, teacher, size, device, dtype):
 
 
 def load_texts(args, codec, n_vocab):
-    """-> block: (number, count) -> training examples; probe: batches of examples for LOO; fixed: one held-out batch.
-    Neither of the last two is ever trained on."""
+    """-> block: (number, count) -> training examples; probe: batches of examples for LOO; fixed: one held-out batch;
+    held_out: batches to measure on. Neither of the last two is ever trained on; nor is what is measured asked by LOO,
+    which may look at texts that train: the model that it looks at is the teacher."""
     if args.data:
         training, held_out = read_jsonl(args.data, codec, args.ctx, n_vocab)
         block = list_block(training, args.seed)
-        probe = held_out[:args.probe]
+        probe = training[:args.probe]
         fixed = held_out[:args.batch]
+        held_out = in_batches(held_out[:args.eval], args.batch)
     else:
         make = generic_block if args.traces == "generic" else trace_block
         block = make(codec, args.seed)
         probe = [encode_problem(codec, p) for p in problem_set("probe", args.probe)]
         fixed = [encode_problem(codec, p) for p in problem_set("dev", 16)]
-    # Batches of similar length.
-    probe = sorted(probe, key=lambda example: len(example[0]))
-    probe = [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)]
-    return block, probe, fixed
+        held_out = [fixed]
+    return block, in_batches(probe, args.batch), fixed, held_out
 
 
-def calibration_batch(block, device, count=48, most=16384):
-    """-> tokens (b, t) of some training texts, at most `most` of them, and real (b, t): False at padding.
-    For --init calibrated: its fit of d_inner unknowns wants several positions for each of them, see calibrate.
-    They are of the training split, block 0, whatever the stage: nothing held out is looked at."""
-    examples = block(0, count)
-    longest = max(len(ids) for ids, _ in examples)
-    # Fewer of them if they are long.
-    examples = examples[:max(1, most // longest)]
-    lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
-    tokens = collate(examples, device).tokens
-    real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
-    return tokens, real
+def in_batches(examples, batch):
+    """-> lists of `batch` examples of similar length, from short to long."""
+    examples = sorted(examples, key=lambda example: len(example[0]))
+    return [examples[i:i + batch] for i in range(0, len(examples), batch)]
+
+
+def calibration_texts(block, device, config, most=65536):
+    """-> a list of (tokens (b, t), real (b, t): False at padding) for --init calibrated, see calibrate: its fit of
+    d_inner unknowns wants 64 positions for each of them. They are of the training split, block 0, whatever the stage:
+    nothing held out is looked at."""
+    wanted = min(most, 64 * config.d_inner)
+    texts = []
+    for example in block(0, 512):
+        if wanted > 0:
+            texts.append(example)
+            wanted -= len(example[0])
+    pieces = []
+    for examples in in_batches(texts, 24):
+        tokens = collate(examples, device).tokens
+        lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
+        real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+        pieces.append((tokens, real))
+    return pieces
 
 
 def what_trains(flag, size, device):

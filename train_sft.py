@@ -531,30 +531,43 @@ def batches(block, batch, start=0):
         yield from lists[seen:]
 
 
-# What is left of it goes with --pack: texts share rows of --ctx tokens, and the model begins anew at each of them, in
-# positions, attention, conv and scan alike. A batch holds the same texts as without it, and has the same loss.
+# That leaves some 5 % of padding where lengths are even, and much more where a few texts are far longer than others. It
+# goes with --pack: texts share rows of at most --ctx tokens, and the model begins anew at each text, in positions,
+# attention, conv and scan alike. A batch holds the same texts as without it, and has the same loss.
 
 class Batch(NamedTuple):
     tokens: torch.Tensor                                 # (b, t) int64
-    targets: torch.Tensor                                # (b, t) int64: the token after this one if it is trained, or -1
+    targets: torch.Tensor                                # (b, t) int64: the next token if it is trained, else -1
     reset: torch.Tensor | None                           # (b, t) True where a text begins; None: a text is a row
     padding: int                                         # how many of the b * t tokens are padding
 
 
-def first_fit(lengths, room):
-    """lengths of texts in tokens -> rows, lists of text numbers. A text goes into the first row that has room left for
-    it, or begins one; one that is longer than room has a row to itself."""
-    rows = []
-    left = []
-    for number, length in enumerate(lengths):
-        fitting = [row for row, tokens in enumerate(left) if length <= tokens]
-        if not fitting:
-            fitting = [len(rows)]
-            rows.append([])
-            left.append(room)
-        rows[fitting[0]].append(number)
-        left[fitting[0]] -= length
-    return rows
+def spread(lengths, n):
+    """Texts of these lengths in tokens -> n rows, lists of text numbers, and the tokens of the longest row. The longest
+    text comes first, and each goes into the row that is shortest."""
+    rows = [[] for _ in range(n)]
+    used = [0] * n
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = used.index(min(used))
+        rows[row].append(number)
+        used[row] += lengths[number]
+    return rows, max(used)
+
+
+def share_rows(lengths, room):
+    """-> rows of at most room tokens (or as many as the longest text has), lists of text numbers. Many rows are computed
+    side by side, so they become fewer only as long as that saves padding, of which 1 % is let pass."""
+    room = max(room, *lengths)
+    best = None
+    smallest = math.inf
+    for n in range(len(lengths), 0, -1):
+        rows, longest = spread(lengths, n)
+        if longest > room or smallest < 1.01 * sum(lengths):
+            break
+        if n * longest < smallest:
+            smallest = n * longest
+            best = rows
+    return best
 
 
 def collate(examples, device, room=0):
@@ -562,7 +575,9 @@ def collate(examples, device, room=0):
     where labels and mask are shifted. Rows are padded on the right, which a causal model never sees; the mask comes
     from lengths, so a pad id that is also a real token does no harm."""
     lengths = [len(ids) for ids, _ in examples]
-    rows = first_fit(lengths, room)
+    rows = [[number] for number in range(len(examples))]
+    if room:
+        rows = share_rows(lengths, room)
     widths = [sum(lengths[number] for number in row) for row in rows]
     shape = (len(rows), max(widths))
     tokens = torch.zeros(shape, dtype=torch.long)
@@ -790,6 +805,8 @@ class Plan(NamedTuple):
     lr_rest: float | None = None                         # of everything but Mamba mixers; None: lr
     room: int = 0                                        # tokens of a row that texts share, see collate
     accumulate: int = 1                                  # batches in a step
+    watch: object = None                                 # watch(progress), before the first step and after each
+    count: object = None                                 # count(Batch): of what the loss is a sum; None: trained tokens
 
 
 # A run in progress is one safetensors file: weights and optimiser states as tensors, the rest as JSON in its header.
@@ -810,11 +827,22 @@ class Progress:
     tokens: int = 0                                      # seen so far, padding included
     padding: int = 0                                     # ... so many of them
     seconds: float = 0.0                                 # of work so far, over all parts of an interrupted run
+    cpu_seconds: float = 0.0                             # the same of the processor, all threads together
     loss: float = 0.0                                    # summed since the last log entry ...
     count: int = 0                                       # ... over so many trained tokens
     log: list = field(default_factory=list)              # entries, see fit
+    curve: list = field(default_factory=list)            # what plan.watch has measured on the way
 
-    SAVED = ("step", "tokens", "padding", "seconds", "loss", "count", "log")
+    SAVED = ("step", "tokens", "padding", "seconds", "cpu_seconds", "loss", "count", "log", "curve")
+
+    def start_clocks(self):
+        """From here on time is counted, beside what was counted before."""
+        self.began = time.time() - self.seconds
+        self.began_cpu = time.process_time() - self.cpu_seconds
+
+    def read_clocks(self):
+        self.seconds = time.time() - self.began
+        self.cpu_seconds = time.process_time() - self.began_cpu
 
     def save(self, model, optimizers):
         """Write the file; of many processes, see save_parts.
@@ -988,9 +1016,10 @@ def signals_noted():
 
 def fit(model, loss_of, block, batch, plan, progress, device, dtype):
     """Train model for plan.steps steps of plan.accumulate * batch examples each, see batches. -> the log, progress.log.
-    loss_of(model, Batch) -> loss, summed over the trained tokens (targets >= 0), and their number.
+    loss_of(model, Batch) -> loss, summed over its trained tokens (or what plan.count counts), and their number.
 
-    Saves every plan.every steps, and on Ctrl-C or SIGTERM after the step at hand; then it raises KeyboardInterrupt.
+    Saves every plan.every steps, after the last, and on Ctrl-C or SIGTERM after the step at hand; then it raises
+    KeyboardInterrupt.
     With progress.resume it goes on from what was saved, to the same bits as if nothing had happened. A log entry: step,
     mean loss in nats per trained token since the last entry, tokens so far (padding included), padding, seconds."""
     whole = model
@@ -999,11 +1028,13 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
     progress.load(model, optimizers, plan)
     progress.check_disk(model, optimizers)
     stream = batches(block, batch * plan.accumulate, progress.step)
-    began = time.time() - progress.seconds
+    if plan.watch:
+        plan.watch(progress)
+    progress.start_clocks()
     bar = tqdm(total=plan.steps, initial=progress.step, desc="training", unit="step")
     with bar, signals_noted() as noted:
         for step in range(progress.step, plan.steps):
-            loss, trained, tokens, padding = gradients(model, loss_of, next(stream), batch, plan.room, device, dtype)
+            loss, count, tokens, padding = gradients(model, loss_of, next(stream), batch, plan, device, dtype)
             rate = learning_rate(step, plan.steps, plan.lr, plan.warmup)
             # Muon's products, too, take dtype: half of a step of a model of 135 M parameters is theirs.
             with autocast(device, dtype):
@@ -1011,19 +1042,23 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
             progress.step = step + 1
             progress.tokens += tokens
             progress.padding += padding
-            progress.seconds = time.time() - began
+            progress.read_clocks()
             # A signal that came to one process stops all.
             loss, stop = summed(loss, len(noted))
             progress.loss += loss
-            progress.count += trained
+            progress.count += count
             bar.update()
             if progress.step % plan.log_every == 0 or progress.step == plan.steps:
                 entry = write_entry(progress, plan.name)
                 speed = progress.tokens / max(0.1, progress.seconds)
                 bar.set_postfix({plan.name: f"{entry[plan.name]:.4f}", "tok_s": f"{speed:.0f}"})
+            if plan.watch:
+                plan.watch(progress)
+                # What it took is not counted.
+                progress.start_clocks()
             if stop:
                 break
-            if progress.step % plan.every == 0:
+            if progress.step % plan.every == 0 or progress.step == plan.steps:
                 progress.save(model, optimizers)
         [stopped] = summed(len(noted))
         if stopped:
@@ -1036,10 +1071,9 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
     return progress.log
 
 
-def gradients(model, loss_of, examples, batch, room, device, dtype):
+def gradients(model, loss_of, examples, batch, plan, device, dtype):
     """Forward and backward pass of a step's examples, `batch` at a time: what one pass keeps is freed before the next.
-    -> summed loss (of this process), number of trained tokens, of all tokens, of padding among them (of all processes).
-    loss_of: see fit; room: see collate.
+    -> summed loss (of this process), and of the whole step: what it is divided by, all tokens, padding among them.
 
     The gradient is that of the mean over the trained tokens of the whole step, however it is cut: a mean of the
     batches' means would let a token count more, the fewer there are beside it."""
@@ -1047,19 +1081,24 @@ def gradients(model, loss_of, examples, batch, room, device, dtype):
     for i in range(0, len(examples), batch):
         # Of many processes one without a text still comes to all calls, with a token that is not trained.
         mine = own_part(examples[i:i + batch]) or [([0], [False])]
-        parts.append(collate(mine, device, room))
-    trained = sum(int((part.targets >= 0).sum()) for part in parts)
+        parts.append(collate(mine, device, plan.room))
+    count = sum((plan.count or trained_tokens)(part) for part in parts)
     tokens = sum(part.tokens.numel() for part in parts)
     padding = sum(part.padding for part in parts)
-    trained, tokens, padding = summed(trained, tokens, padding)
+    count, tokens, padding = summed(count, tokens, padding)
     total = 0.0
     for part in parts:
         with autocast(device, dtype):
             loss, _ = loss_of(model, part)
         # Of the gradients of many processes the engine takes the mean: their sum is meant.
-        (loss / max(1, trained) * processes()).backward()
+        (loss / max(1, count) * processes()).backward()
         total += loss.item()
-    return total, trained, tokens, padding
+    return total, count, tokens, padding
+
+
+def trained_tokens(batch):
+    """How many tokens of a Batch the loss counts."""
+    return int((batch.targets >= 0).sum())
 
 
 def write_entry(progress, name):
@@ -1272,7 +1311,8 @@ def share_out(model, device, dtype):
                 shard(getattr(block.mixer, name), cheap)
             shard(block.mixer, full)
         shard(block, cheap)
-    shard(shared, cheap)
+    # The residual stream begins in float32, as in a single process, and the loss ends in it.
+    shard(shared, full)
     register_fsdp_forward_method(shared, "hidden")
     return shared
 
@@ -1328,14 +1368,14 @@ def orthogonalize_shared(matrices):
 
 def saved_parts(path, ending=""):
     """The path of a Progress -> its directories, the newest last. ending ".tmp": those that were never finished."""
-    pattern = "progress-" + "[0-9]" * 8 + ending
-    return sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(path)), pattern)))
+    name = path.removesuffix(".safetensors")
+    return sorted(glob.glob(f"{glob.escape(name)}-{'[0-9]' * 8}{ending}"))
 
 
 def save_parts(progress, model, optimizers):
     """Progress.save of many processes. Raises UserError if it fails in any of them."""
     from torch.distributed import checkpoint
-    path = os.path.join(os.path.dirname(progress.path), f"progress-{progress.step:08d}")
+    path = f"{progress.path.removesuffix('.safetensors')}-{progress.step:08d}"
     unfinished = path + ".tmp"
     once(shutil.rmtree, unfinished, ignore_errors=True)
     try:
@@ -1459,7 +1499,7 @@ def parse_args():
     add("--accumulate", type=int, default=1, metavar="K",
         help="make a step of K batches, one after the other: K times the texts, the memory of one (default 1)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
-    add("--pack", action="store_true", help="lay texts into rows of --ctx tokens: same loss, less padding")
+    add("--pack", action="store_true", help="let texts share rows of up to --ctx tokens: same loss, less padding")
     add("--easy", type=float, default=0.0, help="share of the steps during which built-in problems "
                                                 "grow from small to full size (default 0)")
     # How to train.
