@@ -742,7 +742,7 @@ def test_position_is_counted_without_asking_a_layer(layout):
 
 
 def drift(model, tokens, marks):
-    """Feed tokens (1, t) one by one, as when generating, and to the same weights in float64 -> at each mark, a number of
+    """Feed tokens (1, t) one by one, as when generating, and to the same weights in float64 -> at each mark, in
     tokens: (mark, error of the cells, error of the logits), both relative, the cells' that of the worst layer."""
     exact = copy.deepcopy(model).double()
     state = model.new_state(1, tokens.shape[1])
@@ -3753,6 +3753,38 @@ def test_muon_turns_a_gradient_into_a_nearly_orthogonal_matrix(shape):
     assert (inner - torch.diag_embed(new)).abs().max() < 1e-2
 
 
+@pytest.mark.parametrize("flags, wanted", [
+    ({}, ("muon", 5e-4, None)),
+    ({"d_model": 576, "batch": 8}, ("adamw", 1e-4, 1e-5)),
+    ({"d_model": 576, "batch": 18}, ("muon", 5e-4, None)),                   # 9216 = 16 * 576
+    ({"d_model": 576, "batch": 6, "accumulate": 3}, ("muon", 5e-4, None)),
+    ({"d_model": 576, "optimizer": "muon"}, ("muon", 5e-4, None)),
+    ({"optimizer": "adamw"}, ("adamw", 1e-4, 1e-5)),
+    ({"optimizer": "adamw", "lr_rest": 0.0}, ("adamw", 1e-4, 0.0)),
+    ({"optimizer": "adamw", "lr": 3e-4}, ("adamw", 3e-4, None))])
+def test_the_optimizer_is_chosen_by_width_and_room_and_given_rates_stay(flags, wanted):
+    given = {"d_model": 64, "batch": 24, "accumulate": 1, "ctx": 512} | {"optimizer": "auto", "lr": None}
+    given = given | {"lr_rest": None} | flags
+    args = argparse.Namespace(**given)
+    train_sft.choose_optimizer(args, args.d_model, muon=(5e-4, None), adamw=(1e-4, 1e-5))
+    assert (args.optimizer, args.lr, args.lr_rest) == wanted
+
+
+@pytest.mark.parametrize("d_model, known, wanted", [
+    (256, {"avx512_bf16": True}, "bfloat16"),
+    (256, {"amx_bf16": True}, "bfloat16"),
+    (256, {}, "float32"),
+    (64, {"avx512_bf16": True}, "float32")])
+def test_wide_models_train_with_bfloat16_products_where_the_cpu_has_them(tmp_path, monkeypatch, d_model, known, wanted):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    save_pretrained(tiny("t", d_model=d_model), tmp_path)
+    flags = {"device": "cpu", "dtype": "auto", "model": str(tmp_path)}
+    for more, dtype in (({"optimizer": "auto"}, wanted), ({}, "float32")):   # the second: a script that only reads
+        args = argparse.Namespace(**flags, **more)
+        nano.start_script(args)
+        assert args.dtype == dtype
+
+
 def test_learning_rate_rises_stays_and_falls():
     rates = [train_sft.learning_rate(step, 100, 2.0, 10) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
@@ -4207,7 +4239,7 @@ def test_a_mistake_that_one_process_sees_ends_all_with_one_line(three):
 
 # In each of two processes: distill.py, killed twice at some moment, one of them and then both; torchrun starts them
 # again. And without.
-KILLED_RUN = ("--teacher teacher --data data.jsonl --replace 2 --steps 20 --batch 3 --warmup 1 --eval 1 "
+KILLED_RUN = ("--teacher teacher --data data.jsonl --replace 2 --steps 10 --batch 3 --warmup 1 --eval 1 "
               "--device cpu")
 KILLED = f"""
 rank = dist.get_rank()
@@ -4216,7 +4248,7 @@ step = train_sft.clipped_step
 taken = []
 def killed(*args):
     taken.append(1)
-    if len(taken) == 3 and (attempt == 0 and rank == 1 or attempt == 1):
+    if len(taken) == 2 and (attempt == 0 and rank == 1 or attempt == 1):
         moment = random.uniform(0.0, 0.3)
         threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL)).start()
     return step(*args)
@@ -4227,7 +4259,7 @@ plan = distill.Plan
 distill.Plan = lambda **named: plan(**named | dict(every=1))
 train_sft.clipped_step = killed
 go("--out", "killed", "--resume")
-assert attempt == 2 and len(taken) < 20, (attempt, len(taken))
+assert attempt == 2 and len(taken) < 10, (attempt, len(taken))
 train_sft.clipped_step = step
 go("--out", "whole")
 """
@@ -4833,7 +4865,7 @@ def test_teacher_forced_measures_equal_the_naive_way_and_are_nothing_for_the_tea
             count += 1
     for pieces_above in (16384, 1):                                          # all logits at once, and in pieces
         monkeypatch.setattr(distill, "PIECES_ABOVE", pieces_above)
-        monkeypatch.setattr(distill, "PIECE_TOKENS", 7)
+        monkeypatch.setattr(distill, "FLOAT32_TOKENS", 2)
         found = distill.teacher_forced(setup, student)
         found = torch.tensor([found["kl"], *found["loss"], found["top1"]])
         torch.testing.assert_close(found, sums / count, rtol=1e-4, atol=1e-6)

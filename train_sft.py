@@ -555,7 +555,7 @@ def spread(lengths, n):
 
 
 def share_rows(lengths, room):
-    """-> rows of at most room tokens (or as many as the longest text has), lists of text numbers. Many rows are computed
+    """-> rows of at most room tokens (or as many as the longest text has), lists of text numbers. Rows are computed
     side by side, so they become fewer only as long as that saves padding, of which 1 % is let pass."""
     room = max(room, *lengths)
     best = None
@@ -732,9 +732,28 @@ def mamba_names(model):
     return names
 
 
+# Muon's products do not depend on the batch. Per matrix they cost about what a step costs for 4 d_model tokens: 6 % of
+# the products of a step of the shipped teacher, 1.2 times those of SmolLM2-135M with 1300 tokens, where it was no
+# better per token either (KL of an H-12 from 0.49 to 0.30 in 50 steps; AdamW to 0.27 in 60). How many tokens a step
+# will have is not known here, the room for them is: texts fill it to a third, roughly.
+#
+# Either moves each weight by about the rate, however small its gradient is: a rate that repairs a poor start ruins a
+# good one. So AdamW's rates here, for wide models, are low, and lower for what is not new.
+
+def choose_optimizer(args, d_model, muon, adamw):
+    """Fill in --optimizer auto, and the rates unless --lr is given. muon, adamw: (lr, lr_rest) with each."""
+    if args.optimizer == "auto":
+        tokens = args.batch * args.accumulate * args.ctx
+        args.optimizer = "muon" if tokens >= 16 * d_model else "adamw"
+    if args.lr is None:
+        rates = muon if args.optimizer == "muon" else adamw
+        args.lr = rates[0]
+        args.lr_rest = rates[1] if args.lr_rest is None else args.lr_rest
+
+
 def check_rates(lr, lr_rest):
-    """Raises UserError for rates that are none."""
-    if not 0 < lr < math.inf or not 0 <= (lr_rest or 0) < math.inf:
+    """Raises UserError for rates that are none; a rate may be missing (None)."""
+    if not 0 < (1 if lr is None else lr) < math.inf or not 0 <= (lr_rest or 0) < math.inf:
         raise UserError(f"--lr must be above 0, --lr-rest 0 or more, got {lr} and {lr_rest}")
 
 
@@ -1213,11 +1232,11 @@ def merge(model, other, weight):
 # processes are added up, and each keeps those of its own rows. AdamW works on numbers one by one, so on rows as well.
 # Muon needs whole matrices: process 0 gets all rows of the first few, process 1 those of the next, and so on.
 #
-# Shared out is the work: of the examples of a batch process r takes numbers r, r + N, r + 2N, ... So a step has the same
-# gradient, but for rounding, whatever N is; --batch counts the texts of all processes. In the same way they share the
-# problems that are solved, the texts of LOO and the candidates of MMR. For those, as for conversion, every process
-# holds the models whole: what one GPU must have room for is both models in --dtype, and an MMR trial (without --rank
-# mmr none); optimiser states and gradients of a whole model are never there while the student trains.
+# Shared out is the work: of the examples of a batch, process r takes numbers r, r + N, r + 2N, ... So a step has the
+# same gradient whatever N is, but for rounding; --batch counts the texts of all processes. In the same way they share
+# the problems that are solved, the texts of LOO and the candidates of MMR. For these, for conversion, and when the
+# result is saved every process holds both models whole, what trains in float32: one GPU must have room for that, and
+# for a trial of MMR if there is one. Gradients and optimiser states of a whole student exist in a trial alone.
 #
 # Files are written by process 0. The result is that of a single process. A run in progress, though, is written by all,
 # each its rows, and can be continued by any number of them, one included.
@@ -1504,10 +1523,11 @@ def parse_args():
                                                 "grow from small to full size (default 0)")
     # How to train.
     add("--steps", type=int, default=200, help="optimiser steps (default 200)")
-    add("--lr", type=float, help="peak learning rate (default 0.005 with --scratch, else 0.0005)")
+    add("--lr", type=float, help="peak learning rate (default 0.005 with --scratch, else 0.0005, "
+                                  "or 0.0002 with adamw)")
     add("--lr-rest", type=float, help="that of everything but Mamba mixers (default: --lr)")
-    add("--optimizer", default="muon", choices=("muon", "adamw"),
-        help="muon: for the matrices of the layers, adamw for the rest (default muon)")
+    add("--optimizer", default="auto", choices=("auto", "muon", "adamw"), help="muon: for layers' "
+        "matrices; auto: adamw if --batch * --ctx < 16 times the model's width (default auto)")
     add("--warmup", type=int, default=50, help="steps of linear warm-up (default 50)")
     add("--seed", type=int, default=0, help="random seed (default 0)")
     # What to do with the result.
@@ -1528,9 +1548,7 @@ def parse_args():
 
 
 def check_flags(args):
-    """Fill in the default of --lr. Raises UserError for what can be seen to be wrong without any file."""
-    if args.lr is None:
-        args.lr = 0.005 if args.scratch else 0.0005
+    """Raises UserError for what can be seen to be wrong without any file."""
     for name in ("steps", "batch", "accumulate", "ctx", "every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -1600,8 +1618,12 @@ def main():
     # Refused now, not after the training.
     other = merge_partner(args, model)
     block = start_data(args, codec, model.config.vocab_size)
+    muon = (0.005, None) if args.scratch else (0.0005, None)
+    adamw = muon if args.scratch else (0.0002, None)
+    choose_optimizer(args, model.config.d_model, muon, adamw)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{size / 1e6:.2f} M parameters, layout {' '.join(model.config.layout)}\n"
+    print(f"{size / 1e6:.2f} M parameters, layout {' '.join(model.config.layout)}; "
+          f"{args.optimizer} at {args.lr:g}, products in {dtype}\n"
           f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     progress = start_progress(args, model)
     plan = Plan(args.steps, args.lr, args.warmup, args.every, log_every=10, name="loss",
