@@ -28,11 +28,12 @@ import torch
 from tqdm import tqdm
 
 from model import (UserError, autocast, choose_threads, claim_out, file_hash, harm, provenance,
-                   run_main, start_script, weights_hash)
+                   start_script, weights_hash)
 from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates, choose_optimizer,
                        clipped_step, collate, encode_parts, encode_problem, fit, generic_block,
-                       list_block, load_codec, make_optimizers, mamba_names, problem_set,
-                       read_jsonl, show_example, solve, trace_block)
+                       list_block, load_codec, make_optimizers, mamba_names, once, own_part,
+                       problem_set, processes, read_jsonl, run_together, share_out, show_example,
+                       solve, summed, take_back, trace_block, union)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -516,7 +517,8 @@ def align(args, run, student, layers, depends):
         return alignment_error(model, run.teacher, layers, batch)
 
     plan = Plan(steps=args.align_steps, lr=args.align_lr, warmup=args.warmup, every=25, log_every=1, name="error",
-                optimizer=args.optimizer, room=args.ctx if args.pack else 0)
+                optimizer=args.optimizer, room=args.ctx if args.pack else 0, accumulate=args.accumulate,
+                count=lambda batch: len(layers))
     fit(student.train(), loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
     return progress
 
@@ -540,6 +542,8 @@ def align(args, run, student, layers, depends):
 def leave_one_out(model, probe, device, dtype, use_accuracy):
     """probe: lists of examples -> per attention layer {"layer", "accuracy" or None, "kl", "loss"} without its mixer."""
     attention = attention_layers(model.config)
+    # Of many processes each takes some of the texts.
+    probe = own_part(probe)
     totals = {layer: torch.zeros(3, dtype=torch.float64) for layer in attention}
     tokens_seen = 0
     texts_seen = 0
@@ -552,11 +556,13 @@ def leave_one_out(model, probe, device, dtype, use_accuracy):
                     bar.update()
             tokens_seen += int((batch.targets >= 0).sum())
             texts_seen += len(examples)
+    tokens_seen, texts_seen = summed(tokens_seen, texts_seen)
     scores = []
-    for layer, (right, kl, loss) in totals.items():
-        accuracy = right.item() / texts_seen if use_accuracy else None
-        kl = kl.item() / tokens_seen
-        loss = loss.item() / tokens_seen
+    for layer, sums in totals.items():
+        right, kl, loss = summed(*sums.tolist())
+        accuracy = right / texts_seen if use_accuracy else None
+        kl = kl / tokens_seen
+        loss = loss / tokens_seen
         scores.append({"layer": layer, "accuracy": accuracy, "kl": kl, "loss": loss})
     return scores
 
@@ -612,7 +618,7 @@ def stored_scores(path, key, make):
         return stored
     scores = make()
     stored = key | {"order": least_important_first(scores), "scores": scores}
-    nano.write_json(path, stored)
+    once(nano.write_json, path, stored)
     return stored
 
 
@@ -694,7 +700,7 @@ def mmr_scores(args, run, student):
 
     key = depends_on(args, run, student)
     # The order of the trials' losses is all that is used: how the stage goes on afterwards does not matter to it.
-    for flag in ("replace", "rank", "align_steps", "align_lr", "steps", "warmup", "probe"):
+    for flag in ("replace", "rank", "align_steps", "align_lr", "steps", "accumulate", "warmup", "probe"):
         del key[flag]
     return stored_scores(os.path.join(args.out, "mmr.json"), key, make)
 
@@ -725,10 +731,16 @@ def try_each_layer(args, run, student, key):
     known = [trial["layer"] for trial in trials]
     todo = [layer for layer in attention_layers(student.config) if layer not in known]
     *training, held_out = trial_batches(args, run)
-    for layer in tqdm(todo, desc="MMR", unit="layer"):
-        loss = trial_loss(args, run, student, layer, training, held_out)
-        trials.append({"layer": layer, "loss": loss})
-        nano.write_json(path, {"key": key, "trials": trials})
+    # Of many processes each tries a layer of its own, with a whole student.
+    with tqdm(total=len(todo), desc="MMR", unit="layer") as bar:
+        while todo:
+            losses = {}
+            for layer in own_part(todo[:processes()]):
+                losses[layer] = trial_loss(args, run, student, layer, training, held_out)
+            trials += [{"layer": layer, "loss": loss} for layer, loss in union(losses).items()]
+            once(nano.write_json, path, {"key": key, "trials": trials})
+            todo = todo[processes():]
+            bar.update(processes())
     return trials
 
 
@@ -786,13 +798,17 @@ def trial_loss(args, run, student, layer, training, held_out):
 def distill(args, run, student, progress, start):
     """Train the student for args.steps steps. -> log entries, one per step, see train_sft.fit.
     start: see curve_watch."""
+    teacher = share_out(run.teacher, run.device, run.dtype)
+
     def loss_of(model, batch):
-        return batch_loss(model, run.teacher, batch, args.loss)
+        return batch_loss(model, teacher, batch, args.loss)
 
     plan = Plan(steps=args.steps, lr=args.lr, warmup=args.warmup, every=25, log_every=1, name="kl",
                 optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0,
-                watch=curve_watch(args, run, student, start) if args.curve else None)
-    return fit(student, loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
+                accumulate=args.accumulate, watch=curve_watch(args, run, student, start) if args.curve else None)
+    log = fit(student, loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
+    take_back(run.teacher, teacher)
+    return log
 
 
 def clone(model, train):
@@ -1122,8 +1138,8 @@ class Run(NamedTuple):
 # The flags that a result depends on. Not among them: where it is written, on which device it runs, and --eval, which
 # only looks. Nor the paths of teacher, student and data: what counts is what is in them.
 FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "align_steps", "steps",
-         "probe_steps", "batch", "ctx", "pack", "optimizer", "align_lr", "lr", "lr_rest", "warmup", "probe", "seed",
-         "dtype")
+         "probe_steps", "batch", "accumulate", "ctx", "pack", "optimizer", "align_lr", "lr", "lr_rest", "warmup",
+         "probe", "seed", "dtype")
 
 
 def depends_on(args, run, student):
@@ -1179,7 +1195,7 @@ def stage(args, run, began):
     # As it will be saved: mixers that trained in float32 beside weights in bfloat16 take their dtype.
     nano.cast(student.eval(), run.device, student.embed_tokens.weight.dtype)
     result, table = evaluate(args, run, student)
-    nano.save_pretrained(student, args.out, tokenizer_from=args.teacher)
+    once(nano.save_pretrained, student, args.out, tokenizer_from=args.teacher)
     # progress.seconds is the time of all parts of an interrupted run.
     seconds = prepared - began + progress.seconds + time.time() - done_training
     report = {
@@ -1189,9 +1205,9 @@ def stage(args, run, began):
     extra = {"args": vars(args), "run": depends, "scores": scores, "align_log": aligned.log, "log": log,
              "curve": progress.curve, "start_seconds": start}
     path = os.path.join(args.out, "report.json")
-    nano.write_json(path, report | extra | provenance(run.device))
-    aligned.remove()
-    progress.remove()
+    once(nano.write_json, path, report | extra | provenance(run.device))
+    once(aligned.remove)
+    once(progress.remove)
     print(f"{'':22}{'teacher':>10}{'student':>10}")
     table[0] += f"   (before distillation {kl_first:.4f})"
     print(*table, sep="\n")
@@ -1296,6 +1312,8 @@ def training_flags(add):
         "save (default 100)")
     add("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
     add("--batch", type=int, default=24, help="texts per step (default 24)")
+    add("--accumulate", type=int, default=1, metavar="K",
+        help="make a step of K batches, one after the other; not in MMR trials (default 1)")
     add("--optimizer", default="auto", choices=("auto", "muon", "adamw"), help="muon: for layers' "
         "matrices; auto: adamw if --batch * --ctx < 16 times the model's width (default auto)")
     add("--lr", type=float, help="peak learning rate (default 5e-4 with muon, 1e-4 with adamw)")
@@ -1318,7 +1336,11 @@ def plan_stages(args):
     Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
     if args.align_steps and args.init == "identity":
         raise UserError("--align-steps trains new mixers, and --init identity makes none")
-    for name in ("replace", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
+    for name in ("align_steps", "curve"):
+        if getattr(args, name) and processes() > 1:
+            raise UserError(f"--{name.replace('_', '-')} works in a single process, without torchrun")
+    counts = ("replace", "probe_steps", "batch", "accumulate", "ctx", "probe", "eval", "d_state", "threads")
+    for name in counts:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -1393,7 +1415,7 @@ def main():
         adamw = (1e-4, None) if each.init == "identity" else (1e-4, 1e-5)
         choose_optimizer(each, teacher.config.d_model, muon=(5e-4, None), adamw=adamw)
         each.train = what_trains(args.train, size, device)
-        each.out = claim_out(each.out, [each.teacher, each.student], args.overwrite, each.resume)
+        each.out = once(claim_out, each.out, [each.teacher, each.student], args.overwrite, each.resume)
         each.retrieval = how_many_codes(each, codec)
     choose_threads(teacher, device, args.threads)
     print_start(stages[0], stages[0].train, teacher, size, device, dtype)
@@ -1495,4 +1517,4 @@ def memory_bytes(device):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_together(main)

@@ -1306,6 +1306,7 @@ use(FASTER)
 import contextlib
 import ctypes
 import datetime
+import glob
 import gzip
 import hashlib
 import json
@@ -3116,6 +3117,9 @@ def claim_out(path, inputs, overwrite, resume, done="report.json"):
         if other is not None and same_place(path, os.path.expanduser(other)):
             raise UserError(f"--out {path} is {other}, which this run reads: choose another --out")
     there = [file for file in ("config.json", done, "progress.safetensors") if os.path.exists(os.path.join(path, file))]
+    if "progress.safetensors" not in there and glob.glob(os.path.join(glob.escape(path), "progress-*")):
+        # Of many processes.
+        there.append("progress.safetensors")
     if there == ["config.json"] and not overwrite:
         raise UserError(f"{path} holds a model that this script did not make: choose another --out, or pass "
                         f"--overwrite")
