@@ -285,6 +285,7 @@ def test_a_request_that_was_thrown_out_goes_on_as_if_it_had_not_been(serving, hy
 
 LLAMA3 = nano.RopeScaling(4.0, 1.0, 4.0, 64)
 VARIANTS = {
+    "attention alone": dict(layout="t t t"),
     "kinds t m2 i n": dict(layout="m2 t i n m2 t"),
     "late expansion": dict(expand_before_conv=False),
     "biases everywhere": dict(proj_bias=True),
