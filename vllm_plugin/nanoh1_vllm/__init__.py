@@ -36,8 +36,8 @@ SSM = {
 }
 
 # Further keys of ssm_cfg: how a new layer starts, and settings of mixers that are not here. m2 is always SiLU.
-SSM_IGNORED = ("dt_min", "dt_max", "dt_scale", "dt_init_floor", "dt_init", "activation", "n_v_heads", "n_qk_heads",
-               "chunk_size")
+SSM_IGNORED = ("dt_min", "dt_max", "dt_scale", "dt_init_floor", "dt_init", "activation",
+               "n_v_heads", "n_qk_heads", "chunk_size")
 
 # Settings that are read only to refuse them: key -> the values that change nothing, as an absent key does.
 NEUTRAL = {
@@ -74,15 +74,15 @@ class AprielHybridConfig(MistralConfig):
     model_type = "apriel_hybrid_ssm"
 
     # transformers builds one without arguments as well, to compare with.
-    def __init__(self, hybrid_block_layout=("t",), ssm_cfg=None, base_model_type="mistral", qkv_bias=False,
-                 qk_norm=False, **raw):
+    def __init__(self, hybrid_block_layout=("t",), ssm_cfg=None, base_model_type="mistral",
+                 qkv_bias=False, qk_norm=False, **raw):
         refuse_settings(raw)
         # Fast-LLM writes it with names that transformers refuses. The layout says it all.
         raw.pop("layer_types", None)
         if base_model_type != "mistral":
             require(raw, ("num_key_value_heads", "head_dim", "eos_token_id"))
         if self.model_type != "nanoh1_hybrid" and (qkv_bias or qk_norm):
-            raise ValueError(f"qkv_bias and qk_norm belong to nanoh1_hybrid, not to {self.model_type}")
+            raise ValueError(f"qkv_bias and qk_norm do not belong to {self.model_type}")
         raw["hidden_act"] = "silu"
         super().__init__(**raw)
         self.hybrid_block_layout = list(hybrid_block_layout)
@@ -106,7 +106,8 @@ class NanoH1HybridConfig(AprielHybridConfig):
 
     def __init__(self, **raw):
         if raw:
-            require(raw, ("base_model_type", "qkv_bias", "qk_norm", "rope_scaling", "num_key_value_heads", "head_dim"))
+            require(raw, ("base_model_type", "qkv_bias", "qk_norm", "rope_scaling",
+                          "num_key_value_heads", "head_dim"))
         super().__init__(**raw)
 
 
@@ -120,18 +121,20 @@ def refuse_settings(raw):
     """raw: the keys of config.json that are not the hybrid's own. Raises ValueError."""
     for key, values in NEUTRAL.items():
         if key in raw and raw[key] not in values:
-            raise ValueError(f"config.json: {key} = {raw[key]!r} changes the result and is not implemented")
+            refuse(key, raw[key])
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        known = ROPE
-        if kind == "llama3":
-            known = ROPE | LLAMA3
-        elif kind not in ("default", "linear", None) or rope.get("factor") not in (1.0, None):
-            raise ValueError(f"config.json: {name} = {rope} changes the result and is not implemented")
-        unknown = sorted(set(rope) - known)
-        if unknown or rope.get("partial_rotary_factor") not in (1.0, None):
-            raise ValueError(f"config.json: {name} = {rope} is not known to this reader")
+        kind = rope.get("rope_type", rope.get("type"))
+        known = ROPE | LLAMA3 if kind == "llama3" else ROPE
+        stretched = kind not in ("default", "linear", None) or rope.get("factor") not in (1.0, None)
+        if stretched and kind != "llama3":
+            refuse(name, rope)
+        if set(rope) - known or rope.get("partial_rotary_factor") not in (1.0, None):
+            refuse(name, rope)
+
+
+def refuse(key, value):
+    raise ValueError(f"config.json: {key} = {value!r} changes the result and is not implemented")
 
 
 def fill_ssm(given, hidden_size):

@@ -38,7 +38,10 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateShapeCalculator,
     is_conv_state_dim_first,
 )
-from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import (
+    causal_conv1d_fn,
+    causal_conv1d_update,
+)
 from vllm.model_executor.layers.mamba.ops.mamba_ssm import selective_scan_fn
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import selective_state_update
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
@@ -127,23 +130,24 @@ class Mamba(nn.Module, MambaBase):
     def __init__(self, config, vllm_config, prefix):
         super().__init__()
         ssm = config.ssm_cfg
-        processes = get_tensor_model_parallel_world_size()
-        chunks = ssm["d_xb"] // ssm["d_state"]
-        if ssm["d_inner"] % ssm["d_xb"] or ssm["d_xb"] % ssm["d_state"]:
-            raise ValueError(f"d_xb {ssm['d_xb']} must divide d_inner {ssm['d_inner']}, d_state {ssm['d_state']} d_xb")
-        if chunks % processes:
-            raise ValueError(f"{chunks} chunks of d_state channels cannot be shared by {processes} processes")
         bias = ssm["bias"]
         d_inner = ssm["d_inner"]
         d_xb = ssm["d_xb"]
         self.d_state = ssm["d_state"]
         self.d_conv = ssm["d_conv"]
+        if d_inner % d_xb or d_xb % self.d_state:
+            raise ValueError(f"d_xb {d_xb} must divide d_inner {d_inner}, d_state {self.d_state} d_xb")
+        chunks = d_xb // self.d_state
+        processes = get_tensor_model_parallel_world_size()
+        if chunks % processes:
+            raise ValueError(f"{chunks} chunks of d_xb cannot be shared by {processes} processes")
         self.d_inner = d_inner // processes
         self.d_xb = d_xb // processes
         self.expand_before_conv = ssm["repeat_kv_before_conv"]
         self.channels = self.d_inner if self.expand_before_conv else self.d_xb
         self.dtype = vllm_config.model_config.dtype
-        self.use_kernels = current_platform.is_cuda() and 2 <= self.d_conv <= 4 and self.d_state <= 256
+        known_shape = 2 <= self.d_conv <= 4 and self.d_state <= 256
+        self.use_kernels = current_platform.is_cuda() and known_shape
 
         self.in_proj = MergedColumnParallelLinear(
             config.hidden_size, [d_inner, d_xb, d_xb, d_inner], bias, prefix=f"{prefix}.in_proj")
@@ -182,10 +186,14 @@ class Mamba(nn.Module, MambaBase):
         torch.ops.vllm.mamba_mixer(x, out, _encode_layer_name(self.prefix))
         return out
 
-    def forward_impl(self, x, out):
-        """Called by the op. x (tokens, d_model), decodes first, then prefills, then perhaps padding -> into out."""
-        z, u, B, C = self.in_proj(x)[0].split([self.d_inner, self.d_xb, self.d_xb, self.d_inner], dim=-1)
+    def forward_impl(self, hidden_states, output):
+        """Called by the op, which names the arguments. hidden_states (tokens, d_model): decodes first, then prefills,
+        then perhaps padding -> into output."""
+        x = hidden_states
+        widths = [self.d_inner, self.d_xb, self.d_xb, self.d_inner]
+        z, u, B, C = self.in_proj(x)[0].split(widths, dim=-1)      # (tokens, these)
         dt = self.dt_proj(self.dt_in_proj(x)[0])[0]                # (tokens, d_inner), holds the bias once
+        inputs = (u, dt, B, C, z)
         y = torch.zeros_like(z)                                    # padding stays zero
         # None while vLLM measures how much memory a call takes.
         metadata = get_forward_context().attn_metadata
@@ -196,10 +204,10 @@ class Mamba(nn.Module, MambaBase):
             decodes = slice(0, metadata.num_decode_tokens)
             prefills = slice(decodes.stop, decodes.stop + metadata.num_prefill_tokens)
             if metadata.num_decode_tokens:
-                y[decodes] = step(u[decodes], dt[decodes], B[decodes], C[decodes], z[decodes], metadata)
+                y[decodes] = step(*[part[decodes] for part in inputs], metadata)
             if metadata.num_prefill_tokens:
-                y[prefills] = prefill(u[prefills], dt[prefills], B[prefills], C[prefills], z[prefills], metadata)
-        out.copy_(self.out_proj(y)[0])
+                y[prefills] = prefill(*[part[prefills] for part in inputs], metadata)
+        output.copy_(self.out_proj(y)[0])
 
     def pool(self):
         """-> conv inputs (slots, d_conv - 1, channels) and cells (slots, d_inner, d_state) of all texts: views."""
@@ -269,48 +277,54 @@ class Mamba(nn.Module, MambaBase):
             ys.append(y[0])
         return torch.cat(ys)
 
-    # By vLLM's kernels on a GPU: the same, but never run. They take channels before tokens, (d, tokens), and as many
-    # groups of B as of C.
+    # By vLLM's kernels on a GPU: the same, but never run. A kernel knows heads: here a head is a chunk, d_state channels
+    # wide. It wants as many groups of B as of C, and prompts as (channels, tokens).
 
     def step_kernels(self, u, dt, B, C, z, metadata):
-        """As step. The kernel knows heads: here a head is a chunk, d_state channels wide."""
+        """As step."""
         conv, h = self.pool()
         slots = metadata.state_indices_tensor_d
+        weight = self.conv1d.weight[:, 0]
         if self.expand_before_conv:
             u = self.expand(u)
-        u = causal_conv1d_update(u.contiguous(), conv.transpose(1, 2), self.conv1d.weight[:, 0], self.conv1d.bias,
-                                 "silu", conv_state_indices=slots)
+        u = causal_conv1d_update(u.contiguous(), conv.transpose(1, 2), weight, self.conv1d.bias, "silu",
+                                 conv_state_indices=slots)
         if not self.expand_before_conv:
             u = self.expand(u)
-        heads = (-1, self.d_inner // self.d_state, self.d_state)
-        wide = (*heads, self.d_state)
-        y = torch.empty_like(u.reshape(heads))
-        selective_state_update(
-            h.view(wide), u.reshape(heads), dt.reshape(heads), self.rates().view(wide[1:]),
-            self.expand(B).view(heads), C.reshape(heads), self.D.view(heads[1:]), self.dt_bias().view(heads[1:]),
-            z=z.reshape(heads), dt_softplus=True, state_batch_indices=slots, dst_state_batch_indices=slots, out=y)
-        return y.view(len(y), -1)
+
+        def heads(tensor):
+            return tensor.reshape(-1, self.d_inner // self.d_state, self.d_state)
+        A = self.rates().unflatten(0, (-1, self.d_state))          # (d_inner / n, n, n)
+        h = h.unflatten(1, (-1, self.d_state))                     # (slots, d_inner / n, n, n)
+        y = torch.empty_like(heads(u))
+        # Here the dt bias counts a second time.
+        selective_state_update(h, heads(u), heads(dt), A, heads(self.expand(B)), heads(C),
+                               heads(self.D)[0], heads(self.dt_bias())[0], z=heads(z),
+                               dt_softplus=True, state_batch_indices=slots,
+                               dst_state_batch_indices=slots, out=y)
+        return y.flatten(1)
 
     def prefill_kernels(self, u, dt, B, C, z, metadata):
         """As prefill."""
         conv, h = self.pool()
-        slots = metadata.state_indices_tensor_p
+        weight = self.conv1d.weight[:, 0]
         texts = {
-            "cache_indices": slots,
+            "cache_indices": metadata.state_indices_tensor_p,
             "has_initial_state": metadata.has_initial_states_p,
             "query_start_loc": metadata.query_start_loc_p,
         }
         if self.expand_before_conv:
             u = self.expand(u)
-        u = causal_conv1d_fn(u.transpose(0, 1), self.conv1d.weight[:, 0], self.conv1d.bias,
-                             conv_states=conv.transpose(1, 2), activation="silu", metadata=metadata, **texts)
+        u = causal_conv1d_fn(u.T, weight, self.conv1d.bias, conv_states=conv.transpose(1, 2),
+                             activation="silu", metadata=metadata, **texts)
         if not self.expand_before_conv:
-            u = self.expand(u.transpose(0, 1)).transpose(0, 1)
-        B = self.expand(B).unflatten(-1, (-1, self.d_state))       # (tokens, d_inner / n, n)
-        C = C.unflatten(-1, (-1, self.d_state))
-        y = selective_scan_fn(u, h, dt.transpose(0, 1), self.rates(), B.permute(1, 2, 0), C.permute(1, 2, 0), self.D,
-                              z.transpose(0, 1), self.dt_bias(), delta_softplus=True, **texts)
-        return y.transpose(0, 1)
+            u = self.expand(u.T).T
+        B = self.expand(B).unflatten(-1, (-1, self.d_state)).permute(1, 2, 0)  # (d_inner / n, n, tokens)
+        C = C.unflatten(-1, (-1, self.d_state)).permute(1, 2, 0)
+        # Here the dt bias counts a second time.
+        y = selective_scan_fn(u, h, dt.T, self.rates(), B, C, self.D, z.T, self.dt_bias(),
+                              delta_softplus=True, **texts)
+        return y.T
 
 
 def state_shape(channels, d_inner, d_state, d_conv):
@@ -333,12 +347,12 @@ def make_attention(config, vllm_config, prefix):
         "cache_config": vllm_config.cache_config,
         "prefix": prefix,
     }
+    length = config.max_position_embeddings
     if config.qk_norm:
-        return Qwen3Attention(
-            **sizes, rope_parameters=config.rope_parameters, max_position=config.max_position_embeddings,
-            head_dim=config.head_dim, rms_norm_eps=config.rms_norm_eps, qkv_bias=config.qkv_bias)
-    return LlamaAttention(
-        config, **sizes, max_position_embeddings=config.max_position_embeddings, bias=config.qkv_bias)
+        return Qwen3Attention(**sizes, head_dim=config.head_dim, qkv_bias=config.qkv_bias,
+                              rms_norm_eps=config.rms_norm_eps, max_position=length,
+                              rope_parameters=config.rope_parameters)
+    return LlamaAttention(config, **sizes, bias=config.qkv_bias, max_position_embeddings=length)
 
 
 def add_and_norm(norm, x, residual):
@@ -354,15 +368,16 @@ class Block(nn.Module):
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.kind = config.hybrid_block_layout[extract_layer_index(prefix)]
+        width = config.hidden_size
         if self.kind in ("t", "m2"):
-            self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
         if self.kind == "t":
             self.self_attn = make_attention(config, vllm_config, f"{prefix}.self_attn")
         if self.kind == "m2":
             self.mixer = Mamba(config, vllm_config, f"{prefix}.mixer")
         if self.kind != "i":
-            self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.mlp = LlamaMLP(config.hidden_size, config.intermediate_size, "silu", prefix=f"{prefix}.mlp")
+            self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
+            self.mlp = LlamaMLP(width, config.intermediate_size, "silu", prefix=f"{prefix}.mlp")
 
     def forward(self, positions, x, residual):
         """positions (tokens), x (tokens, d_model), residual like x or None -> x, residual"""
@@ -382,9 +397,9 @@ class HybridForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
     """vLLM's Llama with other blocks. Raises ValueError for what vLLM offers and this model does not."""
     def __init__(self, *, vllm_config, prefix=""):
         config = vllm_config.model_config.hf_config
-        layout = config.hybrid_block_layout
-        if len(layout) != config.num_hidden_layers:
-            raise ValueError(f"the layout names {len(layout)} layers, the model has {config.num_hidden_layers}")
+        named = len(config.hybrid_block_layout)
+        if named != config.num_hidden_layers:
+            raise ValueError(f"the layout names {named} layers, not {config.num_hidden_layers}")
         refuse_options(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=Block)
 
@@ -392,8 +407,9 @@ class HybridForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
     def get_mamba_state_shape_from_config(cls, vllm_config):
         ssm = vllm_config.model_config.hf_config.ssm_cfg
         processes = vllm_config.parallel_config.tensor_parallel_size
-        channels = ssm["d_inner"] if ssm["repeat_kv_before_conv"] else ssm["d_xb"]
-        return state_shape(channels // processes, ssm["d_inner"] // processes, ssm["d_state"], ssm["d_conv"])
+        d_inner = ssm["d_inner"] // processes
+        channels = d_inner if ssm["repeat_kv_before_conv"] else ssm["d_xb"] // processes
+        return state_shape(channels, d_inner, ssm["d_state"], ssm["d_conv"])
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config):
@@ -439,8 +455,9 @@ def names_in_file(model):
 def refuse_options(vllm_config):
     """Raise ValueError for an option of vLLM under which this model would compute something else."""
     cache = vllm_config.cache_config
+    dtype = vllm_config.model_config.dtype
     refused = {
-        "dtype float16, which overflows in the scan": vllm_config.model_config.dtype == torch.float16,
+        "dtype float16, which overflows in the scan,": dtype == torch.float16,
         "cells that are not float32": cache.mamba_ssm_cache_dtype not in ("auto", "float32"),
         "mamba_cache_mode all": cache.mamba_cache_mode == "all",
         "quantisation": vllm_config.quant_config is not None,
