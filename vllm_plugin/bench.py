@@ -10,7 +10,7 @@ exactly --output tokens (no end token counts), and nothing is taken from the pre
 the weights say, but a checkpoint may be asked for more tokens than it was trained for: then its texts mean nothing.
 
 A round measures each directory once, in turn, so that a machine that slows down slows all of them. Every measurement
-has a process and an engine of its own (two would share the memory); loading, compiling and the warm-up are not counted.
+has a process and an engine of its own, unless --together; loading, compiling and the warm-up are not counted.
 Beside it stands bench.py --model DIR of this repository: the same weights under model.py, one batch, no scheduler.
 """
 import argparse
@@ -46,7 +46,7 @@ def parse_args():
     add("--rounds", type=int, default=3,
         help="measurements of every directory, in turn (default 3)")
     add("--warmup", type=int, default=2,
-        help="requests before the clock starts, of 8 new tokens (default 2)")
+        help="requests of 8 new tokens that an engine answers before it is measured (default 2)")
     add("--seed", type=int, default=0, help="seed of the prompts; each round has others (default 0)")
     # How it is served.
     add("--batch", type=int, help="requests at once, at most (max_num_seqs; default: vLLM's)")
@@ -60,12 +60,15 @@ def parse_args():
         help="float32 or bfloat16 (default: bfloat16 on cuda, else float32)")
     add("--eager", action="store_true",
         help="neither torch.compile nor CUDA graphs: starts sooner, runs slower")
+    add("--together", action="store_true", help="let the engines of all directories stay from "
+        "round to round: sooner, if the memory holds them all")
     # What is counted.
     add("--cpu-time", action="store_true", help="count the process's CPU time and not the clock, "
         "with the engine in that process: for a CPU shared with other programs")
     add("--json", metavar="FILE", help="append one JSON line per directory")
     args = p.parse_args()
-    counts = ("input", "output", "requests", "rounds", "batch", "step_tokens", "tensor_parallel")
+    counts = ("input", "output", "requests", "rounds", "batch", "step_tokens", "tensor_parallel",
+              "warmup")
     for name in counts:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -100,34 +103,56 @@ def random_prompts(count, length, vocab_size, seed):
     return prompts
 
 
+# The engine of this process, see measure.
+ENGINES = {}
+
+
 def measure(path, vocab_size, args, turn):
-    """One measurement, in a process of its own -> seconds for all requests."""
+    """One measurement, in a process that has the directory's engine or makes it now -> seconds for all requests."""
     from vllm import LLM, SamplingParams
     clock = time.process_time if args.cpu_time else time.perf_counter
-    llm = LLM(path, **engine_options(args))
 
     def answer_all(prompts, new):
         """-> seconds."""
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
         began = clock()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        outputs = ENGINES[path].generate(prompts, params, use_tqdm=False)
         seconds = clock() - began
         assert all(len(output.outputs[0].token_ids) == new for output in outputs)
         return seconds
 
-    warm = random_prompts(args.warmup, args.input, vocab_size, f"{args.seed} warm")
-    if warm:
+    if path not in ENGINES:
+        ENGINES[path] = LLM(path, **engine_options(args))
+        warm = random_prompts(args.warmup, args.input, vocab_size, f"{args.seed} warm")
         answer_all(warm, min(8, args.output))
     prompts = random_prompts(args.requests, args.input, vocab_size, f"{args.seed} {turn}")
     return answer_all(prompts, args.output)
 
 
-def in_a_process(*job):
-    """measure(*job) in a fresh process, which gives all its memory back. This pool's worker may have children, as
-    vLLM wants; that of multiprocessing.Pool may not."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(measure, *job).result()
+def new_process():
+    """-> a pool of one process. Ended, it gives all its memory back. Its worker may have children, as vLLM wants; that
+    of multiprocessing.Pool may not."""
+    return concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def measure_all(paths, args):
+    """-> {path: seconds of each round}, {path: Config}."""
+    configs = {path: read_config(path) for path in paths}
+    seconds = {path: [] for path in paths}
+    processes = {}
+    for turn in range(args.rounds):
+        for path in paths:
+            process = processes.pop(path, None) or new_process()
+            took = process.submit(measure, path, configs[path].vocab_size, args, turn).result()
+            seconds[path].append(took)
+            print(f"round {turn + 1} of {args.rounds}: {path} {took:.1f} s", file=sys.stderr)
+            if args.together:
+                processes[path] = process
+            else:
+                process.shutdown()
+    for process in processes.values():
+        process.shutdown()
+    return seconds, configs
 
 
 def summary(seconds, args):
@@ -155,18 +180,6 @@ def set_environment(args):
         os.environ.setdefault(name, value)
     if args.cpu_time:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-
-
-def measure_all(paths, args):
-    """-> {path: seconds of each round}, {path: Config}."""
-    configs = {path: read_config(path) for path in paths}
-    seconds = {path: [] for path in paths}
-    for turn in range(args.rounds):
-        for path in paths:
-            took = in_a_process(path, configs[path].vocab_size, args, turn)
-            seconds[path].append(took)
-            print(f"round {turn + 1} of {args.rounds}: {path} {took:.1f} s", file=sys.stderr)
-    return seconds, configs
 
 
 def main():
