@@ -14,6 +14,7 @@ Starting vLLM takes half a minute, an engine in a started process seconds. So on
 serves job after job, each in an engine of its own. The HTTP test has a server in processes of vLLM's making.
 """
 import contextlib
+import dataclasses
 import gc
 import importlib.util
 import json
@@ -114,8 +115,8 @@ def serve(job):
     rounds = []
     with watch(job["fault"], seen):
         llm = LLM(job["path"], **ENGINE | job["options"])
-        params = SamplingParams(temperature=0, max_tokens=job["new"], ignore_eos=True, logprobs=5,
-                                detokenize=False)
+        params = SamplingParams(temperature=0, max_tokens=job["new"], logprobs=5, detokenize=False,
+                                ignore_eos=not job["may_end"])
         prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
         for _ in range(job["rounds"]):
             outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -158,16 +159,17 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="session")
 def serving(tmp_path_factory):
-    """-> a function: path, prompts, new tokens and more -> what serve returns, or {"error": text}."""
+    """-> a function: path, prompts, new tokens (or fewer, if an answer may end at an end token) and more -> what serve
+    returns, or {"error": text}."""
     log = tmp_path_factory.mktemp("serving") / "log.txt"
     environment = ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with open(log, "w") as errors:
         process = subprocess.Popen([sys.executable, __file__], env=environment, text=True,
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
 
-    def ask(path, prompts, new=12, rounds=1, fault=None, **options):
+    def ask(path, prompts, new=12, rounds=1, fault=None, may_end=False, **options):
         job = dict(path=str(path), prompts=prompts, new=new, rounds=rounds, fault=fault,
-                   options=options)
+                   may_end=may_end, options=options)
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
         line = process.stdout.readline()
@@ -262,6 +264,10 @@ def assert_served(served, path, prompts):
     return compared
 
 
+def shown(served):
+    return {name: count for name, count in served.items() if name != "rounds"}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The properties.
 
@@ -273,15 +279,21 @@ def test_requests_that_wait_mix_and_come_back_are_served_as_model_py_computes_th
     assert served["mixed"] >= 20
     assert served["continued"] >= 20
     assert served["preempted"] == 0
-    cached = [sum(answer["cached"] for answer in answers) for answers in served["rounds"]]
+    cached = []
+    for answers in served["rounds"]:
+        cached.append(sum(answer["cached"] for answer in answers))
+    print(shown(served), "cached", cached)
     assert cached[0] == 0
     assert cached[1] >= 500
 
 
 def test_a_request_that_was_thrown_out_goes_on_as_if_it_had_not_been(serving, hybrid):
-    """So few blocks of cache that requests must make room for others in the middle of their answers."""
-    served = serving(hybrid, SEVENTEEN, new=32, num_gpu_blocks_override=24)
-    assert_served(served, hybrid, SEVENTEEN)
+    """So few blocks of cache that requests must make room for others in the middle of their answers: short prompts, of
+    which five fit in at once, and answers several blocks long."""
+    prompts = some_prompts(5, 11, 20, 26, 31, 40)
+    served = serving(hybrid, prompts, new=128, max_model_len=256, num_gpu_blocks_override=24)
+    assert_served(served, hybrid, prompts)
+    print(shown(served))
     assert served["preempted"] >= 3
 
 
@@ -373,6 +385,15 @@ def test_the_comparison_sees_a_planted_fault(serving, hybrid, tmp_path, fault):
     compared = compare(served, nano.load_pretrained(hybrid), SIX)
     print(fault, compared)
     assert compared.worst > 100 * TOLERANCE
+
+
+def test_every_end_token_ends_an_answer(serving, tmp_path):
+    model = random_model()
+    [ids] = model.generate(SIX[-1:], 12, stop=())
+    model.config = dataclasses.replace(model.config, eos_ids=(2, ids[5]))
+    nano.save_pretrained(model, tmp_path)
+    served = serving(tmp_path, SIX[-1:], may_end=True)
+    assert served["rounds"][0][0]["ids"] == ids[:ids.index(ids[5]) + 1]
 
 
 @pytest.mark.parametrize("lost", ["dt_proj.bias", "conv1d.weight", "in_proj.weight", "A_log", "D"])
@@ -481,6 +502,7 @@ def test_a_chat_over_http_is_what_generate_writes(server):
     model = nano.load_pretrained(path)
     [wanted] = model.generate([prompt], 64)
     choice = answer["choices"][0]
+    print(choice)
     stopped = choice["finish_reason"] == "stop"
-    assert choice["token_ids"] == wanted + list(model.config.eos_ids) * stopped
     assert stopped == (len(wanted) < 64)
+    assert choice["token_ids"] == wanted + list(model.config.eos_ids) * stopped
