@@ -439,7 +439,7 @@ def server(tmp_path_factory):
         process.wait(timeout=60)
 
 
-def wait_for(address, process, log, seconds=300):
+def wait_for(address, process, log, seconds=600):
     until = time.time() + seconds
     while time.time() < until:
         assert process.poll() is None, f"the server died: {log.read_text()[-3000:]}"
