@@ -41,6 +41,9 @@ sys.path.insert(0, str(ROOT))
 import model as nano
 
 TOLERANCE = 1e-4                             # of a logprob, in float32
+# Less likely tokens (one in a thousand) are not compared. Float32 keeps fewer digits of them: on the shipped teacher's
+# hybrid model.py itself is off by 1.5e-4 from float64 there, and by 1e-5 at the tokens taken.
+RARE = -7
 
 # One thread: the machine may have two cores, and model.py needs one of them in another process.
 ENVIRONMENT = os.environ | {
@@ -248,7 +251,8 @@ def compare(served, model, prompts):
             for row, id, step in zip(wanted, answer["ids"], answer["logprobs"], strict=True):
                 places = torch.tensor([int(place) for place in step])
                 served_here = torch.tensor(list(step.values()))
-                differences.append((row[places] - served_here).abs().max())
+                likely = row[places] > RARE
+                differences.append((row[places] - served_here)[likely].abs().max())
                 behind.append(row.max() - row[id])
     worst = torch.stack(differences).max().item()
     mean = torch.stack(differences).mean().item()
