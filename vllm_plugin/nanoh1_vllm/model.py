@@ -421,15 +421,23 @@ class HybridForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
         return MambaStateCopyFuncCalculator.mamba1_state_copy_func()
 
     def load_weights(self, weights):
-        """weights: (name, tensor) as in the file. vLLM's loaders pass over a missing or unknown tensor of a joined
-        projection, so the names are compared here. Raises ValueError."""
+        """weights: (name, tensor) as in the file. vLLM's loaders pass over missing, unknown and too long tensors of
+        joined projections, so names and rows are compared here. Raises ValueError."""
+        ssm = self.config.ssm_cfg
+        rows = 2 * ssm["d_inner"] + 2 * ssm["d_xb"]
         found = []
 
         def watched():
             for name, tensor in weights:
                 found.append(name)
+                if name.endswith("mixer.in_proj.weight") and len(tensor) != rows:
+                    raise ValueError(f"{len(tensor)} rows, expected {rows}. (Are dt's among them? "
+                                     f"nanoH1 loads that older form and saves it in this one.)")
                 yield name, tensor
-        loaded = super().load_weights(watched())
+        try:
+            loaded = super().load_weights(watched())
+        except (AssertionError, RuntimeError, ValueError) as e:
+            raise ValueError(f"{found[-1]}: {e}") from e
         found = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
         if self.config.tie_word_embeddings:
             found.discard("lm_head.weight")
