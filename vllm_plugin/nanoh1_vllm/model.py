@@ -137,6 +137,8 @@ class Mamba(nn.Module, MambaBase):
         self.d_conv = ssm["d_conv"]
         if d_inner % d_xb or d_xb % self.d_state:
             raise ValueError(f"d_xb {d_xb} must divide d_inner {d_inner}, d_state {self.d_state} d_xb")
+        if self.d_conv < 2:
+            raise ValueError("vLLM cannot keep the state of a conv that sees one input only: d_conv 1")
         chunks = d_xb // self.d_state
         processes = get_tensor_model_parallel_world_size()
         if chunks % processes:
@@ -146,7 +148,7 @@ class Mamba(nn.Module, MambaBase):
         self.expand_before_conv = ssm["repeat_kv_before_conv"]
         self.channels = self.d_inner if self.expand_before_conv else self.d_xb
         self.dtype = vllm_config.model_config.dtype
-        known_shape = 2 <= self.d_conv <= 4 and self.d_state <= 256
+        known_shape = self.d_conv <= 4 and self.d_state <= 256
         self.use_kernels = current_platform.is_cuda() and known_shape
 
         self.in_proj = MergedColumnParallelLinear(
