@@ -14,7 +14,7 @@ mixer is told the slots. Everything else is nanoH1's Mamba layer (model.py, part
 Where the sum is done: on a GPU by vLLM's kernels, elsewhere, and for shapes that these cannot do, by the PyTorch code
 here. Do not put vLLM's kernels in its place on a CPU: there selective_scan_fn does not exist, and
 selective_state_update takes A, dt, D and the bias once per head, which is silently wrong for Mamba-1. The GPU's lines
-(step_kernels, prefill_kernels) have never been run: there was no GPU.
+(step_kernels, prefill_kernels) have never run on a GPU: there was none.
 
 Sizes as in nanoH1: t tokens, d channels, n = d_state cells a channel. Letters of the papers: u dt A B C D z, h cells.
 """
@@ -279,8 +279,8 @@ class Mamba(nn.Module, MambaBase):
             ys.append(y[0])
         return torch.cat(ys)
 
-    # By vLLM's kernels on a GPU: the same, but never run. A kernel knows heads: here a head is a chunk, d_state channels
-    # wide. It wants as many groups of B as of C, and prompts as (channels, tokens).
+    # By vLLM's kernels on a GPU: the same, but never run on one. A kernel knows heads: here a head is a chunk, d_state
+    # channels wide. It wants as many groups of B as of C, and prompts as (channels, tokens).
 
     def step_kernels(self, u, dt, B, C, z, metadata):
         """As step."""
