@@ -9,7 +9,7 @@ A setting that is passed over gives a model that is nearly right, and nobody wou
 reader refuses is refused here too, and what vLLM's attention would understand in another way. Two model types:
 
       apriel_hybrid_ssm     the format of Apriel-H1: attention as Mistral has it
-      nanoh1_hybrid         the same with the keys qkv_bias, qk_norm (true or false) and rope_scaling (null or Llama 3's)
+      nanoh1_hybrid         the same with qkv_bias and qk_norm (true or false) and rope_scaling (null or Llama 3's)
 """
 import math
 
