@@ -9,7 +9,7 @@ mixer is told the slots. Everything else is nanoH1's Mamba layer (model.py, part
       the state of the conv     the inputs as the conv sees them, after expansion where that comes first: vLLM's kernels
                                 convolve what they store. (slots, d_conv - 1, channels)
       the cells                 (slots, d_inner, d_state), float32 whatever the model's dtype
-      tensor parallel           each process has whole chunks of u and B, and the channels that read them
+      tensor parallel           each process has whole chunks of u and B, and the channels that read them (not tested)
 
 Where the sum is done: on a GPU by vLLM's kernels, elsewhere, and for shapes that these cannot do, by the PyTorch code
 here. Do not put vLLM's kernels in its place on a CPU: there selective_scan_fn does not exist, and
