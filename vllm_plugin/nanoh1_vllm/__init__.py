@@ -9,7 +9,7 @@ A setting that is passed over gives a model that is nearly right, and nobody wou
 reader refuses is refused here too, and what vLLM's attention would understand in another way. Two model types:
 
       apriel_hybrid_ssm     the format of Apriel-H1: attention as Mistral has it
-      nanoh1_hybrid         the same with the keys qkv_bias, qk_norm (true or false) and rope_scaling (null or Llama 3's)
+      nanoh1_hybrid         the same with qkv_bias and qk_norm (true or false) and rope_scaling (null or Llama 3's)
 """
 import math
 
@@ -90,9 +90,10 @@ class AprielHybridConfig(MistralConfig):
         self.base_model_type = base_model_type
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
-        for kind in self.hybrid_block_layout:
-            if kind not in KINDS:
-                raise ValueError(f"unsupported layer type {kind}; known: {', '.join(KINDS)}")
+        check_layout(self.hybrid_block_layout)
+        # Without a Mamba layer vLLM must not take the model for a hybrid: this tells it so.
+        if "m2" not in self.hybrid_block_layout:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
 
     @property
     def layers_block_type(self):
@@ -109,6 +110,15 @@ class NanoH1HybridConfig(AprielHybridConfig):
             require(raw, ("base_model_type", "qkv_bias", "qk_norm", "rope_scaling",
                           "num_key_value_heads", "head_dim"))
         super().__init__(**raw)
+
+
+def check_layout(layout):
+    """Raise ValueError for layers that are unknown, or that vLLM cannot serve."""
+    for kind in layout:
+        if kind not in KINDS:
+            raise ValueError(f"unsupported layer type {kind}; known: {', '.join(KINDS)}")
+    if not set(layout) & {"t", "m2"}:
+        raise ValueError("vLLM serves no model without a layer that remembers (t or m2)")
 
 
 def require(raw, keys):

@@ -9,12 +9,12 @@ mixer is told the slots. Everything else is nanoH1's Mamba layer (model.py, part
       the state of the conv     the inputs as the conv sees them, after expansion where that comes first: vLLM's kernels
                                 convolve what they store. (slots, d_conv - 1, channels)
       the cells                 (slots, d_inner, d_state), float32 whatever the model's dtype
-      tensor parallel           each process has whole chunks of u and B, and the channels that read them
+      tensor parallel           each process has whole chunks of u and B, and the channels that read them (not tested)
 
 Where the sum is done: on a GPU by vLLM's kernels, elsewhere, and for shapes that these cannot do, by the PyTorch code
 here. Do not put vLLM's kernels in its place on a CPU: there selective_scan_fn does not exist, and
 selective_state_update takes A, dt, D and the bias once per head, which is silently wrong for Mamba-1. The GPU's lines
-(step_kernels, prefill_kernels) have never been run: there was no GPU.
+(step_kernels, prefill_kernels) have never run on a GPU: there was none.
 
 Sizes as in nanoH1: t tokens, d channels, n = d_state cells a channel. Letters of the papers: u dt A B C D z, h cells.
 """
@@ -35,7 +35,6 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateCopyFuncCalculator,
-    MambaStateShapeCalculator,
     is_conv_state_dim_first,
 )
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import (
@@ -137,6 +136,8 @@ class Mamba(nn.Module, MambaBase):
         self.d_conv = ssm["d_conv"]
         if d_inner % d_xb or d_xb % self.d_state:
             raise ValueError(f"d_xb {d_xb} must divide d_inner {d_inner}, d_state {self.d_state} d_xb")
+        if self.d_conv < 2:
+            raise ValueError("vLLM cannot keep the state of a conv that sees one input only: d_conv 1")
         chunks = d_xb // self.d_state
         processes = get_tensor_model_parallel_world_size()
         if chunks % processes:
@@ -146,7 +147,7 @@ class Mamba(nn.Module, MambaBase):
         self.expand_before_conv = ssm["repeat_kv_before_conv"]
         self.channels = self.d_inner if self.expand_before_conv else self.d_xb
         self.dtype = vllm_config.model_config.dtype
-        known_shape = 2 <= self.d_conv <= 4 and self.d_state <= 256
+        known_shape = self.d_conv <= 4 and self.d_state <= 256
         self.use_kernels = current_platform.is_cuda() and known_shape
 
         self.in_proj = MergedColumnParallelLinear(
@@ -277,8 +278,8 @@ class Mamba(nn.Module, MambaBase):
             ys.append(y[0])
         return torch.cat(ys)
 
-    # By vLLM's kernels on a GPU: the same, but never run. A kernel knows heads: here a head is a chunk, d_state channels
-    # wide. It wants as many groups of B as of C, and prompts as (channels, tokens).
+    # By vLLM's kernels on a GPU: the same, but never run on one. A kernel knows heads: here a head is a chunk, d_state
+    # channels wide. It wants as many groups of B as of C, and prompts as (channels, tokens).
 
     def step_kernels(self, u, dt, B, C, z, metadata):
         """As step."""
@@ -421,15 +422,23 @@ class HybridForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
         return MambaStateCopyFuncCalculator.mamba1_state_copy_func()
 
     def load_weights(self, weights):
-        """weights: (name, tensor) as in the file. vLLM's loaders pass over a missing or unknown tensor of a joined
-        projection, so the names are compared here. Raises ValueError."""
+        """weights: (name, tensor) as in the file. vLLM's loaders pass over missing, unknown and too long tensors of
+        joined projections, so names and rows are compared here. Raises ValueError."""
+        ssm = self.config.ssm_cfg
+        rows = 2 * ssm["d_inner"] + 2 * ssm["d_xb"]
         found = []
 
         def watched():
             for name, tensor in weights:
                 found.append(name)
+                if name.endswith("mixer.in_proj.weight") and len(tensor) != rows:
+                    raise ValueError(f"{len(tensor)} rows, expected {rows}. (Are dt's among them? "
+                                     f"nanoH1 loads that older form and saves it in this one.)")
                 yield name, tensor
-        loaded = super().load_weights(watched())
+        try:
+            loaded = super().load_weights(watched())
+        except (AssertionError, RuntimeError, ValueError) as e:
+            raise ValueError(f"{found[-1]}: {e}") from e
         found = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
         if self.config.tie_word_embeddings:
             found.discard("lm_head.weight")
