@@ -68,6 +68,11 @@ ROPE = {"rope_theta", "rope_type", "type", "factor", "partial_rotary_factor"}
 LLAMA3 = {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
+# The architectures, as vLLM asks for them: the two of the files, and what a layout without m2 becomes.
+HYBRIDS = ("AprielHybridSSMForCausalLM", "NanoH1HybridForCausalLM")
+ATTENTION_ONLY = "NanoH1AttentionForCausalLM"
+
+
 class AprielHybridConfig(MistralConfig):
     """config.json of a hybrid: Mistral's keys, the layout, and the sizes of its Mamba layers. Raises ValueError for
     what is missing, or would change the result and is not implemented."""
@@ -91,9 +96,9 @@ class AprielHybridConfig(MistralConfig):
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
         check_layout(self.hybrid_block_layout)
-        # Without a Mamba layer vLLM must not take the model for a hybrid: this tells it so.
-        if "m2" not in self.hybrid_block_layout:
-            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        # Without a Mamba layer vLLM must not take the model for a hybrid. (The default layout has no architecture.)
+        if raw and "m2" not in self.hybrid_block_layout:
+            self.architectures = [ATTENTION_ONLY]
 
     @property
     def layers_block_type(self):
@@ -172,5 +177,6 @@ def register():
         raise ImportError(f"nanoh1-vllm was written for vLLM {TESTED}x, this is {vllm.__version__}")
     for config in (AprielHybridConfig, NanoH1HybridConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
-    for architecture in ("AprielHybridSSMForCausalLM", "NanoH1HybridForCausalLM"):
+    for architecture in HYBRIDS:
         ModelRegistry.register_model(architecture, "nanoh1_vllm.model:HybridForCausalLM")
+    ModelRegistry.register_model(ATTENTION_ONLY, "nanoh1_vllm.model:AttentionForCausalLM")

@@ -394,8 +394,9 @@ class Block(nn.Module):
         return self.mlp(x), residual
 
 
-class HybridForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
-    """vLLM's Llama with other blocks. Raises ValueError for what vLLM offers and this model does not."""
+class AttentionForCausalLM(LlamaForCausalLM):
+    """vLLM's Llama with our blocks. Raises ValueError for what vLLM offers and this model does not. As it stands for
+    layouts without Mamba layers: vLLM wants at least one of a model that calls itself hybrid."""
     def __init__(self, *, vllm_config, prefix=""):
         config = vllm_config.model_config.hf_config
         named = len(config.hybrid_block_layout)
@@ -403,23 +404,6 @@ class HybridForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
             raise ValueError(f"the layout names {named} layers, not {config.num_hidden_layers}")
         refuse_options(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=Block)
-
-    @classmethod
-    def get_mamba_state_shape_from_config(cls, vllm_config):
-        ssm = vllm_config.model_config.hf_config.ssm_cfg
-        processes = vllm_config.parallel_config.tensor_parallel_size
-        d_inner = ssm["d_inner"] // processes
-        channels = d_inner if ssm["repeat_kv_before_conv"] else ssm["d_xb"] // processes
-        return state_shape(channels, d_inner, ssm["d_state"], ssm["d_conv"])
-
-    @classmethod
-    def get_mamba_state_dtype_from_config(cls, vllm_config):
-        return vllm_config.model_config.dtype, torch.float32
-
-    @classmethod
-    def get_mamba_state_copy_func(cls):
-        """How a slot is copied for a shared prefix."""
-        return MambaStateCopyFuncCalculator.mamba1_state_copy_func()
 
     def load_weights(self, weights):
         """weights: (name, tensor) as in the file. vLLM's loaders pass over missing, unknown and too long tensors of
@@ -448,6 +432,26 @@ class HybridForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
         if wrong:
             raise ValueError(f"{len(wrong)} tensors do not fit config.json: {', '.join(wrong[:5])}")
         return loaded
+
+
+class HybridForCausalLM(AttentionForCausalLM, HasInnerState, IsHybrid):
+    """The same with what vLLM asks about the slots before it builds the model."""
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config):
+        ssm = vllm_config.model_config.hf_config.ssm_cfg
+        processes = vllm_config.parallel_config.tensor_parallel_size
+        d_inner = ssm["d_inner"] // processes
+        channels = d_inner if ssm["repeat_kv_before_conv"] else ssm["d_xb"] // processes
+        return state_shape(channels, d_inner, ssm["d_state"], ssm["d_conv"])
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config):
+        return vllm_config.model_config.dtype, torch.float32
+
+    @classmethod
+    def get_mamba_state_copy_func(cls):
+        """How a slot is copied for a shared prefix."""
+        return MambaStateCopyFuncCalculator.mamba1_state_copy_func()
 
 
 def names_in_file(model):
