@@ -182,10 +182,10 @@ def not_carried(config):
 # corrected in the last linear map. The closed form is ours and not the paper's; Taylor-Calibrate (arXiv 2606.16429)
 # fits another mixer to its attention by gradient steps.
 #
-# Texts count: a fit of d_inner unknowns for each output, to few positions, is good there and nowhere else. KL of
-# SmolLM2-135M with 12 of 30 layers replaced, on held-out answers, before any training: gate and out_proj fitted to the
-# attention's output on 10 000 positions 0.380; with conv and D 0.320; with the teacher's x as the aim and 38 000
-# positions 0.253.
+# Texts count: a fit of d_inner unknowns for each output, to few positions, is good there and nowhere else. KL on
+# held-out texts before any training: SmolLM2-135M with 12 of 30 layers replaced 0.30; 0.43 with the gate alone, with
+# the attention's output as the aim, and a fifth of the texts. The shipped teacher with 34 of 50: 0.095 so, 0.085 with
+# conv and D, 0.032 with the teacher's x as the aim.
 
 OPEN_GATE = 1.28                                         # silu(1.28) = 1
 SMALL_CONV = 0.1
@@ -478,6 +478,9 @@ def batch_loss(student, teacher, batch, divergence):
 # The loss is the mean squared error, relative to the attention's output: layers of loud and of quiet outputs count the
 # same. No gradient goes through MLPs, through the output layer or from layer to layer, so a step costs a third of a KL
 # step. But nobody asks which errors matter, and in use a mixer's input comes from the mixers before it.
+#
+# The paper found no gain. From a calibrated start (SmolLM2-135M, 12 of 30 layers, KL 0.300), after 120 seconds of one
+# core: KL 0.239 without it, 0.226 with two fifths of the time spent on it. One seed, 8 held-out answers: a hint.
 
 def alignment_error(student, teacher, layers, batch):
     """-> the summed relative squared error of the mixers in these layers of student, and the number of layers.
