@@ -2083,6 +2083,14 @@ def json_writer(value):
     return write
 
 
+def text_writer(text):
+    """text -> a function that writes it to a path."""
+    def write(path):
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(text)
+    return write
+
+
 def tensor_writer(tensors):
     """{name: tensor} -> a function that writes them as a safetensors file."""
     from safetensors.torch import save_file
@@ -2125,6 +2133,7 @@ def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30, dtype
         writers |= copies(source)
         old |= {file for file in (*TOKENIZER_FILES, GENERATION) if os.path.exists(os.path.join(path, file))}
     writers |= generation_writer(source, raw["eos_token_id"])
+    writers |= template_writer(source)
     write_together({os.path.join(path, file): write for file, write in writers.items()})
     # What another model left here and this one does not bring.
     for file in old - set(writers):
@@ -2193,6 +2202,20 @@ def generation_writer(source, eos):
         # Nobody could read it, and a save must not fail for it.
         raw = {}
     return {GENERATION: json_writer(raw | {"eos_token_id": eos})}
+
+
+def template_writer(source):
+    """-> {file: write} for chat_template.jinja, where the directory `source` has no chat template and its tokenizer
+    knows the marks of Mistral's form: a server must be told what load_chat knows by itself."""
+    try:
+        tokens = read_if_there(source, "tokenizer.json").get("added_tokens", [])
+        known = {token["content"] for token in tokens}
+        if find_template(source) is not None or not known.issuperset(INST_MARKS):
+            return {}
+    except (UserError, TypeError, KeyError):
+        # Whoever reads these files says what is wrong with them; a save must not fail for it.
+        return {}
+    return {"chat_template.jinja": text_writer(INST_TEMPLATE)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2610,14 +2633,29 @@ def load_chat(path, enc):
     path = os.fspath(path)
     try:
         template = find_template(path)
-        return built_in_chat(enc) if template is None else template_chat(path, template, enc)
+        if template is None or template == INST_TEMPLATE:
+            return built_in_chat(enc)
+        return template_chat(path, template, enc)
     except UserError as e:
         return Chat(refusal=f"{path}: {e}")
 
 
+# Mistral's form, and the same as a template for other programs: save_pretrained writes it beside such a tokenizer. Here
+# built_in_render does it, which needs no package.
+INST_MARKS = ("<s>", "[INST]", "[/INST]", "</s>")
+INST_TEMPLATE = (
+    "{{ '<s>' }}{% set system = namespace(text='') %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set system.text = message['content'] + '\\n\\n' %}"
+    "{% elif message['role'] == 'user' %}"
+    "{{ '[INST] ' + system.text + message['content'] + ' [/INST]' }}{% set system.text = '' %}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + '</s>' }}"
+    "{% else %}{{ raise_exception('a role that is not system, user or assistant') }}{% endif %}"
+    "{% endfor %}")
+
+
 def built_in_chat(enc):
     """Mistral's form, for a tokenizer that knows its marks."""
-    for mark in ("<s>", "[INST]", "[/INST]", "</s>"):
+    for mark in INST_MARKS:
         if len(enc.encode(mark, allowed_special="all")) != 1:
             raise UserError("it has no chat template, and Mistral's form does not fit: "
                             f"{mark} is not a single token of its tokenizer")

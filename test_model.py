@@ -2828,6 +2828,32 @@ def test_a_chatml_template_reads_as_it_is_written(tmp_path):
     assert chat.end == "<|im_end|>" and chat.refusal is None
 
 
+def test_mistrals_form_is_saved_as_a_template_for_servers(tmp_path):
+    shipped = os.path.join(HERE, "teacher")
+    model = nano.load_pretrained(shipped)
+    nano.save_pretrained(model, tmp_path / "a", tokenizer_from=shipped)
+    (tmp_path / "a/chat_template.jinja").unlink()
+    nano.save_pretrained(model, tmp_path / "a")
+    for path in (shipped, tmp_path / "a"):
+        assert nano.find_template(path) == nano.INST_TEMPLATE
+    assert nano.load_chat(tmp_path / "a", load_tokenizer(shipped)).render is nano.built_in_render
+    pytest.importorskip("jinja2")
+    template = nano.compile_template(nano.INST_TEMPLATE)
+    for messages in TALKS:
+        expected = nano.built_in_render(messages, add_generation_prompt=True)
+        assert template.render(messages=messages, add_generation_prompt=True) == expected
+
+
+def test_a_template_is_not_added_where_there_is_one_or_no_marks(tmp_path):
+    model = nano.load_pretrained(os.path.join(HERE, "teacher"))
+    for name, special, template in (("own", MARKS, CHATML_TEMPLATE), ("none", MARKS[:3], None)):
+        path = tmp_path / name
+        path.mkdir()
+        chat_from(path, special=special, **({"chat_template": template} if template else {}))
+        nano.save_pretrained(model, path)
+        assert nano.find_template(path) == template
+
+
 @pytest.mark.parametrize("form", ["text", "list", "file"])
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_prompts_are_those_of_transformers(case, form, tmp_path):
