@@ -905,6 +905,8 @@ class Progress:
             raise
         except (SafetensorError, OSError, LookupError, AttributeError, RuntimeError, TypeError,
                 ValueError) as e:
+            if is_lost(e):
+                raise
             raise UserError(f"{self.path} does not continue this run: {e}") from None
         for key in self.SAVED:
             setattr(self, key, meta[key])
