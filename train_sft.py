@@ -922,6 +922,9 @@ class Progress:
         for entry in meta["log"]:
             for key in ("step", "tokens", "padding", "seconds", plan.name):
                 check_type(key, entry[key], float)
+        for point in meta["curve"]:
+            for key in ("step", "seconds", "cpu_seconds"):
+                check_type(key, point[key], float)
         if meta["step"] > plan.steps or meta["step"] == plan.steps and not meta["log"]:
             raise ValueError(f"step {meta['step']} of {plan.steps}, {len(meta['log'])} log entries")
 
