@@ -10,7 +10,9 @@ Everything before "Training from nothing" is also the library of distill.py: pro
 and the one training loop, `fit`.
 """
 import argparse
+import collections
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -21,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 import zlib
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
@@ -28,6 +31,9 @@ from typing import NamedTuple
 import model as nano         # before torch: it says how threads wait
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from model import (THOUGHTS, TOOLS, UserError, autocast, brief, claim_out, either, file_hash, provenance, read_records,
@@ -620,6 +626,10 @@ def orthogonalize(matrices):
     return y.mT if tall else y
 
 
+# Numbers that are orthogonalised together: a step makes some six tensors of their size.
+MUON_AT_ONCE = 1 << 26
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for parameters (rows, columns) only. One state per parameter: "momentum", of its shape;
     that is half of what AdamW keeps. 0.95 is Jordan's value."""
@@ -636,10 +646,12 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
-                self.step_shape(group, shape, params)
+                count = max(1, MUON_AT_ONCE // shape.numel())
+                for i in range(0, len(params), count):
+                    self.step_shape(group, shape, params[i:i + count])
 
     def step_shape(self, group, shape, params):
-        """A step of the parameters of one shape."""
+        """A step of some parameters of one shape."""
         lr = group["lr"]
         for p in params:
             if "momentum" not in self.state[p]:
@@ -1050,6 +1062,238 @@ def merge(model, other, weight):
     # The same config means the same order of weights.
     for p, q in zip(model.parameters(), other.parameters()):
         p.data = weight * p.float() + (1 - weight) * q.float().to(p.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The memory plan: what a training step needs, known before anything is loaded. A model on the meta device has shapes
+# and no memory, and fake tensors pass through the real code, which does no work on them. So nothing is written down
+# here of what a layer keeps for its backward pass: one layer of each kind is run forth and back on fake tensors, with
+# few tokens and with twice as many, while a Ledger counts, and the bytes lie on a line.
+#
+# Weights, masters (trained weights are float32) and optimiser states are there all the time. On top comes the largest
+# of four moments:
+#       the loss            forward is over: what all layers keep, and the logits of a piece of the text, for the loss
+#       the last layer      what all layers keep, and what the last of them makes while it goes back
+#       the first layer     all gradients but nothing kept any more, and what the first layer makes
+#       the update          all gradients, and what the optimiser makes of them
+# Between the last layer and the first, gradients come as what was kept goes. A layer that recomputes keeps its input
+# alone and runs a second time when its turn comes: a third more work. Every text counts as --ctx tokens, all trained.
+# N processes hold 1 / N of all weights, gradients and states, and of the batch. A GB is 1e9 bytes.
+
+# The share of the memory that is planned with: a machine has other programs, a GPU needs some for itself and loses some
+# in the gaps between tensors.
+ROOM = {"cuda": 0.93}
+ROOM_ELSEWHERE = 0.7
+
+
+class Ledger(TorchDispatchMode):
+    """A context that counts the bytes of the tensors made in it: now, and the most so far."""
+    def __init__(self, before):
+        """before: tensors that are there already and do not count."""
+        super().__init__()
+        self.now = 0
+        self.most = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in before}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.enter(tensor.untyped_storage())
+        return result
+
+    def enter(self, storage):
+        """Views share a storage, which counts once and leaves with the last of them."""
+        key = storage._cdata
+        if key not in self.known:
+            self.known.add(key)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.leave, key, storage.nbytes())
+
+    def leave(self, key, size):
+        self.known.remove(key)
+        self.now -= size
+
+
+def observe(forward, before):
+    """forward() makes a tensor of the tensors `before` -> bytes kept for its backward pass; the most there is at once
+    in both passes, that and the gradients of the weights included."""
+    ledger = Ledger(before)
+    with ledger:
+        y = forward()
+        kept = ledger.now
+        y.backward(torch.empty_like(y))
+    return kept, ledger.most
+
+
+class Line(NamedTuple):
+    """Bytes that grow with the tokens of a step."""
+    fixed: float
+    per_token: float = 0.0
+
+    def at(self, tokens):
+        return self.fixed + tokens * self.per_token
+
+
+def plus(line, other, times=1):
+    return Line(line.fixed + times * other.fixed, line.per_token + times * other.per_token)
+
+
+def largest(some, tokens):
+    return max(some, key=lambda line: line.at(tokens))
+
+
+def lines_through(observed, small, large):
+    """observed(tokens) -> the two numbers of observe; at two numbers of tokens -> the two Lines through them."""
+    lines = []
+    for low, high in zip(observed(small), observed(large)):
+        slope = (high - low) / (large - small)
+        lines.append(Line(low - slope * small, slope))
+    return lines
+
+
+def fake(module):
+    """A module on the meta device -> a copy of fake tensors. To be called in a FakeTensorMode."""
+    made = {}
+    for p in module.parameters():
+        made[id(p)] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+    # deepcopy asks this memo before it copies an object.
+    return copy.deepcopy(module, made)
+
+
+class KernelScan(torch.autograd.Function):
+    """What Triton's scan keeps and makes, see model.TritonScan, without its work: kernels take no fake tensors."""
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        return torch.empty(inputs[0].shape, dtype=inputs[0].dtype)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        u, _, A, *_ = ctx.saved_tensors
+        # The cells after every 16th step stay until the gradients are there.
+        cells = torch.empty(u.numel() // 16, A.shape[1])
+        grads = tuple(torch.empty(m.shape, dtype=m.dtype) for m in ctx.saved_tensors)
+        del cells
+        return grads
+
+
+def kernel_scan(u, dt, A, B, C, D, z, dt_bias, h, reset):
+    """model.selective_scan for fake tensors, as if on a GPU."""
+    return KernelScan.apply(u, dt, A, B, C, D, z, dt_bias), None
+
+
+def layer_lines(block, config, batch, dtype, stream, device):
+    """block: a layer on the meta device; dtype: of products; stream: of the residual stream; device: to be planned for
+    -> the Lines of what the layer keeps, and of the most in its forward and backward pass."""
+    def observed(tokens):
+        with FakeTensorMode():
+            layer = fake(block)
+            if device.type == "cuda" and block.kind == "m2":
+                layer.mixer.scan = kernel_scan
+            ids = torch.empty(batch, tokens // batch, dtype=torch.long)
+            x = torch.empty(*ids.shape, config.d_model, dtype=stream, requires_grad=True)
+            place, _ = nano.make_place(config, ids, 0, None, None, stream)
+
+            def forward():
+                with autocast(x.device, dtype):
+                    return layer(x, None, place)[0]
+            return observe(forward, [x, place.cos, place.sin, *layer.parameters()])
+
+    return lines_through(observed, 16 * batch, 32 * batch)
+
+
+def loss_line(loss, heads, config, dtype, stream):
+    """loss(x, *heads) -> the summed loss of hidden states x (m, d_model); heads: output layers on the meta device
+    -> the Line of the most in its forward and backward pass, x itself included."""
+    def observed(tokens):
+        with FakeTensorMode():
+            copies = [fake(head) for head in heads]
+            weights = [head.weight for head in copies]
+
+            def forward():
+                x = torch.empty(tokens, config.d_model, dtype=stream, requires_grad=True)
+                with autocast(x.device, dtype):
+                    return loss(x, *copies)
+            return observe(forward, weights)
+
+    return lines_through(observed, 2048, 4096)[1]
+
+
+def optimizer_bytes(optimizers, device):
+    """-> bytes of what the optimisers keep, and of what they make in a step (float32, as the weights)."""
+    states = 0
+    made = 0
+    for optimizer in optimizers:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        # A step count is no more than a few bytes.
+        states += sum(key != "step" for key in optimizer.STATE) * sum(p.nbytes for p in params)
+        largest = max(p.nbytes for p in params)
+        if isinstance(optimizer, Muon):
+            made = max(made, 6 * max(largest, 4 * MUON_AT_ONCE))
+        else:
+            # On a GPU, PyTorch's AdamW makes one temporary of each weight before it uses the first.
+            made = max(made, sum(p.nbytes for p in params) if device.type == "cuda" else 2 * largest)
+    return states, made
+
+
+class MemoryPlan(NamedTuple):
+    """The memory of a training step, of one process."""
+    train: str                                           # which weights: all or mixers
+    recompute: bool
+    batch: int                                           # texts ...
+    ctx: int                                             # ... of so many tokens
+    room: float                                          # bytes to plan with
+    resident: dict                                       # name: bytes that are there all the time
+    kept: Line                                           # for the backward pass, by all layers
+    moments: dict                                        # name: Line
+
+    def most(self, tokens):
+        """-> bytes that are there at once."""
+        return sum(self.resident.values()) + max(line.at(tokens) for line in self.moments.values())
+
+    def fits(self):
+        return self.most(self.batch * self.ctx) <= self.room
+
+    def most_tokens(self):
+        """-> tokens of a step for which there is room; below 0 if there is room for nothing."""
+        left = self.room - sum(self.resident.values())
+        return min((left - line.fixed) / max(1, line.per_token) for line in self.moments.values())
+
+
+def memory_plan(student, others, loss, heads, args, device, dtype, room, recompute, processes=1):
+    """student: on the meta device, with the dtypes and requires_grad that it trains with; others: {name: bytes} beside
+    its trained weights; loss, heads: see loss_line; args: train, batch, ctx, lr, optimizer -> MemoryPlan."""
+    config = student.config
+    stream = student.embed_tokens.weight.dtype
+    batch = math.ceil(args.batch / processes)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    weights = sum(p.nbytes for p in trained)
+    states, made = optimizer_bytes(make_optimizers(student, args.lr, args.optimizer), device)
+    names = {"trained weights": weights, "optimiser states": states}
+    resident = {name: size / processes for name, size in (others | names).items()}
+
+    kept = Line(0)
+    back = []
+    first = []
+    for kind, count in collections.Counter(config.layout).items():
+        block = student.layers[config.layout.index(kind)]
+        keeps, most = layer_lines(block, config, batch, dtype, stream, device)
+        first.append(most)
+        back.append(most if recompute else plus(most, keeps, -1))
+        if recompute:
+            # What is fixed are copies of the weights in dtype.
+            keeps = Line(keeps.fixed, config.d_model * stream.itemsize)
+        kept = plus(kept, keeps, count)
+    gradients = Line(weights / processes)
+    tokens = batch * args.ctx
+    moments = {
+        "the loss": plus(kept, loss_line(loss, heads, config, dtype, stream)),
+        "the last layer": plus(kept, largest(back, tokens)),
+        "the first layer": plus(gradients, largest(first, tokens)),
+        "the update": plus(gradients, Line(made))}
+    return MemoryPlan(args.train, recompute, batch, args.ctx, room, resident, kept, moments)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
