@@ -349,15 +349,20 @@ def distillation_loss(x, teacher_x, head, teacher_head, divergence="reverse_kl",
     return total
 
 
-def batch_loss(student, teacher, tokens, targets, divergence):
-    """-> summed divergence over the trained positions of a batch, and their number.
-    tokens, targets (b, t), see train_sft.collate. The prompt's logits are never made, of neither model."""
-    trained = targets >= 0                                                   # (b, t), shifted once, in collate
+def trained_hidden(model, batch):
+    """A Batch of train_sft -> (m, d_model), the hidden states of its m trained positions. Those of a prompt, and
+    logits of theirs above all, are of no use."""
+    x, _ = model.hidden(batch.tokens, reset=batch.reset)                     # (b, t, d_model)
+    return x[batch.targets >= 0]
+
+
+def batch_loss(student, teacher, batch, divergence):
+    """-> summed divergence over the trained positions of a Batch, and their number."""
     with torch.no_grad():
-        teacher_x = teacher.hidden(tokens)[0][trained]                       # (m, d_model): the trained positions
-    x = student.hidden(tokens)[0][trained]
+        teacher_x = trained_hidden(teacher, batch)
+    x = trained_hidden(student, batch)
     loss = distillation_loss(x, teacher_x, student.lm_head, teacher.lm_head, divergence)
-    return loss, int(trained.sum())
+    return loss, len(x)
 
 
 @torch.no_grad()
@@ -366,9 +371,9 @@ def mean_loss(student, teacher, fixed, divergence, device, dtype):
     total = 0.0
     count = 0
     for examples in fixed:
-        tokens, targets = collate(examples, device)
+        batch = collate(examples, device)
         with autocast(device, dtype):
-            loss, count_here = batch_loss(student, teacher, tokens, targets, divergence)
+            loss, count_here = batch_loss(student, teacher, batch, divergence)
         total += loss.item()
         count += count_here
     return total / max(1, count)
@@ -395,12 +400,12 @@ def leave_one_out(model, probe, device, dtype, use_accuracy):
     texts_seen = 0
     with tqdm(total=len(probe) * len(attention), desc="leave one out", unit="layer") as bar:
         for examples in probe:
-            tokens, targets = collate(examples, device)
+            batch = collate(examples, device)
             with autocast(device, dtype):
-                for layer, sums in scores_without_each(model, tokens, targets):
+                for layer, sums in scores_without_each(model, batch):
                     totals[layer] += sums
                     bar.update()
-            tokens_seen += int((targets >= 0).sum())
+            tokens_seen += int((batch.targets >= 0).sum())
             texts_seen += len(examples)
     scores = []
     for layer, (right, kl, loss) in totals.items():
@@ -416,10 +421,12 @@ def attention_layers(config):
     return [i for i, kind in enumerate(config.layout) if kind == "t"]
 
 
-def scores_without_each(model, tokens, targets):
-    """Yields (layer, sums as score makes them) for each attention layer of model, on one batch (b, t)."""
+def scores_without_each(model, batch):
+    """Yields (layer, sums as score makes them) for each attention layer of model, on one Batch, a text a row."""
+    tokens = batch.tokens
+    targets = batch.targets
     trained = targets >= 0
-    intact = model.lm_head(model.hidden(tokens)[0][trained])                 # (m, vocab_size)
+    intact = model.lm_head(trained_hidden(model, batch))                     # (m, vocab_size)
     x = model.embed_tokens(tokens)                                           # (b, t, d_model)
     place, _ = nano.make_place(model.config, tokens, 0, None, None, x.dtype)
     for i, block in enumerate(model.layers):
@@ -546,8 +553,7 @@ def mmr_scores(args, run, student):
 # measured on a short one, layers looked harmless that long stories need (H-27 lost 0.04 by it).
 
 class TrialBatch(NamedTuple):
-    tokens: torch.Tensor                                 # (b, t)
-    targets: torch.Tensor                                # (b, t), see train_sft.collate
+    texts: object                                        # a train_sft.Batch
     teacher_x: torch.Tensor                              # (m, d_model), the teacher's side of the loss
 
 
@@ -574,11 +580,11 @@ def trial_batches(args, run):
     texts = [*itertools.islice(stream, args.probe_steps), run.fixed]
     trial = []
     for examples in texts:
-        tokens, targets = collate(examples, run.device)
+        batch = collate(examples, run.device, args.ctx if args.pack else 0)
         with torch.no_grad(), autocast(run.device, run.dtype):
             # Hidden states, not logits: (m, d_model) is small enough to keep for all batches.
-            teacher_x = run.teacher.hidden(tokens)[0][targets >= 0]
-        trial.append(TrialBatch(tokens, targets, teacher_x))
+            teacher_x = trained_hidden(run.teacher, batch)
+        trial.append(TrialBatch(batch, teacher_x))
     return trial
 
 
@@ -595,7 +601,7 @@ def trial_loss(args, run, student, layer, training, held_out):
         head = trial.lm_head
         teacher_head = run.teacher.lm_head
         with autocast(run.device, run.dtype):
-            x = trial.hidden(batch.tokens)[0][batch.targets >= 0]
+            x = trained_hidden(trial, batch.texts)
             loss = distillation_loss(x, batch.teacher_x, head, teacher_head, args.loss)
         return loss / len(x)
 
@@ -626,11 +632,11 @@ def trial_loss(args, run, student, layer, training, held_out):
 
 def distill(args, run, student, progress):
     """Train the student for args.steps steps. -> log entries, one per step, see train_sft.fit."""
-    def loss_of(model, tokens, targets):
-        return batch_loss(model, run.teacher, tokens, targets, args.loss)
+    def loss_of(model, batch):
+        return batch_loss(model, run.teacher, batch, args.loss)
 
     plan = Plan(steps=args.steps, lr=args.lr, warmup=args.warmup, every=25, log_every=1, name="kl",
-                optimizer=args.optimizer, lr_rest=args.lr_rest)
+                optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0)
     return fit(student, loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
 
 
@@ -719,7 +725,7 @@ class Run(NamedTuple):
 # The flags that a result depends on. Not among them: where it is written, on which device it runs, and --eval, which
 # only looks. Nor the paths of teacher, student and data: what counts is what is in them.
 FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "steps", "probe_steps", "batch",
-         "ctx", "optimizer", "lr", "lr_rest", "warmup", "probe", "seed", "dtype")
+         "ctx", "pack", "optimizer", "lr", "lr_rest", "warmup", "probe", "seed", "dtype")
 
 
 def depends_on(args, run, student):
@@ -895,6 +901,8 @@ def parse_args():
     add("--traces", default="reasoning", choices=("reasoning", "generic"), help="built-in texts to "
         "distil on; generic: facts without question or reasoning (default reasoning)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
+    add("--pack", action="store_true", help="lay texts into rows of --ctx tokens: same loss, less "
+        "padding")
     add("--probe", type=int, default=48, help="problems per family for LOO, or --data examples "
         "(default 48)")
     add("--eval", type=int, default=200, help="held-out problems per family at the end "
@@ -1056,7 +1064,7 @@ def calibration_batch(block, device, count=48, most=16384):
     # Fewer of them if they are long.
     examples = examples[:max(1, most // longest)]
     lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
-    tokens, _ = collate(examples, device)
+    tokens = collate(examples, device).tokens
     real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
     return tokens, real
 

@@ -28,7 +28,7 @@ The recurrence, for one channel with its d_state memory cells h and each token t
 Contents                                     (read part 1 top to bottom: every name is defined before it is used)
       Part 1   The model, by definition      config, norm, positions, attention, scan, Mamba, block, model
       Part 2   Using it                      state operations, prefill, decode, sampling
-      Part 3   The same numbers, faster      chunked scan, choice of the scan, joined projections, one token
+      Part 3   The same numbers, faster      chunked scan, choice of the scan, one token, texts that share rows
       Part 4   Files, and running a script   config.json, safetensors, tokenizer, chat template; devices, errors
       Part 5   Triton                        the scan and the one-token step as GPU kernels
 
@@ -82,7 +82,7 @@ class RopeScaling(NamedTuple):
 
 
 # ======================================================================================================================
-# Part 1. The model, by definition; part 3 has faster forms of six methods. First its shape, as in config.json (part 4).
+# Part 1. The model, by definition; part 3 has faster forms of seven functions. First its shape, as in config.json (part 4).
 
 @dataclass(frozen=True)
 class Config:
@@ -170,7 +170,8 @@ class Place(NamedTuple):
     positions: torch.Tensor | None           # (b, t) position within the document; None: past ... past + t - 1
     cos: torch.Tensor                        # (1 or b, 1, t, head_dim), as rotary takes them
     sin: torch.Tensor                        # ... with a minus sign in its first half
-    mask: torch.Tensor | None                # (1 or b, 1, t, past + t) True where the query may look; None: causal
+    mask: torch.Tensor | None                # (1 or b, 1, t, past + t) True where the query may look; None: causal.
+                                             # Part 3 has a shorter form of it, Documents
     donated: bool = False                    # the caller gives its state away: it may be overwritten
 
 
@@ -777,6 +778,7 @@ HybridLM.generate = generate
 # Part 3. The same numbers (but for the last digits), faster. Each form below names the definition that it equals and is
 # tested against it. The list FASTER at the end of the part puts them in their places.
 
+import sys
 import warnings
 
 try:
@@ -1092,6 +1094,7 @@ def join_projections(model):
 mlp_by_definition = MLP.forward
 project_by_definition = Attention.project
 attend_by_definition = Attention.attend
+mask_by_definition = attention_mask
 norm_by_definition = RMSNorm.forward
 mix_by_definition = Mamba.mix
 
@@ -1128,7 +1131,9 @@ def project_joined(attention, x, place):
 
 
 def attend_fast(attention, q, k, v, mask):
-    """Attention.attend, for the two cases in which PyTorch's kernels need help."""
+    """Attention.attend, for the three cases in which PyTorch's kernels need help."""
+    if isinstance(mask, Documents):
+        return attend_documents(attention, q, k, v, mask)
     if q.shape[2] == 1:
         # The query heads that share a key stand in for tokens, so each key is read only once.
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])    # (b, n_kv_head, heads per key, head_dim)
@@ -1211,6 +1216,49 @@ def mix_in_few_operations(mixer, u, dt, B, C, z, state, place):
     return y[:, None].to(z.dtype), SSM(conv, h)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Texts that share rows (train_sft.py --pack). Their mask is made of blocks along the diagonal: of 16384 x 16384 entries
+# only those within a text are True, and a kernel that is given the mask computes the others, too, and keeps a float32
+# copy of it (1 GB) in every layer for the backward pass. So the mask becomes a list of lengths, and each text goes
+# through the kernel by itself: the cost is the sum of their squares. (split, not slices: the backward pass of a slice
+# fills a gradient of the whole row with zeros, for every text anew.)
+
+class Documents(NamedTuple):
+    """What attention_mask says, if nothing came before these rows."""
+    lengths: list                            # of all texts, row after row; they add up to b * t tokens
+    mask: torch.Tensor | None                # that of the longest text, for a sliding window; None: causal
+
+
+def mask_or_documents(config, past, positions, t, device):
+    """attention_mask -> Documents where there are any. Not in inference mode: there the texts of a row are a prompt and
+    the padding to its left, and for many short ones a mask costs fewer calls."""
+    understood = Attention.attend is attend_fast and not torch.is_inference_mode_enabled()
+    if past > 0 or positions is None or not understood:
+        return mask_by_definition(config, past, positions, t, device)
+    starts = (positions.flatten() == 0).nonzero()[:, 0].tolist()
+    ends = [*starts[1:], positions.numel()]
+    lengths = [end - start for start, end in zip(starts, ends)]
+    return Documents(lengths, mask_by_definition(config, 0, None, max(lengths), device))
+
+
+def attend_documents(attention, q, k, v, documents):
+    """Attention.attend of one text after the other."""
+    shape = q.shape
+    parts = []
+    for x in (q, k, v):
+        tokens = x.transpose(1, 2).flatten(0, 1)                   # (b * t, heads, head_dim)
+        one_row = tokens.transpose(0, 1)[None]                     # (1, heads, b * t, head_dim)
+        parts.append(one_row.split(documents.lengths, dim=2))
+    ys = []
+    for q, k, v in zip(*parts):
+        n = q.shape[2]
+        mask = None if documents.mask is None else documents.mask[..., :n, :n]
+        ys.append(attend_fast(attention, q, k, v, mask))
+    y = torch.cat(ys, dim=2)                                       # (1, n_head, b * t, head_dim)
+    return y[0].unflatten(1, (shape[0], shape[2])).transpose(0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Where part 1 computes by definition, the model takes these forms. use(DEFINITIONS) takes them out again: to try
 # something in part 1, and for the tests.
 
@@ -1221,13 +1269,14 @@ FASTER = [(RMSNorm, "forward", norm_on_cpu),
           (MLP, "forward", mlp_joined),
           (Attention, "project", project_joined),
           (Attention, "attend", attend_fast),
+          (sys.modules[__name__], "attention_mask", mask_or_documents),
           (Mamba, "mix", mix_one_token),
           (Mamba, "scan", staticmethod(selective_scan))]
 DEFINITIONS = [(owner, name, vars(owner)[name]) for owner, name, _ in FASTER]
 
 
 def use(forms):
-    """forms: [(class, name of a method, the method to put there)]."""
+    """forms: [(class or module, name of a function, the function to put there)]."""
     for owner, name, form in forms:
         setattr(owner, name, form)
 
@@ -1247,7 +1296,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import unicodedata
 import zlib
 

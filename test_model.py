@@ -35,6 +35,7 @@ import pytest
 import regex
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import distill
@@ -999,6 +1000,44 @@ def test_definitions_equal_the_faster_forms(layout, change, chosen):
         got = everything(model)
     for a, b in zip(got, wanted, strict=True):
         assert off(a, b) < 1e-10
+
+
+class Largest(TorchDispatchMode):
+    """Inside it: the largest number of entries of any tensor that is made."""
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.entries = max(self.entries, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("change", [{}, {"sliding_window": 40}], ids=str)
+def test_packed_texts_one_by_one_equal_one_mask_and_never_make_it(change):
+    """In value and in gradients, without and with a state that goes on. Nothing on the way has as many entries as the
+    mask, most of which would be False."""
+    tokens, reset, _ = packed([1, 3, 70, 2, 75] + 14 * [11])                 # two rows of 305
+    t = tokens.shape[1]
+    ours = [form for form in nano.FASTER if form[1] in ("attend", "attention_mask")]
+    others = [form for form in nano.FASTER if form not in ours]
+    results = []
+    largest = []
+    for chosen in (others, nano.FASTER, *([form, *others] for form in ours)):
+        model = tiny("t m2 t", train=True, **change)
+        with forms(chosen):
+            with Largest() as made:
+                logits, _ = model(tokens, reset=reset)
+                grads = gradients(model, logits.sin().sum())
+            with torch.no_grad():
+                again, state = model(tokens, model.new_state(2, t + 4), reset)
+                later, _ = model(some_tokens(2, 4), state)
+        largest.append(made.entries)
+        results.append([logits, grads, again, later])
+    for found in results[1:]:
+        for a, b in zip(found, results[0], strict=True):
+            assert off(a.detach(), b.detach()) < 1e-10
+    assert largest[0] >= 2 * t * t > 3 * largest[1]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [
@@ -3237,10 +3276,44 @@ def test_only_the_response_is_trained_and_labels_are_shifted_once(traces):
     assert codec.enc.decode(ids) == "".join(text)
     assert train_sft.show_example(codec, (ids, trained)) == "{}>>>{}<<<".format(*text)
     examples = [([5, 6, 0, 8, 9], [False, False, True, True, True]), ([1, 2], [False, True])]
-    tokens, targets = train_sft.collate(examples, "cpu")
+    tokens, targets, *_ = train_sft.collate(examples, "cpu")
     # An id equal to the padding still counts.
     assert targets.tolist() == [[-1, 0, 8, 9, -1], [2, -1, -1, -1, -1]]
     assert tokens.tolist() == [[5, 6, 0, 8, 9], [1, 2, 0, 0, 0]]
+
+
+def some_examples(lengths):
+    """Examples of these lengths, of random tokens; the later half of each is trained."""
+    examples = []
+    for i, length in enumerate(lengths):
+        trained = [place >= length // 2 for place in range(length)]
+        examples.append((some_tokens(length, seed=i).tolist(), trained))
+    return examples
+
+
+def test_packing_lays_each_text_into_the_first_row_with_room():
+    """One after the other, none across two rows; one that is too long has a row to itself. What is trained of a text is
+    what is trained of it alone, and nothing else. The rest of a row is padding, counted as such."""
+    lengths = [3, 5, 2, 4, 11, 1, 2]
+    examples = some_examples(lengths)
+    alone = train_sft.collate(examples, "cpu")
+    batch = train_sft.collate(examples, "cpu", room=8)
+    assert alone.reset is None and alone.padding == 7 * 11 - 28
+    assert batch.padding == 4 * 11 - 28
+    for y, row in enumerate([[0, 1], [2, 3, 5], [4], [6]]):
+        start = 0
+        begins = []
+        for text in row:
+            part = slice(start, start + lengths[text])
+            begins.append(start)
+            for name in ("tokens", "targets"):
+                whole = getattr(alone, name)[text, :lengths[text]]
+                assert torch.equal(getattr(batch, name)[y, part], whole)
+            start = part.stop
+        assert (batch.targets[y, start:] == -1).all()
+        # Padding begins anew, too.
+        begins += [start] * (start < 11)
+        assert batch.reset[y].nonzero()[:, 0].tolist() == begins
 
 
 # Texts of your own. What a record means is written as the text of its examples, the trained parts in >>> <<<.
@@ -3525,11 +3598,43 @@ def test_a_step_moves_every_parameter(hybrid, optimizer):
     before = copy.deepcopy(model)
     optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, weight_decay=0.0)
     assert len(optimizers) == (2 if optimizer == "muon" else 1)
-    loss, count = train_sft.cross_entropy(model, *batch)
+    loss, count = train_sft.cross_entropy(model, batch)
     (loss / count).backward()
     train_sft.clipped_step(model, optimizers, 1e-3)
     for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
         assert torch.isfinite(p).all() and not torch.equal(p, old), name
+
+
+@pytest.mark.parametrize("trained", ["all", "mixers"])
+@pytest.mark.parametrize("layout", ["t t", "m2 t m2 t"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "reverse_kl", "forward_kl"])
+def test_packed_loss_and_gradients_are_those_of_separate_texts(loss, layout, trained):
+    """Whatever trains, in transformers and in hybrids. The control, rows without borders, must differ."""
+    teacher = tiny("t t t t", seed=1)
+    model = tiny(layout, train=True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(trained == "all" or ".mixer." in name)
+
+    def loss_of(batch):
+        if loss == "cross_entropy":
+            total, count = train_sft.cross_entropy(model, batch)
+        else:
+            total, count = distill.batch_loss(model, teacher, batch, loss)
+        params = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(total, params)
+        return count, total, torch.cat([grad.flatten() for grad in grads])
+
+    examples = some_examples([5, 17, 2, 33, 9, 1, 24])
+    separate = [loss_of(train_sft.collate([example], "cpu")) for example in examples]
+    wanted = [sum(values) for values in zip(*separate)]
+    batch = train_sft.collate(examples, "cpu", room=40)
+    assert len(batch.tokens) == 3
+    for packed_or_not in (batch, train_sft.collate(examples, "cpu")):
+        found = loss_of(packed_or_not)
+        assert found[0] == wanted[0]
+        assert off(found[1], wanted[1]) < 1e-6 and off(found[2], wanted[2]) < 1e-6
+    leaky = loss_of(batch._replace(reset=None))
+    assert off(leaky[1], wanted[1]) > 1e-4 and off(leaky[2], wanted[2]) > 1e-2
 
 
 @OPTIMIZERS
@@ -3540,7 +3645,7 @@ def test_lr_rest_is_the_rate_of_everything_but_mamba_mixers(hybrid, optimizer):
     for lr_rest in (None, 1e-4):
         model = models[lr_rest] = copy.deepcopy(start)
         optimizers = train_sft.make_optimizers(model, 1e-3, optimizer, lr_rest, weight_decay=0.0)
-        train_sft.cross_entropy(model, *batch)[0].backward()
+        train_sft.cross_entropy(model, batch)[0].backward()
         train_sft.clipped_step(model, optimizers, 1e-3)
     for rates in ((0.0, optimizer), (1.0, optimizer, -1.0)):
         with pytest.raises(UserError, match="must be above 0"):
@@ -3604,9 +3709,9 @@ def short_run(program, traces, out, *more):
 
 
 @pytest.mark.parametrize("program, more", [
-    (train_sft, ("--every", 3, "--easy", 0.5)),
+    (train_sft, ("--every", 3, "--easy", 0.5, "--pack")),
     (train_sft, ("--optimizer", "adamw", "--lr-rest", 1e-4)), (distill, ("--train", "all")),
-    (distill, ("--train", "mixers"))])
+    (distill, ("--train", "mixers", "--pack"))])
 def test_a_resumed_run_is_an_undisturbed_one(
         program, more, traces, tmp_path, no_answers, interrupt_after):
     """Bit for bit the same weights, the same log but for the clock; what was saved on the way is gone at the end."""
@@ -3627,14 +3732,50 @@ def test_a_resumed_run_is_an_undisturbed_one(
     assert not (tmp_path / "b" / "progress.safetensors").exists()
 
 
+@BOTH
+def test_a_run_with_pack_has_the_losses_of_one_without(program, traces, tmp_path, no_answers):
+    """Step by step, but for float noise: a batch holds the same texts. It computes less padding, and says how much."""
+    report = "training.json" if program is train_sft else "report.json"
+    logs = []
+    for out, more in (("a", ()), ("b", ("--pack", "--ctx", 999))):
+        run(program, *short_run(program, traces, tmp_path / out, "--batch", 5, *more))
+        logs.append(nano.read_json(tmp_path / out / report)["log"])
+    for alone, packed in zip(*logs, strict=True):
+        for name in {"loss", "kl"} & set(alone):
+            assert packed[name] == pytest.approx(alone[name], rel=1e-4)
+        assert packed["padding"] < alone["padding"]
+        assert packed["tokens"] - packed["padding"] == alone["tokens"] - alone["padding"]
+
+
+@pytest.mark.parametrize("room", [0, 40])
+@pytest.mark.parametrize("layout", ["t t", "m2 t m2 t"])
+def test_texts_of_odd_lengths_train_in_bfloat16(layout, room, tmp_path):
+    """Products in bfloat16, texts of 1, 2, 3, 17 and 33 tokens, alone and together: the losses are finite and go where
+    those in float32 go."""
+    batches = [[3], [1, 2], [17], [33], [1, 2, 3, 17, 33], [33, 1]]
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny(layout, torch.float32, train=True)
+        plan = train_sft.Plan(len(batches), 3e-3, warmup=1, every=99, log_every=1, name="loss", room=room)
+        progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_sft, "batches", lambda *_: map(some_examples, batches))
+            log = train_sft.fit(model, train_sft.cross_entropy, None, 1, plan, progress, CPU, dtype)
+        losses[dtype] = torch.tensor([entry["loss"] for entry in log])
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert torch.isfinite(losses[torch.bfloat16]).all()
+    assert not torch.equal(losses[torch.bfloat16], losses[torch.float32])
+    assert off(losses[torch.bfloat16], losses[torch.float32]) < 0.01
+
+
 def test_the_log_holds_means_over_the_tokens_since_its_last_entry(hybrid, tmp_path):
     model, _ = hybrid
     block = train_sft.list_block([([5] * n, [True] * n) for n in range(2, 9)], seed=0)
     seen = []
 
-    def loss_of(model, tokens, targets):
-        loss, count = train_sft.cross_entropy(model, tokens, targets)
-        seen.append((loss.item(), count, tokens.numel()))
+    def loss_of(model, batch):
+        loss, count = train_sft.cross_entropy(model, batch)
+        seen.append((loss.item(), count, batch.tokens.numel()))
         return loss, count
     plan = train_sft.Plan(steps=5, lr=1e-3, warmup=1, every=9, log_every=2, name="loss")
     progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
@@ -3684,7 +3825,7 @@ def test_what_a_run_needs_on_disk_is_known_before_its_first_step(
     optimizers = train_sft.make_optimizers(model, 1e-3, optimizer)
     progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
     needed = progress.needs(model, optimizers)
-    train_sft.cross_entropy(model, *batch)[0].backward()
+    train_sft.cross_entropy(model, batch)[0].backward()
     train_sft.clipped_step(model, optimizers, 1e-3)
     progress.save(model, optimizers)
     # One is there and one is to come; the rest is names.
@@ -3739,9 +3880,9 @@ def saved_progress(path, model, batch):
     """A progress file after one step of 9. -> the Plan, its tensors, its JSON."""
     plan = train_sft.Plan(9, 1e-3, 1, 1, 1, "loss")
     optimizers = train_sft.make_optimizers(model, plan.lr)
-    train_sft.cross_entropy(model, *batch)[0].backward()
+    train_sft.cross_entropy(model, batch)[0].backward()
     train_sft.clipped_step(model, optimizers, plan.lr)
-    log = [{"step": 1, "loss": 0.5, "tokens": 8, "seconds": 0.1}]
+    log = [{"step": 1, "loss": 0.5, "tokens": 8, "padding": 1, "seconds": 0.1}]
     train_sft.Progress(str(path), {"seed": 0}, step=1, log=log).save(model, optimizers)
     with safe_open(path, "pt") as f:
         return plan, load_file(path), json.loads(f.metadata()["meta"])
@@ -4262,12 +4403,15 @@ def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(tr
     tokens = torch.randint(7, 200, (2, 9))
     targets = torch.full((2, 9), -1)
     targets[:, 2:5] = tokens[:, 3:6]
+    batch = train_sft.Batch(tokens, targets, reset=None, padding=0)
     changed = tokens.clone()
     changed[:, 6:] = 9                                                       # after the last trained position
-    loss, _ = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
-    again, _ = distill.batch_loss(student, teacher, changed, targets, "reverse_kl")
+    loss, _ = distill.batch_loss(student, teacher, batch, "reverse_kl")
+    batch = batch._replace(tokens=changed)
+    again, _ = distill.batch_loss(student, teacher, batch, "reverse_kl")
     assert torch.equal(loss, again)
-    empty, count = train_sft.cross_entropy(student, tokens, torch.full((2, 9), -1))
+    batch = batch._replace(targets=torch.full((2, 9), -1))
+    empty, count = train_sft.cross_entropy(student, batch)
     (empty / max(1, count)).backward()
     assert count == 0 and empty.item() == 0
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
@@ -4299,10 +4443,10 @@ def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces)
     examples = encoded(traces, "probe", 2)
     scores = distill.leave_one_out(teacher, [examples], CPU, torch.float32, use_accuracy=False)
     assert distill.least_important_first(scores)[0] == 2
-    tokens, targets = train_sft.collate(examples, CPU)
+    batch = train_sft.collate(examples, CPU)
     for layer in (0, 3):
         without = convert(copy.deepcopy(teacher), teacher, [layer], "identity")
-        loss, count = train_sft.cross_entropy(without, tokens, targets)
+        loss, count = train_sft.cross_entropy(without, batch)
         assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
 
 
@@ -4364,8 +4508,8 @@ def test_training_mixers_shares_the_frozen_weights_and_leaves_them_alone(traces)
     student = convert(distill.clone(teacher, "mixers"), teacher, [1, 2], "aligned")
     distill.set_trained(student, "mixers").train()
     start = copy.deepcopy(dict(student.named_parameters()))
-    tokens, targets = train_sft.collate(encoded(traces, "dev", 1), CPU)
-    loss, count = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
+    batch = train_sft.collate(encoded(traces, "dev", 1), CPU)
+    loss, count = distill.batch_loss(student, teacher, batch, "reverse_kl")
     (loss / count).backward()
     train_sft.clipped_step(student, train_sft.make_optimizers(student, 1e-2), 1e-2)
     original = dict(teacher.named_parameters())
@@ -4394,8 +4538,8 @@ def test_the_teacher_gets_no_gradients(traces, monkeypatch, pieces):
     monkeypatch.setattr(distill, "PIECES_ABOVE", pieces)
     teacher = load_pretrained(traces[0])
     student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
-    tokens, targets = train_sft.collate(encoded(traces, "dev", 1), CPU)
-    loss, _ = distill.batch_loss(student, teacher, tokens, targets, "reverse_kl")
+    batch = train_sft.collate(encoded(traces, "dev", 1), CPU)
+    loss, _ = distill.batch_loss(student, teacher, batch, "reverse_kl")
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert student.lm_head.weight.grad is not None

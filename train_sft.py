@@ -531,20 +531,57 @@ def batches(block, batch, start=0):
         yield from lists[seen:]
 
 
-def collate(examples, device):
-    """[(ids, trained)] -> tokens (b, t), targets (b, t) int64: targets[i, j] is the token after tokens[i, j] if it is
-    trained, else -1. The one place where labels and mask are shifted. Rows are padded on the right, which a causal
-    model never sees; the mask comes from lengths, so a pad id that is also a real token does no harm."""
-    longest = max(len(ids) for ids, _ in examples)
-    tokens = torch.zeros(len(examples), longest, dtype=torch.long)
+# What is left of it goes with --pack: texts share rows of --ctx tokens, and the model begins anew at each of them, in
+# positions, attention, conv and scan alike. A batch holds the same texts as without it, and has the same loss.
+
+class Batch(NamedTuple):
+    tokens: torch.Tensor                                 # (b, t) int64
+    targets: torch.Tensor                                # (b, t) int64: the token after this one if it is trained, or -1
+    reset: torch.Tensor | None                           # (b, t) True where a text begins; None: a text is a row
+    padding: int                                         # how many of the b * t tokens are padding
+
+
+def first_fit(lengths, room):
+    """lengths of texts in tokens -> rows, lists of text numbers. A text goes into the first row that has room left for
+    it, or begins one; one that is longer than room has a row to itself."""
+    rows = []
+    left = []
+    for number, length in enumerate(lengths):
+        fitting = [row for row, tokens in enumerate(left) if length <= tokens]
+        if not fitting:
+            fitting = [len(rows)]
+            rows.append([])
+            left.append(room)
+        rows[fitting[0]].append(number)
+        left[fitting[0]] -= length
+    return rows
+
+
+def collate(examples, device, room=0):
+    """[(ids, trained)] -> Batch. room: tokens of a row that texts share, 0: each has a row to itself. The one place
+    where labels and mask are shifted. Rows are padded on the right, which a causal model never sees; the mask comes
+    from lengths, so a pad id that is also a real token does no harm."""
+    lengths = [len(ids) for ids, _ in examples]
+    rows = first_fit(lengths, room)
+    widths = [sum(lengths[number] for number in row) for row in rows]
+    shape = (len(rows), max(widths))
+    tokens = torch.zeros(shape, dtype=torch.long)
     # -1 everywhere: nothing is trained.
-    targets = torch.full((len(examples), longest), -1)
-    for row, (ids, trained) in enumerate(examples):
-        ids = torch.tensor(ids)
-        trained = torch.tensor(trained)
-        tokens[row, :len(ids)] = ids
-        targets[row, :len(ids) - 1] = torch.where(trained[1:], ids[1:], -1)
-    return tokens.to(device), targets.to(device)
+    targets = torch.full(shape, -1)
+    reset = torch.zeros(shape, dtype=torch.bool)
+    for y, row in enumerate(rows):
+        start = 0
+        for number in row:
+            ids, trained = map(torch.tensor, examples[number])
+            end = start + len(ids)
+            tokens[y, start:end] = ids
+            targets[y, start:end - 1] = torch.where(trained[1:], ids[1:], -1)
+            reset[y, start] = True
+            start = end
+        # Padding is a text of its own: the last one need not be walked on over it.
+        reset[y, start:start + 1] = True
+    padding = tokens.numel() - sum(lengths)
+    return Batch(tokens.to(device), targets.to(device), reset.to(device) if room else None, padding)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -555,12 +592,12 @@ def collate(examples, device):
 # trained tokens, and the mean over all of them is the sum of sums over the sum of counts, not the mean of means.
 # A problem counts as solved if the answer is right to the letter; its trace may take any way.
 
-def cross_entropy(model, tokens, targets):
-    """tokens, targets (b, t), see collate -> summed loss in nats (float32), and the number of trained tokens."""
-    x, _ = model.hidden(tokens)                          # (b, t, d_model)
-    trained = targets >= 0                               # (b, t) bool
+def cross_entropy(model, batch):
+    """A Batch -> summed loss in nats (float32), and the number of trained tokens."""
+    x, _ = model.hidden(batch.tokens, reset=batch.reset)           # (b, t, d_model)
+    trained = batch.targets >= 0                         # (b, t) bool
     logits = model.lm_head(x[trained]).float()           # (trained tokens, vocab_size) only
-    loss = F.cross_entropy(logits, targets[trained], reduction="sum")
+    loss = F.cross_entropy(logits, batch.targets[trained], reduction="sum")
     return loss, int(trained.sum())
 
 
@@ -752,6 +789,7 @@ class Plan(NamedTuple):
     name: str                                            # of the loss, in log entries and on the bar
     optimizer: str = "muon"                              # or adamw
     lr_rest: float | None = None                         # of everything but Mamba mixers; None: lr
+    room: int = 0                                        # tokens of a row that texts share, see collate
 
 
 # A run in progress is one safetensors file: weights and optimiser states as tensors, the rest as JSON in its header.
@@ -770,12 +808,13 @@ class Progress:
     resume: bool = False                                 # continue from the file, if there is one
     step: int = 0                                        # steps done
     tokens: int = 0                                      # seen so far, padding included
+    padding: int = 0                                     # ... so many of them
     seconds: float = 0.0                                 # of work so far, over all parts of an interrupted run
     loss: float = 0.0                                    # summed since the last log entry ...
     count: int = 0                                       # ... over so many trained tokens
-    log: list = field(default_factory=list)              # entries: step, the loss by its name, tokens, seconds
+    log: list = field(default_factory=list)              # entries, see fit
 
-    SAVED = ("step", "tokens", "seconds", "loss", "count", "log")
+    SAVED = ("step", "tokens", "padding", "seconds", "loss", "count", "log")
 
     def save(self, model, optimizers):
         """Write the file. Its tensors are named weight|parameter, and so on for each state of an
@@ -825,7 +864,7 @@ class Progress:
         for key in self.SAVED:
             check_type(key, meta[key], type(getattr(self, key)))
         for entry in meta["log"]:
-            for key in ("step", "tokens", "seconds", plan.name):
+            for key in ("step", "tokens", "padding", "seconds", plan.name):
                 check_type(key, entry[key], float)
         if meta["step"] > plan.steps or meta["step"] == plan.steps and not meta["log"]:
             raise ValueError(f"step {meta['step']} of {plan.steps}, {len(meta['log'])} log entries")
@@ -924,11 +963,11 @@ def signals_noted():
 
 def fit(model, loss_of, block, batch, plan, progress, device, dtype):
     """Train model for plan.steps steps of `batch` examples each, see batches. -> the log, progress.log.
-    loss_of(model, tokens, targets) -> summed loss, number of trained tokens.
+    loss_of(model, Batch) -> summed loss, number of trained tokens.
 
     Saves every plan.every steps, and on Ctrl-C or SIGTERM after the step at hand; then it raises KeyboardInterrupt.
     With progress.resume it goes on from what was saved, to the same bits as if nothing had happened. A log entry: step,
-    mean loss in nats per trained token since the last entry, tokens so far (padding included), seconds."""
+    mean loss in nats per trained token since the last entry, tokens so far (padding included), padding, seconds."""
     optimizers = make_optimizers(model, plan.lr, plan.optimizer, plan.lr_rest)
     progress.load(model, optimizers, plan)
     progress.check_disk(model, optimizers)
@@ -937,9 +976,9 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
     bar = tqdm(total=plan.steps, initial=progress.step, desc="training", unit="step")
     with bar, signals_noted() as noted:
         for step in range(progress.step, plan.steps):
-            tokens, targets = collate(next(stream), device)                  # (b, t) each
+            texts = collate(next(stream), device, plan.room)
             with autocast(device, dtype):
-                loss, count = loss_of(model, tokens, targets)
+                loss, count = loss_of(model, texts)
             # The mean over this batch's tokens.
             (loss / max(1, count)).backward()
             rate = learning_rate(step, plan.steps, plan.lr, plan.warmup)
@@ -947,7 +986,8 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
             with autocast(device, dtype):
                 clipped_step(model, optimizers, rate)
             progress.step = step + 1
-            progress.tokens += tokens.numel()
+            progress.tokens += texts.tokens.numel()
+            progress.padding += texts.padding
             progress.seconds = time.time() - began
             progress.loss += loss.item()
             progress.count += count
@@ -974,7 +1014,7 @@ def write_entry(progress, name):
     """Add what was summed up since the last log entry as a new one, and begin a new sum. -> the entry."""
     mean = progress.loss / max(1, progress.count)
     entry = {"step": progress.step, name: round(mean, 6), "tokens": progress.tokens,
-             "seconds": round(progress.seconds, 1)}
+             "padding": progress.padding, "seconds": round(progress.seconds, 1)}
     progress.log.append(entry)
     progress.loss = 0.0
     progress.count = 0
@@ -1314,6 +1354,7 @@ def parse_args():
                        "(default: the built-in traces)")
     add("--batch", type=int, default=32, help="texts per step (default 32)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
+    add("--pack", action="store_true", help="lay texts into rows of --ctx tokens: same loss, less padding")
     add("--easy", type=float, default=0.0, help="share of the steps during which built-in problems "
                                                 "grow from small to full size (default 0)")
     # How to train.
@@ -1383,7 +1424,7 @@ def start_data(args, codec, n_vocab):
 
 def start_progress(args, model):
     """-> the Progress of this run."""
-    keys = ("layers", "steps", "batch", "ctx", "lr", "lr_rest", "optimizer", "warmup", "easy",
+    keys = ("layers", "steps", "batch", "ctx", "pack", "lr", "lr_rest", "optimizer", "warmup", "easy",
             "seed", "dtype")
     run = {key: getattr(args, key) for key in keys}
     run["content of the model"] = weights_hash(model)
@@ -1419,7 +1460,7 @@ def main():
           f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     progress = start_progress(args, model)
     plan = Plan(args.steps, args.lr, args.warmup, args.every, log_every=10, name="loss",
-                optimizer=args.optimizer, lr_rest=args.lr_rest)
+                optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0)
     model = model.to(device).train()
     log = fit(model, cross_entropy, block, args.batch, plan, progress, device, dtype)
     if other:
