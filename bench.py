@@ -7,7 +7,7 @@ What the conversion buys: tokens/s of a transformer (H-0) and of its hybrids (H-
     python bench.py --what scan                                 # the selective scans that run here
     python bench.py --what transformers --model teacher         # against generate() of transformers
     python bench.py --table out/h25 out/h27                     # what distill.py and train_sft.py saved, as a table
-    python bench.py --figures results/ten.jsonl --out out/ten   # ... and in two pictures
+    python bench.py --figures results/ten.jsonl --out out/ten   # ... and in two or three pictures
 
 Weights are random (speed does not depend on them) unless --model names a checkpoint. All rows run the same code and the
 same attention kernel, H-0 too: a slow baseline would flatter the ratio.
@@ -96,7 +96,8 @@ def parse_args():
     # Results of distill.py and train_sft.py instead of measurements.
     add("--table", nargs="+", metavar="DIR",
         help="only print a table of these results (or those inside, or in a file of --json)")
-    add("--figures", nargs="+", metavar="DIR", help="... and draw two pictures of them into --out")
+    add("--figures", nargs="+", metavar="DIR", help="... and draw two pictures of them into --out, "
+        "a third of their curves (distill.py --curve)")
     add("--out", default="results",
         help="directory for the pictures of --figures (default: results)")
     add("--speeds", metavar="FILE",
@@ -893,7 +894,7 @@ def compare_generate(ours, theirs, prompt, count, rounds, warmup, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Results: a table and two pictures, made from what the runs have saved and from nothing else: JSON in, pictures out.
+# Results: a table and pictures, made from what the runs have saved and from nothing else: JSON in, pictures out.
 #
 # A member of a family is known by its stages: the tokens that it has cost are those of all of them, and its layer map
 # has a row for each. A directory of train_sft.py is a member, too (H-30-SFT). Runs that differ in the seed alone are
@@ -970,6 +971,11 @@ class Result:
     def removed(self):
         """Were mixers taken out instead of replaced: is this the control?"""
         return "n" in self.layout
+
+    @property
+    def curve(self):
+        """Points of distill.py --curve, see there; [] without."""
+        return self.report.get("curve") or []
 
     @property
     def tokens(self):
@@ -1114,8 +1120,22 @@ def table_row(result):
         row[family] = share
     row["KL first"] = report["kl_first"]
     row["KL last"] = report["kl_last"]
+    row |= text_measures(report)
     row["M tokens"] = result.tokens / 1e6
     row["seconds"] = report["seconds"]
+    return row
+
+
+def text_measures(report):
+    """What distill.py has measured on held-out texts -> columns; {} for a report from before it did. Codes are the
+    student's share of those that the teacher finds; without any of these there is no such share."""
+    if report.get("next_token_loss") is None:
+        return {}
+    teacher_loss, loss = report["next_token_loss"]
+    row = {"teacher's loss": teacher_loss, "loss": loss, "top-1": report["top1"],
+           "agreement": report["agreement"]}
+    for length, (by_teacher, by_student) in report["retrieval"].items():
+        row[f"codes {length}"] = by_student / by_teacher if by_teacher else None
     return row
 
 
@@ -1380,6 +1400,36 @@ def draw_member(axes, x, seeds):
     return max(high, *scores)
 
 
+# The picture of curves: how good is a student after how much work, from before the first step on (--curve). What has
+# equally many layers replaced has one colour; where mixers were removed, the line is dashed.
+
+def draw_curves(plt, path, results):
+    """A line per Result, which must have a curve: its KL to the teacher, and beside it, if any has it, exact match.
+    Time is the processor's on a CPU, which other programs do not prolong; training alone counts, and making the start."""
+    measures = {"kl": "KL to the teacher, held-out texts, nats a token", "accuracy": "exact match"}
+    points = [point for result in results for point in result.curve]
+    if all(point["accuracy"] is None for point in points):
+        del measures["accuracy"]
+    figure, grid = plt.subplots(1, len(measures), figsize=(7 * len(measures), 4.6), squeeze=False)
+    counts = sorted({len(result.report["replaced"]) for result in results})
+    on_cpu = all(result.report.get("device", "cpu").startswith("cpu") for result in results)
+    for axes, (key, label) in zip(grid[0], measures.items()):
+        for result in results:
+            known = [point for point in result.curve if point[key] is not None]
+            x = [point["cpu_seconds" if on_cpu else "seconds"] for point in known]
+            color = f"C{counts.index(len(result.report['replaced']))}"
+            marker, _, _ = LOOKS[result.removed]
+            style = marker + ("--" if result.removed else "-")
+            axes.plot(x, [point[key] for point in known], style, color=color, markersize=4, label=result.name)
+        axes.set_xlabel(f"{'CPU seconds' if on_cpu else 'seconds'} (dashed: mixers removed)")
+        axes.set_ylabel(label)
+        axes.set_xlim(left=0)
+    # On this scale equal distances are equal ratios: half the KL, in how many seconds?
+    grid[0][0].set_yscale("log")
+    grid[0][0].legend(fontsize=8)
+    save_figure(plt, figure, path)
+
+
 def import_pyplot():
     """matplotlib's pyplot, set to draw into files; None where it is not installed."""
     try:
@@ -1420,6 +1470,9 @@ def show_results(args, device, dtype):
     # Pictures are cheap, old ones are replaced.
     claim_out(args.out, [], overwrite=True, resume=False)
     draw_layers(plt, os.path.join(args.out, "layers.png"), maps)
+    watched = [result for result in results if result.curve]
+    if watched:
+        draw_curves(plt, os.path.join(args.out, "curves.png"), watched)
     # A member without accuracy (trained on --data, or never evaluated) has no place in the picture.
     solved = [r for r in results if r.accuracy is not None and r.teacher_accuracy is not None]
     if not solved:

@@ -18,22 +18,21 @@ import json
 import math
 import os
 import random
+import re
 import time
 from dataclasses import fields, replace
 from typing import NamedTuple
 
 import model as nano         # before torch: it says how threads wait
 import torch
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model import (UserError, autocast, choose_threads, claim_out, file_hash, harm, provenance,
                    run_main, weights_hash)
-from train_sft import (Plan, Progress, accuracy, batches, check_rates, choose_plan, clipped_step, collate,
-                       encode_problem, fit, generic_block, list_block, load_codec,
-                       longest_text, make_optimizers, mamba_names, memory_plan, planned_config,
-                       planned_for, print_plans, problem_set, read_jsonl, show_example, solve,
-                       trace_block)
+from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates, choose_plan, clipped_step,
+                       collate, encode_parts, encode_problem, fit, generic_block, list_block, load_codec, longest_text,
+                       make_optimizers, mamba_names, memory_plan, planned_config, planned_for, print_plans,
+                       problem_set, read_jsonl, show_example, solve, trace_block)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -314,11 +313,14 @@ def convert(student, teacher, layers, init="aligned", batch=None):
 # took the teacher thousands. Prompt and padding do not count, and the mean is over tokens, not over texts.
 #
 # With a large vocabulary the (tokens, vocabulary) logits are the largest tensors of the whole run (131072 x 16384 in
-# float32 is 8.6 GB): they are then made piece by piece from the hidden states, and made again in the backward pass.
+# float32 is 8.6 GB): they are then made piece by piece from the hidden states, and the gradient of a piece is made at
+# once, in its place, so that nothing is kept for the backward pass and nothing made twice. On a CPU the float32 copies
+# of a few rows stay in the cache. Of a step of SmolLM2-135M the loss was 2.4 of 8 s with all rows at once, and is 0.9.
 
-# The vocabulary size above which the loss works in pieces, and the tokens of a piece.
+# The vocabulary size above which the loss works in pieces, the tokens of a piece, and those that are in float32 at once.
 PIECES_ABOVE = 16384
 PIECE_TOKENS = 1024
+FLOAT32_TOKENS = 32
 
 
 def kl_divergence(student_logits, teacher_logits, divergence="reverse_kl"):
@@ -335,20 +337,51 @@ def distillation_loss(x, teacher_x, head, teacher_head, divergence="reverse_kl",
     """x, teacher_x (m, d_model): hidden states of the trained positions; head, teacher_head: the output layers.
     -> the summed divergence in nats. piece: tokens that are computed at once, None: decided by the vocabulary size.
     A sum, so pieces add up exactly to the whole, and the caller divides by the tokens of the batch."""
-    def sum_of(part, teacher_part):
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher_part)
-        return kl_divergence(head(part), teacher_logits, divergence).sum()
-
     if piece is None and head.weight.shape[0] > PIECES_ABOVE:
         piece = PIECE_TOKENS
-    if piece is None:
-        return sum_of(x, teacher_x)
-    total = x.new_zeros((), dtype=torch.float32)
-    for part, teacher_part in zip(x.split(piece), teacher_x.split(piece)):
-        # The pieces' logits are not kept for the backward pass but made again there: one piece exists at a time.
-        total = total + checkpoint(sum_of, part, teacher_part, use_reentrant=False)
-    return total
+    if piece is not None:
+        return LossInPieces.apply(x, head.weight, teacher_x, teacher_head, divergence, piece)
+    with torch.no_grad():
+        teacher_logits = teacher_head(teacher_x)
+    return kl_divergence(head(x), teacher_logits, divergence).sum()
+
+
+class LossInPieces(torch.autograd.Function):
+    """(x, the head's weight, teacher_x, teacher_head, divergence, piece) -> what distillation_loss says."""
+    @staticmethod
+    def forward(ctx, x, weight, teacher_x, teacher_head, divergence, piece):
+        total = x.new_zeros((), dtype=torch.float32)
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(x), piece):
+            part = slice(i, i + piece)
+            logits = torch.nn.functional.linear(x[part], weight)             # (tokens of this piece, vocab_size)
+            teacher_logits = teacher_head(teacher_x[part])
+            pairs = zip(logits.split(FLOAT32_TOKENS), teacher_logits.split(FLOAT32_TOKENS))
+            for rows, teacher_rows in pairs:
+                total += loss_and_gradient(rows, teacher_rows, divergence)
+            grad_x[part] = logits @ weight
+            if grad_weight is not None:
+                grad_weight += logits.T @ x[part]
+        ctx.save_for_backward(grad_x, grad_weight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_x, grad_weight = ctx.saved_tensors
+        if grad_weight is not None:
+            grad_weight = grad * grad_weight
+        return grad * grad_x, grad_weight, None, None, None, None
+
+
+def loss_and_gradient(logits, teacher_logits, divergence):
+    """(rows, vocab_size) each -> the summed divergence; logits are overwritten by its gradient."""
+    with torch.enable_grad():
+        wide = logits.float().requires_grad_()
+        loss = kl_divergence(wide, teacher_logits, divergence).sum()
+    logits.copy_(torch.autograd.grad(loss, wide)[0])
+    return loss.detach()
 
 
 def trained_hidden(model, batch):
@@ -356,6 +389,21 @@ def trained_hidden(model, batch):
     logits of theirs above all, are of no use."""
     x, _ = model.hidden(batch.tokens, reset=batch.reset)                     # (b, t, d_model)
     return x[batch.targets >= 0]
+
+
+class TaughtBatch(NamedTuple):
+    """A Batch that is used again and again, and the teacher's side of its loss: hidden states, not logits, are small
+    enough to keep."""
+    texts: object                                        # a train_sft.Batch
+    teacher_x: torch.Tensor                              # (m, d_model), see trained_hidden
+
+
+@torch.no_grad()
+def taught_batch(run, examples, room=0):
+    """room: see train_sft.collate."""
+    batch = collate(examples, run.device, room)
+    with autocast(run.device, run.dtype):
+        return TaughtBatch(batch, trained_hidden(run.teacher, batch))
 
 
 def batch_loss(student, teacher, batch, divergence):
@@ -389,6 +437,9 @@ def mean_loss(student, teacher, fixed, divergence, device, dtype):
 # have written. Equal scores are told apart by the loss. On --data the measure is the KL to the intact model.
 # All layers before the missing one compute what they always do, so the walk below does them once: layer i costs the
 # n_layer - i layers above it, 50 layers cost half of 50 full passes.
+#
+# "loo-retrieval" takes the layer away in the same manner and asks for hidden codes (see "What a student is worth"): a
+# text of everyday tokens hardly needs what the layers do that look far back. The codes are other ones than at the end.
 #
 # The paper measures MMLU, which a model of 2 M parameters cannot answer. Why not the attention weights or a gradient?
 # Because the residual stream lets later layers repair an early loss: only running the rest of the model shows it.
@@ -482,6 +533,10 @@ def rank_layers(args, run, student):
         stored = loo_scores(args, run)
         order = stored["order"]
         scores = stored["scores"]
+    elif args.rank == "loo-retrieval":
+        stored = retrieval_scores(args, run)
+        order = stored["order"]
+        scores = stored["scores"]
     elif args.rank == "mmr":
         stored = mmr_scores(args, run, student)
         order = stored["order"]
@@ -526,6 +581,20 @@ def loo_scores(args, run):
     return stored_scores(os.path.join(args.out, "loo.json"), key, make)
 
 
+def retrieval_scores(args, run):
+    """The same, by hidden codes: the share of codes whose every token is the most likely one, then their loss."""
+    def make():
+        probe = [[code_example(run.codec, length, number)] for number in numbers]
+        return leave_one_out(run.teacher, probe, run.device, run.dtype, use_accuracy=True)
+
+    length = min(512, run.teacher.config.max_length)
+    # Far from those that a student is asked.
+    numbers = range(1000, 1008)
+    key = {"content of --teacher": run.content["content of --teacher"], "dtype": args.dtype,
+           "codes": len(numbers), "length": length}
+    return stored_scores(os.path.join(args.out, "loo-retrieval.json"), key, make)
+
+
 def mmr_scores(args, run, student):
     """The stored dict of MMR scores. They belong to this student, and to everything that its trials depend on."""
     def make():
@@ -554,11 +623,6 @@ def mmr_scores(args, run, student):
 # What counts is measured on held-out texts of all lengths and families: training batches hold texts of one length, and
 # measured on a short one, layers looked harmless that long stories need (H-27 lost 0.04 by it).
 
-class TrialBatch(NamedTuple):
-    texts: object                                        # a train_sft.Batch
-    teacher_x: torch.Tensor                              # (m, d_model), the teacher's side of the loss
-
-
 def try_each_layer(args, run, student, key):
     """-> per attention layer of the student {"layer", "loss"}: the distillation loss of its trial, in nats per token.
     Trials are kept in args.out/mmr-trials.json under key. The student itself stays as it is."""
@@ -577,17 +641,11 @@ def try_each_layer(args, run, student, key):
 
 
 def trial_batches(args, run):
-    """-> args.probe_steps TrialBatches to train on, and a last one that only measures: the held-out texts."""
+    """-> args.probe_steps TaughtBatches to train on, and a last one that only measures: the held-out texts."""
     stream = batches(run.block, args.batch)
     texts = [*itertools.islice(stream, args.probe_steps), run.fixed]
-    trial = []
-    for examples in texts:
-        batch = collate(examples, run.device, args.ctx if args.pack else 0)
-        with torch.no_grad(), autocast(run.device, run.dtype):
-            # Hidden states, not logits: (m, d_model) is small enough to keep for all batches.
-            teacher_x = trained_hidden(run.teacher, batch)
-        trial.append(TrialBatch(batch, teacher_x))
-    return trial
+    room = args.ctx if args.pack else 0
+    return [taught_batch(run, examples, room) for examples in texts]
 
 
 def trial_loss(args, run, student, layer, training, held_out):
@@ -632,13 +690,14 @@ def trial_loss(args, run, student, layer, training, held_out):
 # While much attention is left the others fill in, and a start matters little. It matters more, the more layers go and
 # the fewer steps there are.
 
-def distill(args, run, student, progress):
-    """Train the student for args.steps steps. -> log entries, one per step, see train_sft.fit."""
+def distill(args, run, student, progress, start):
+    """Train the student for args.steps steps. -> log entries, one per step, see train_sft.fit. start: see curve_watch."""
     def loss_of(model, batch):
         return batch_loss(model, run.teacher, batch, args.loss)
 
     plan = Plan(steps=args.steps, lr=args.lr, warmup=args.warmup, every=25, log_every=1, name="kl",
-                optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0)
+                optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0,
+                watch=curve_watch(args, run, student, start) if args.curve else None)
     return fit(student, loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
 
 
@@ -716,6 +775,236 @@ def check_student(args, student, teacher):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What a student is worth. All of it is measured on held-out texts, of the teacher too:
+#
+#   KL, loss, top-1    both read the same text; at each of its trained tokens, the divergence that is distilled (always
+#                      reverse KL, whatever --loss trains), the loss of the token itself, and is the most likely token
+#                      the same one?
+#   agreement          both write, greedily, what follows the text's first prompt. Of the teacher's first 64 tokens
+#                      (fewer if it ends sooner; the end counts as a token), the share before the first difference
+#   retrieval          one sentence among others holds a code; it is asked for, and must stand in the answer
+#   exact match        of built-in problems, the share whose answer is right to the letter
+#
+# The first kind is precise and cheap, and flatters: the text keeps the student on the teacher's path, and most tokens
+# do not need what lies far back. Hybrids that were close by likelihood have been far behind by generation (arXiv
+# 2603.26556), so the others let both write by themselves, and retrieval asks for what a state of fixed size must lose.
+# Its sentences come from below and are in no training text; with a code of four digits, luck finds one in 9000.
+
+AGREEMENT_TOKENS = 64
+RETRIEVAL_LENGTHS = (256, 1024, 2048)                    # tokens of the prompt
+WHO = ("The baker|A sailor|My neighbour|The teacher|An old farmer|The painter|A tired nurse|"
+       "The captain").split("|")
+DID = "walked to|looked at|talked about|waited near|painted|cleaned|remembered|drove past".split("|")
+WHAT = ("the harbour|the old bridge|a small garden|the market|the empty station|a wooden house|"
+        "the river|the school").split("|")
+WHEN = ("in the morning|after lunch|on Monday|before the rain|last summer|with a friend|for an hour|"
+        "at night").split("|")
+
+
+@torch.no_grad()
+def teacher_forced(run, student):
+    """Means over the trained tokens of the held-out texts. -> {"kl": nats, "loss": [teacher's, student's] in nats,
+    "top1": share of tokens}. The teacher reads them once for all students."""
+    if "held out" not in run.asked:
+        run.asked["held out"] = [taught_batch(run, examples) for examples in run.held_out]
+    sums = torch.zeros(4, dtype=torch.float64)
+    count = 0
+    for texts, teacher_x in run.asked["held out"]:
+        wanted = texts.targets[texts.targets >= 0]                           # (m)
+        # Few logits at a time where the vocabulary is large, as in distillation_loss.
+        few = run.teacher.lm_head.weight.shape[0] > PIECES_ABOVE
+        piece = PIECE_TOKENS if few else max(1, len(wanted))
+        with autocast(run.device, run.dtype):
+            x = trained_hidden(student, texts)
+            for ours, theirs, targets in zip(x.split(piece), teacher_x.split(piece), wanted.split(piece)):
+                sums += compared(student.lm_head(ours), run.teacher.lm_head(theirs), targets)
+        count += len(wanted)
+    kl, teacher_loss, student_loss, same = (sums / max(1, count)).tolist()
+    return {"kl": kl, "loss": [teacher_loss, student_loss], "top1": same}
+
+
+def compared(logits, teacher_logits, targets):
+    """(m, vocab_size) twice, targets (m) -> sums: [KL, the teacher's loss, the student's, equal most likely tokens]."""
+    kl = kl_divergence(logits, teacher_logits).sum()
+    losses = []
+    for each in (teacher_logits, logits):
+        losses.append(torch.nn.functional.cross_entropy(each.float(), targets, reduction="sum"))
+    same = (logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
+    return torch.stack([kl, *losses, same]).cpu()
+
+
+def continuations(run, model, note):
+    """What model writes by itself after the first prompt of each held-out text. -> lists of ids; -1 is the end."""
+    written = []
+    for examples in tqdm(run.held_out, desc=note, leave=False):
+        # At least one token is given.
+        prompts = [ids[:max(1, trained.index(True))] for ids, trained in examples]
+        for ids in model.generate(prompts, AGREEMENT_TOKENS):
+            written.append(ids if len(ids) == AGREEMENT_TOKENS else [*ids, -1])
+    return written
+
+
+def agreement(wanted, written):
+    """Two lists of lists of ids -> the mean share of a wanted one before it and the written one first differ."""
+    shares = []
+    for theirs, ours in zip(wanted, written, strict=True):
+        same = 0
+        while same < min(len(theirs), len(ours)) and theirs[same] == ours[same]:
+            same += 1
+        shares.append(same / len(theirs))
+    return sum(shares) / max(1, len(shares))
+
+
+def hidden_code(codec, length, number):
+    """Problem number `number` whose prompt has `length` tokens, or as many less as one more sentence would take. Its
+    steps are how the answer begins. The code's place in the text moves on by the golden ratio: the first few problems spread it evenly."""
+    rng = random.Random(f"hidden code {length} {number}")
+    thing = rng.choice(THINGS)
+    code = str(rng.randint(1000, 9999))
+    place = (0.1 + number * 0.618034) % 1
+    ask = f"What is the secret code of the {thing}?"
+    fact = f"The secret code of the {thing} is {code}."
+    sentences = []
+    question = ""
+    while True:
+        at = round(place * len(sentences))
+        text = " ".join([*sentences[:at], fact, *sentences[at:]])
+        # Asked twice: told in front what to look for, SmolLM2 finds more at 2048 tokens, near the end of its reach.
+        longer = f"{ask}\n\n{text}\n\n{ask}"
+        prompt = codec.chat.prompt([{"role": "user", "content": longer}])
+        if question and len(codec.enc.encode(prompt, allowed_special="all")) > length:
+            return Problem(f"code in {length} tokens", question, fact.removesuffix(f" {code}."), code)
+        question = longer
+        words = [rng.choice(choices) for choices in (WHO, DID, WHAT, WHEN)]
+        sentences.append(f"{' '.join(words)}.")
+
+
+def code_example(codec, length, number):
+    """hidden_code as an example of train_sft: prompt and answer, the code alone trained."""
+    problem = hidden_code(codec, length, number)
+    prompt = codec.chat.prompt([{"role": "user", "content": problem.question}])
+    return encode_parts(codec, [(prompt + problem.steps, False), (f" {problem.answer}", True)])
+
+
+def how_many_codes(args, codec):
+    """--retrieval, or what it is by default. Raises UserError where nothing can be asked."""
+    if args.retrieval or args.rank == "loo-retrieval":
+        hidden_code(codec, 0, 0)
+    if args.retrieval is None:
+        return 4 if args.data and codec.chat.refusal is None else 0
+    return args.retrieval
+
+
+def retrieval(args, run, model, note):
+    """-> {length: share of args.retrieval codes that stand in the model's answer}; {} for none. Lengths that the
+    teacher was not trained for are left out."""
+    shares = {}
+    for length in RETRIEVAL_LENGTHS if args.retrieval else ():
+        if length <= run.teacher.config.max_length:
+            problems = [hidden_code(run.codec, length, number) for number in range(args.retrieval)]
+            texts = solve(model, run.codec, problems, batch=8, max_new_tokens=32, note=note)
+            found = [problem.answer in re.findall(r"\d+", text) for problem, text in zip(problems, texts)]
+            shares[length] = sum(found) / len(found)
+    return shares
+
+
+def ask_teacher(run, question, ask):
+    """ask(model, note) of the teacher, which is asked each question once, however many stages there are."""
+    if question not in run.asked:
+        run.asked[question] = ask(run.teacher, f"teacher: {question}")
+    return run.asked[question]
+
+
+def evaluate(args, run, student):
+    """All measures of a finished student. -> report entries, and the lines of a table: teacher, student."""
+    forced = teacher_forced(run, student)
+
+    def write(model, note):
+        return continuations(run, model, note)
+
+    def find_codes(model, note):
+        return retrieval(args, run, model, note)
+
+    wanted = ask_teacher(run, "continuations", write)
+    same = agreement(wanted, write(student, "student: continuations"))
+    found = ask_teacher(run, "retrieval", find_codes)
+    found_by_student = find_codes(student, "student: retrieval")
+    codes = {length: [share, found_by_student[length]] for length, share in found.items()}
+    result = {"kl_last": forced["kl"], "next_token_loss": forced["loss"], "top1": forced["top1"],
+              "agreement": same, "retrieval": codes}
+    rows = {"KL to the teacher": [0, forced["kl"]], "next-token loss": forced["loss"],
+            "equal top-1 tokens": [1, forced["top1"]], "greedy agreement": [1, same]}
+    rows |= {f"code in {length} tokens": shares for length, shares in codes.items()}
+    lines = [f"{name:22}{shares[0]:10.4f}{shares[1]:10.4f}" for name, shares in rows.items()]
+    solved, more = exact_match(args, run, student)
+    return result | solved, [*lines, *memory_lines(run.teacher, student), *more]
+
+
+def memory_lines(teacher, student):
+    """What a text costs: bytes that grow with it and bytes that do not. -> lines of the table."""
+    # States for one text of one token.
+    cache, state = teacher.new_state(1, 1).nbytes()
+    student_cache, student_state = student.new_state(1, 1).nbytes()
+    return [f"{'cache bytes per token':22}{cache:10}{student_cache:10}",
+            f"{'state bytes per text':22}{state:10}{student_state:10}"]
+
+
+def exact_match(args, run, student):
+    """Let both solve the held-out problems. -> report entries, and lines of the table.
+    Problems of the test split, which neither training nor ranking ever sees; with --data no answer can be checked."""
+    result = {"teacher_accuracy": None, "student_accuracy": None, "accuracy_by_family": None}
+    if args.data:
+        return result, []
+    problems = problem_set("test", args.eval)
+    teacher_texts = ask_teacher(run, "problems", lambda model, note: solve(model, run.codec, problems, note=note))
+    student_texts = solve(student, run.codec, problems, note="student: problems")
+    by_teacher, teacher_all = accuracy(problems, teacher_texts)              # shares, 0 to 1
+    by_student, student_all = accuracy(problems, student_texts)
+    by_family = {family: [by_teacher[family], by_student[family]] for family in by_teacher}
+    lines = []
+    for name, shares in (by_family | {"all problems": [teacher_all, student_all]}).items():
+        lines.append(f"{name:22}{shares[0]:10.3f}{shares[1]:10.3f}")
+    result["teacher_accuracy"] = teacher_all
+    result["student_accuracy"] = student_all
+    result["accuracy_by_family"] = by_family
+    return result, lines + one_problem(problems, teacher_texts, student_texts)
+
+
+def one_problem(problems, teacher_texts, student_texts):
+    """-> lines: a long problem and what both wrote, traces included, at most 600 characters of each. Numbers alone hide
+    what kind of mistake is made."""
+    first = problems[:30]
+    longest = max(first, key=lambda problem: len(problem.steps))
+    i = first.index(longest)
+    return ["", f"problem   {longest.question}", f"expected  {longest.answer}",
+            f"teacher   {teacher_texts[i][:600]}", f"student   {student_texts[i][:600]}"]
+
+
+# --curve measures a run on its way, from before its first step on: how good is a student after how much work? The time
+# of measuring is not counted, that of making the start (calibration, alignment) is.
+
+def curve_watch(args, run, student, start):
+    """-> the watch of train_sft.Plan, which adds a point to progress.curve every args.curve steps and at the end.
+    start: (seconds, processor's seconds) that the start has taken."""
+    problems = problem_set("dev", args.curve_eval) if args.curve_eval else []
+
+    def watch(progress):
+        due = progress.step % args.curve == 0 or progress.step == args.steps
+        known = progress.curve and progress.curve[-1]["step"] == progress.step
+        if known or not due:
+            return
+        share = None
+        if problems:
+            _, share = accuracy(problems, solve(student, run.codec, problems, note="curve"))
+        progress.curve.append({
+            "step": progress.step, "tokens": progress.tokens,
+            "seconds": round(start[0] + progress.seconds, 1),
+            "cpu_seconds": round(start[1] + progress.cpu_seconds, 1),
+            "kl": teacher_forced(run, student)["kl"], "accuracy": share})
+    return watch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # One stage, from the ranking to the saved checkpoint.
 #
 # The paper's family is a chain of stages: 25, 27, 30, 34, 37, 40 layers. Each starts from the weights of the one
@@ -731,10 +1020,11 @@ class Run(NamedTuple):
     dtype: torch.dtype                                   # of matrix products
     block: object                                        # (number, count) -> training examples, see train_sft.batches
     probe: list                                          # lists of examples for LOO
-    fixed: list                                          # one held-out batch, for the KL before and after
+    fixed: list                                          # one held-out batch, for MMR's trials
     calibration: tuple                                   # (tokens, real), see calibrate
     content: dict                                        # fingerprints of teacher and data
-    solved: dict                                         # the teacher's answers, once it has been asked
+    held_out: list                                       # batches (lists of examples) to measure a student on
+    asked: dict                                          # the teacher's side of what was measured, see ask_teacher
 
 
 # The flags that a result depends on. Not among them: where it is written, on which device it runs, and --eval, which
@@ -771,36 +1061,39 @@ def stage(args, run, began):
     new, scores = choose_layers(args, run, student, done)
     # Fresh parts do not depend on the ranking.
     torch.manual_seed(args.seed)
+    seconds = -time.time()
+    cpu_seconds = -time.process_time()
     convert(student, run.teacher, new, args.init, run.calibration)
+    start = (seconds + time.time(), cpu_seconds + time.process_time())
     set_trained(student, args.train, args.recompute).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
 
     file = os.path.join(args.out, "progress.safetensors")
     progress = Progress(file, depends | {"replaced": done + new}, args.resume)
     # Also in a run that is continued: the student is made again, and its training loaded into it afterwards.
-    kl_first = held_out_kl(run, student)
+    kl_first = teacher_forced(run, student)["kl"]
     prepared = time.time()
-    log = distill(args, run, student, progress)
+    log = distill(args, run, student, progress, start)
     done_training = time.time()
 
     # As it will be saved: mixers that trained in float32 beside weights in bfloat16 take their dtype.
     nano.cast(student.eval(), run.device, student.embed_tokens.weight.dtype)
-    kl_last = held_out_kl(run, student)
     result, table = evaluate(args, run, student)
     nano.save_pretrained(student, args.out, tokenizer_from=args.teacher)
     # progress.seconds is the time of all parts of an interrupted run.
     seconds = prepared - began + progress.seconds + time.time() - done_training
     report = {
-        "replaced": done + new, "layout": list(student.config.layout), **result,
-        "kl_first": kl_first, "kl_last": kl_last, "steps": args.steps, "tokens": progress.tokens,
+        "replaced": done + new, "layout": list(student.config.layout), "kl_first": kl_first, **result,
+        "steps": args.steps, "tokens": progress.tokens,
         "seconds": round(seconds, 1), "seed": args.seed}
-    extra = {"args": vars(args), "run": depends, "scores": scores, "log": log}
+    extra = {"args": vars(args), "run": depends, "scores": scores, "log": log,
+             "curve": progress.curve, "start_seconds": start}
     path = os.path.join(args.out, "report.json")
     nano.write_json(path, report | extra | provenance(run.device))
     progress.remove()
-    kl_line = f"{'KL to the teacher':22}{0:10.4f}{kl_last:10.4f}"
     print(f"{'':22}{'teacher':>10}{'student':>10}")
-    print(f"{kl_line}   (before distillation {kl_first:.4f})", *table, sep="\n")
+    table[0] += f"   (before distillation {kl_first:.4f})"
+    print(*table, sep="\n")
     print(f"saved {args.out}; talk to it: python sample.py --model {args.out} --chat")
     print(json.dumps(report), flush=True)
 
@@ -837,50 +1130,6 @@ def choose_layers(args, run, student, done):
     return order[:missing], scores
 
 
-def held_out_kl(run, student):
-    """Always reverse KL on the same held-out batch, whatever --loss trains: results can be compared."""
-    return mean_loss(student, run.teacher, [run.fixed], "reverse_kl", run.device, run.dtype)
-
-
-def evaluate(args, run, student):
-    """Let both solve the held-out problems. -> report entries, and the lines of a table.
-    Problems of the test split, which neither training nor ranking ever sees; with --data no answer can be checked."""
-    result = {"teacher_accuracy": None, "student_accuracy": None, "accuracy_by_family": None}
-    # States for one text of one token.
-    cache, state = run.teacher.new_state(1, 1).nbytes()
-    student_cache, student_state = student.new_state(1, 1).nbytes()
-    lines = [f"{'cache bytes per token':22}{cache:10}{student_cache:10}",
-             f"{'state bytes per text':22}{state:10}{student_state:10}"]
-    if args.data:
-        return result, lines
-
-    problems = problem_set("test", args.eval)
-    # Every stage asks the same problems.
-    if args.eval not in run.solved:
-        run.solved[args.eval] = solve(run.teacher, run.codec, problems, note="teacher solves")
-    teacher_texts = run.solved[args.eval]
-    student_texts = solve(student, run.codec, problems, note="student solves")
-    by_teacher, teacher_all = accuracy(problems, teacher_texts)              # shares, 0 to 1
-    by_student, student_all = accuracy(problems, student_texts)
-    by_family = {family: [by_teacher[family], by_student[family]] for family in by_teacher}
-    for name, shares in (by_family | {"all problems": [teacher_all, student_all]}).items():
-        lines.append(f"{name:22}{shares[0]:10.3f}{shares[1]:10.3f}")
-    result["teacher_accuracy"] = teacher_all
-    result["student_accuracy"] = student_all
-    result["accuracy_by_family"] = by_family
-    return result, lines + one_problem(problems, teacher_texts, student_texts)
-
-
-def one_problem(problems, teacher_texts, student_texts):
-    """-> lines: a long problem and what both wrote, traces included, at most 600 characters of each. Numbers alone hide
-    what kind of mistake is made."""
-    first = problems[:30]
-    longest = max(first, key=lambda problem: len(problem.steps))
-    i = first.index(longest)
-    return ["", f"problem   {longest.question}", f"expected  {longest.answer}",
-            f"teacher   {teacher_texts[i][:600]}", f"student   {student_texts[i][:600]}"]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line.
 #
@@ -888,7 +1137,7 @@ def one_problem(problems, teacher_texts, student_texts):
 # directory of the run, and only then work. What is wrong in the last of six stages is reported before the first, as far
 # as flags and files tell.
 
-RANKS = ("auto", "loo", "mmr", "first", "last", "random", "apriel15b")
+RANKS = ("auto", "loo", "loo-retrieval", "mmr", "first", "last", "random", "apriel15b")
 
 
 def parse_args():
@@ -904,7 +1153,8 @@ def parse_args():
     add("--out", help="directory for the result; with --stages, the one above (default: out/hN; an "
         "--init other than the default adds its name)")
     add("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of "
-        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student (default auto)")
+        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student; loo-retrieval: loo by "
+        "hidden codes (default auto)")
     inits = "; ".join(f"{name}: {what}" for name, what in INITS.items())
     add("--init", default="calibrated", choices=tuple(INITS),
         help=f"of a mixer. {inits} (default calibrated)")
@@ -920,14 +1170,21 @@ def parse_args():
         "padding")
     add("--probe", type=int, default=48, help="problems per family for LOO, or --data examples "
         "(default 48)")
-    add("--eval", type=int, default=200, help="held-out problems per family at the end "
-        "(default 200)")
+    add("--eval", type=int, default=200, help="held-out problems per family at the end; with "
+        "--data, held-out examples at most (default 200)")
+    add("--retrieval", type=int, help="hidden codes to ask for at the end, so many in texts of "
+        "256, 1024 and 2048 tokens each (default: 4 with --data, else 0: none)")
+    add("--curve", type=int, default=0, metavar="N", help="measure the held-out KL every N steps, into the "
+        "report (default 0: never)")
+    add("--curve-eval", type=int, default=0, metavar="M", help="... and exact match on M held-out problems "
+        "per family (default 0: none)")
     # How it learns.
     add("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"),
         help="default reverse_kl")
     add("--train", default="auto", choices=("auto", "all", "mixers"),
         help="which weights train; auto: all if that fits, see --dry-run (default auto)")
-    add("--steps", type=int, default=100, help="optimiser steps of a stage (default 100)")
+    add("--steps", type=int, default=100, help="optimiser steps of a stage; 0: convert, evaluate and "
+        "save (default 100)")
     add("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
     add("--batch", type=int, default=24, help="texts per step (default 24)")
     add("--optimizer", default="muon", choices=("muon", "adamw"),
@@ -953,10 +1210,17 @@ def parse_args():
 def plan_stages(args):
     """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file.
     Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
-    for name in ("replace", "steps", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
+    if args.steps < 0:
+        raise UserError(f"--steps must be 0 or more, got {args.steps}")
+    for name in ("replace", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("retrieval", "curve", "curve_eval"):
+        if (getattr(args, name) or 0) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if args.curve_eval and (args.data or not args.curve):
+        raise UserError("--curve-eval belongs to --curve and the built-in problems")
     check_rates(args.lr, args.lr_rest)
     if args.rank not in RANKS and not os.path.exists(args.rank):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
@@ -1018,18 +1282,19 @@ def main():
     plan = choose_plan(plans)
     teacher = nano.load_pretrained(args.teacher, device, dtype)
     codec = load_codec(args.teacher)
-    block, probe, fixed = load_texts(args, codec, teacher.config.vocab_size)
+    block, probe, fixed, held_out = load_texts(args, codec, teacher.config.vocab_size)
     size = sum(p.numel() for p in teacher.parameters())
     for each in stages:
         each.train = plan.train
         each.recompute = plan.recompute
         each.out = claim_out(each.out, [each.teacher, each.student], args.overwrite, each.resume)
+        each.retrieval = how_many_codes(each, codec)
     choose_threads(teacher, device, args.threads)
     print_start(args, plan, teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
     calibration = calibration_batch(block, device)
-    run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, {})
+    run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, held_out, asked={})
     for each in stages:
         stage(each, run, began)
         # Loading counts for the first stage.
@@ -1063,22 +1328,27 @@ def print_start(args, plan, teacher, size, device, dtype):
 
 
 def load_texts(args, codec, n_vocab):
-    """-> block: (number, count) -> training examples; probe: batches of examples for LOO; fixed: one held-out batch.
-    Neither of the last two is ever trained on."""
+    """-> block: (number, count) -> training examples; probe: batches of examples for LOO; fixed: one held-out batch;
+    held_out: batches to measure on. None of the last three is ever trained on."""
     if args.data:
         training, held_out = read_jsonl(args.data, codec, args.ctx, n_vocab)
         block = list_block(training, args.seed)
         probe = held_out[:args.probe]
         fixed = held_out[:args.batch]
+        held_out = in_batches(held_out[:args.eval], args.batch)
     else:
         make = generic_block if args.traces == "generic" else trace_block
         block = make(codec, args.seed)
         probe = [encode_problem(codec, p) for p in problem_set("probe", args.probe)]
         fixed = [encode_problem(codec, p) for p in problem_set("dev", 16)]
-    # Batches of similar length.
-    probe = sorted(probe, key=lambda example: len(example[0]))
-    probe = [probe[i:i + args.batch] for i in range(0, len(probe), args.batch)]
-    return block, probe, fixed
+        held_out = [fixed]
+    return block, in_batches(probe, args.batch), fixed, held_out
+
+
+def in_batches(examples, batch):
+    """-> lists of `batch` examples of similar length, from short to long."""
+    examples = sorted(examples, key=lambda example: len(example[0]))
+    return [examples[i:i + batch] for i in range(0, len(examples), batch)]
 
 
 def calibration_batch(block, device, count=48, most=16384):

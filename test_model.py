@@ -21,6 +21,7 @@ import math
 import pathlib
 import random
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -1038,6 +1039,20 @@ def test_packed_texts_one_by_one_equal_one_mask_and_never_make_it(change):
         for a, b in zip(found, results[0], strict=True):
             assert off(a.detach(), b.detach()) < 1e-10
     assert largest[0] >= 2 * t * t > 3 * largest[1]
+
+
+def test_attention_of_short_texts_by_products_is_attention():
+    """In value and in gradients, six query heads for two keys; bfloat16 takes this way, float32 the kernel."""
+    attention = tiny("t", n_head=6, n_kv_head=2).layers[0].mixer
+    wide = [torch.randn(2, heads, 33, 8, requires_grad=True) for heads in (6, 2, 2)]
+    narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
+    results = []
+    for q, k, v in (wide, narrow):
+        y = attention.attend(q, k, v, None)
+        results.append([y, *torch.autograd.grad(y.float().sin().sum(), (q, k, v))])
+    assert "Attention" in str(results[0][0].grad_fn) and "Attention" not in str(results[1][0].grad_fn)
+    for a, b in zip(results[1], results[0], strict=True):
+        assert a.dtype == torch.bfloat16 and off(a.detach().float(), b.detach()) < 0.02
 
 
 @pytest.mark.parametrize("dtype, tolerance", [
@@ -2862,6 +2877,17 @@ def test_the_name_of_a_hub_model_and_a_tilde_are_understood(tmp_path, monkeypatc
     assert (args.out, args.model, args.prompt) == (str(tmp_path / "x"), None, "~/x")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a habit of Linux's C library")
+def test_the_memory_of_freed_tensors_is_used_again():
+    """The second large tensor brings no new pages: the system does not clear them anew for every step."""
+    nano.keep_memory()
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 24)
+        pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert pages < 1000                                                      # of 16384
+
+
 # files in --out, flags, what the message must say (None: accepted)
 CLAIMS = {
     "nothing there": ([], {}, None),
@@ -3696,8 +3722,9 @@ def solve_nothing(lm, enc, problems, **named):
 
 @pytest.fixture
 def no_answers(monkeypatch):
-    """Nobody solves problems: writing 192 tokens takes far longer than what the tests below are about."""
+    """Nobody writes: 192 tokens of an answer take far longer than what the tests below are about."""
     monkeypatch.setattr(distill, "solve", solve_nothing)
+    monkeypatch.setattr(distill, "continuations", always([[-1]]))
 
 
 def short_run(program, traces, out, *more):
@@ -4321,7 +4348,7 @@ def distill_setup(traces, teacher):
     calibration = distill.calibration_batch(block, CPU, count=8)
     content = {"content of --teacher": train_sft.weights_hash(teacher)}
     return distill.Run(teacher, codec, CPU, torch.float32, block, [encoded(traces, "probe", 1)],
-                       block(1, 4), calibration, content, solved={})
+                       block(1, 4), calibration, content, [encoded(traces, "dev", 1)], asked={})
 
 
 def last_report(printed):
@@ -4329,7 +4356,7 @@ def last_report(printed):
     return json.loads(printed.out.splitlines()[-1])
 
 
-SMALL = ("--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1)
+SMALL = ("--steps", 2, "--probe-steps", 1, "--batch", 2, "--probe", 1, "--eval", 1, "--retrieval", 0)
 
 
 def small_run(teacher, out, *flags):
@@ -4343,6 +4370,7 @@ def family(traces, tmp_path_factory):
     path = tmp_path_factory.mktemp("family")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "solve", solve_nothing)
+        patch.setattr(distill, "continuations", always([[-1]]))
         small_run(traces[0], path, "--stages", "1,2")
     return path
 
@@ -4383,7 +4411,9 @@ def test_kl_is_a_mean_over_tokens_whatever_the_batch_and_its_length(traces):
     assert mean([silent]) == 0
 
 
-def test_kl_in_pieces_is_the_same_in_value_and_gradients():
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_kl_in_pieces_is_the_same_in_value_and_gradients(monkeypatch, divergence):
+    monkeypatch.setattr(distill, "FLOAT32_TOKENS", 3)
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50, bias=False)
     teacher_head = torch.nn.Linear(8, 50, bias=False)
@@ -4391,10 +4421,13 @@ def test_kl_in_pieces_is_the_same_in_value_and_gradients():
     teacher_x = torch.randn(23, 8)
     results = []
     for piece in (None, 5):
-        loss = distill.distillation_loss(x, teacher_x, head, teacher_head, piece=piece)
-        results.append((loss, *torch.autograd.grad(loss, (x, head.weight))))
+        loss = distill.distillation_loss(x, teacher_x, head, teacher_head, divergence, piece)
+        results.append((loss, *torch.autograd.grad(loss / 7, (x, head.weight))))
     for whole, pieces in zip(*results):
         torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
+    head.requires_grad_(False)
+    loss = distill.distillation_loss(x, teacher_x, head, teacher_head, divergence, 5)
+    torch.testing.assert_close(torch.autograd.grad(loss / 7, x)[0], results[0][1], rtol=1e-5, atol=1e-5)
 
 
 def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(traces):
@@ -4450,6 +4483,28 @@ def test_leave_one_out_finds_the_harmless_layer_and_equals_the_naive_way(traces)
         assert abs(scores[layer]["loss"] - loss.item() / count) < 1e-4
 
 
+def test_leave_one_out_by_retrieval_weighs_the_code_alone_and_is_stored(traces, tmp_path, monkeypatch):
+    teacher = load_pretrained(traces[0])
+    torch.nn.init.zeros_(teacher.layers[2].mixer.o_proj.weight)
+    setup = distill_setup(traces, teacher)
+    args = argparse.Namespace(rank="loo-retrieval", out=str(tmp_path), dtype="float32")
+    calls = spy(monkeypatch, distill, "leave_one_out")
+    order, scores = distill.rank_layers(args, setup, teacher)
+    assert [score["kl"] < 1e-6 for score in scores] == [False, False, True, False]
+    assert order == distill.least_important_first(scores)
+    assert distill.rank_layers(args, setup, teacher) == (order, scores) and len(calls) == 1
+    (_, probe, *_), = calls
+    asked = [distill.hidden_code(traces[1], 512, number).answer for number in range(99)]
+    for ids, trained in itertools.chain(*probe):
+        code = traces[1].enc.decode([token for token, flag in zip(ids, trained) if flag])
+        text = traces[1].enc.decode(ids)
+        assert re.fullmatch(r" \d{4}", code) and text.endswith(f"The secret code of the {text.split()[-3]} is{code}")
+        assert code.strip() not in asked
+    sums = [train_sft.cross_entropy(teacher, train_sft.collate(examples, CPU)) for examples in probe]
+    loss, count = map(sum, zip(*sums))
+    assert scores[2]["loss"] == pytest.approx(loss.item() / count, rel=1e-5)
+
+
 def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces, tmp_path):
     teacher = load_pretrained(traces[0])
     for i, block in enumerate(teacher.layers):
@@ -4498,6 +4553,125 @@ def test_a_file_that_is_no_order_is_refused(text, tmp_path):
         distill.read_order(str(path), 4)
     path.write_text('{"order": [2, 0]}')
     assert distill.read_order(str(path), 4) == [2, 0]
+
+
+# What a student is worth.
+
+def test_teacher_forced_measures_equal_the_naive_way_and_are_nothing_for_the_teacher(traces, monkeypatch):
+    teacher = load_pretrained(traces[0])
+    teacher.requires_grad_(False)
+    student = convert(copy.deepcopy(teacher), teacher, [1, 2], "aligned").requires_grad_(False)
+    setup = distill_setup(traces, teacher)
+    setup = setup._replace(held_out=distill.in_batches(encoded(traces, "dev", 1), 2))
+    sums = torch.zeros(4)
+    count = 0
+    for ids, trained in itertools.chain(*setup.held_out):
+        logits = student(torch.tensor([ids]))[0][0].log_softmax(-1)
+        intact = teacher(torch.tensor([ids]))[0][0].log_softmax(-1)
+        for i in [i for i in range(len(ids) - 1) if trained[i + 1]]:
+            kl = (logits[i].exp() * (logits[i] - intact[i])).sum()
+            same = logits[i].argmax() == intact[i].argmax()
+            sums += torch.stack([kl, -intact[i, ids[i + 1]], -logits[i, ids[i + 1]], same])
+            count += 1
+    for pieces_above in (16384, 1):                                          # all logits at once, and in pieces
+        monkeypatch.setattr(distill, "PIECES_ABOVE", pieces_above)
+        monkeypatch.setattr(distill, "PIECE_TOKENS", 7)
+        found = distill.teacher_forced(setup, student)
+        found = torch.tensor([found["kl"], *found["loss"], found["top1"]])
+        torch.testing.assert_close(found, sums / count, rtol=1e-4, atol=1e-6)
+    itself = distill.teacher_forced(setup, teacher)
+    assert abs(itself["kl"]) < 1e-6 and itself["top1"] == 1 and itself["loss"][0] == itself["loss"][1]
+
+
+def test_agreement_is_the_share_of_the_teachers_tokens_before_the_first_difference(traces, monkeypatch):
+    assert distill.agreement([[5, 6, 7, 8]], [[5, 6, 9, 8]]) == 0.5
+    assert distill.agreement([[5, 6, -1], [4]], [[5, 6, 7, 8], [4]]) == pytest.approx((2 / 3 + 1) / 2)
+    assert distill.agreement([[5, 6, 7, 8]], [[5, 6, -1]]) == 0.5
+    teacher = load_pretrained(traces[0])
+    setup = distill_setup(traces, teacher)
+    setup = setup._replace(held_out=distill.in_batches(encoded(traces, "dev", 1), 2))
+    asked = spy(monkeypatch, teacher, "generate")
+    written = distill.continuations(setup, teacher, "")
+    # Every text's question, and nothing of its answer, is asked.
+    for prompts, _ in asked:
+        assert all(traces[1].enc.decode(prompt).endswith("[/INST]") for prompt in prompts)
+    for ids, prompt in zip(written, itertools.chain(*(prompts for prompts, _ in asked)), strict=True):
+        alone = teacher.generate([prompt], 64)[0]
+        assert ids == alone + [-1] * (len(alone) < 64)
+
+
+def test_a_hidden_code_stands_once_in_a_text_of_the_length_that_is_asked_for(traces, monkeypatch):
+    codec = traces[1]
+    places = []
+    for number in range(4):
+        problem = distill.hidden_code(codec, 1024, number)
+        assert problem == distill.hidden_code(codec, 1024, number)
+        prompt = codec.chat.prompt([{"role": "user", "content": problem.question}])
+        length = len(codec.enc.encode(prompt, allowed_special="all"))
+        longest_sentence = 80                                                # in letters, of which few are merged here
+        assert 1024 - longest_sentence < length <= 1024
+        assert re.findall(r"\d+", problem.question) == [problem.answer]
+        places.append(int(4 * problem.question.index(problem.answer) / len(problem.question)))
+    assert sorted(places) == [0, 1, 2, 3]                                    # one in each quarter of the text
+    # Answers must hold the code itself; lengths that the teacher was not made for are not asked.
+    teacher = load_pretrained(traces[0])
+    setup = distill_setup(traces, teacher)
+    args = argparse.Namespace(retrieval=4)
+
+    def answer(lm, codec, problems, **named):
+        right, longer, other, last = problems
+        return [f"It is {right.answer}.", f"{longer.answer}7", "no", last.answer]
+    monkeypatch.setattr(distill, "solve", answer)
+    assert distill.retrieval(args, setup, teacher, "") == {256: 0.5}
+    args.retrieval = 0
+    assert distill.retrieval(args, setup, teacher, "") == {}
+
+
+def test_a_curve_begins_with_the_start_ends_with_the_result_and_survives_an_interruption(
+        traces, tmp_path, no_answers, interrupt_after):
+    def go(out, *more):
+        flags = short_run(distill, traces, tmp_path / out, "--curve", 3, "--curve-eval", 1, *more)
+        run(distill, *flags)
+        return nano.read_json(tmp_path / out / "report.json")
+
+    report = go("a")
+    curve = report["curve"]
+    assert [point["step"] for point in curve] == [0, 3, 4]
+    assert curve[0]["kl"] == report["kl_first"] and curve[-1]["kl"] == report["kl_last"]
+    assert curve[0]["tokens"] == 0 and curve[-1]["tokens"] == report["tokens"]
+    assert all(point["accuracy"] == 0 for point in curve)
+    with interrupt_after(3):
+        go("b")
+    continued = go("b", "--resume")
+    for point, same in zip(continued["curve"], curve, strict=True):
+        for key in ("step", "tokens", "kl"):
+            assert point[key] == same[key]
+    # Looking does not change what is looked at.
+    run(distill, *short_run(distill, traces, tmp_path / "c"))
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") == weights(tmp_path / "c")
+
+
+def test_the_time_of_watching_is_not_counted(traces, tmp_path, monkeypatch):
+    clock = argparse.Namespace(now=0.0)
+    clock.time = clock.process_time = lambda: clock.now
+    monkeypatch.setattr(train_sft, "time", clock)
+    real = train_sft.clipped_step
+
+    def step(*args):
+        clock.now += 1
+        return real(*args)
+    monkeypatch.setattr(train_sft, "clipped_step", step)
+    seen = []
+
+    def watch(progress):
+        seen.append((progress.step, progress.seconds, progress.cpu_seconds))
+        clock.now += 100
+    model = load_pretrained(traces[0])
+    plan = train_sft.Plan(3, 1e-4, 1, every=9, log_every=1, name="loss", watch=watch)
+    progress = train_sft.Progress(str(tmp_path / "progress"), {})
+    block = train_sft.trace_block(traces[1], 0)
+    train_sft.fit(model, train_sft.cross_entropy, block, 1, plan, progress, CPU, torch.float32)
+    assert seen == [(i, i, i) for i in range(4)]
 
 
 # Distillation, stage after stage.
@@ -4588,7 +4762,8 @@ def test_distillation_saves_what_it_reports_and_refuses_what_it_cannot_do(traces
     report = last_report(small_run(traces[0], tmp_path, "--stages", "1,2"))
     assert set(report) == {
         "replaced", "layout", "teacher_accuracy", "student_accuracy", "accuracy_by_family",
-        "kl_first", "kl_last", "steps", "tokens", "seconds", "seed"}
+        "kl_first", "kl_last", "next_token_loss", "top1", "agreement", "retrieval", "steps", "tokens",
+        "seconds", "seed"}
     assert report["layout"].count("m2") == 2 == len(report["replaced"])
     assert load_pretrained(tmp_path / "h2").config.layout == tuple(report["layout"])
     assert weights(traces[0]) == before
@@ -5359,6 +5534,39 @@ def test_the_picture_shows_scores_from_zero_with_noise_seeds_and_control(tmp_pat
         assert tuple(bar.get_segments()[0][:, 1]) == pytest.approx(bench.noise_interval(score, 50))
     titles = [axes.get_title() for axes in layers.axes if axes.axison]
     assert titles == ["Mamba, seed 0", "Mamba, seed 1", "mixers removed (control), seed 0"]
+
+
+def with_measures(path, curve, **more):
+    """Add to a fake_report what distill.py measures on texts."""
+    file = path / "report.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | more | {
+        "curve": [dict(zip(("seconds", "cpu_seconds", "kl", "accuracy"), point)) for point in curve]}))
+
+
+def test_measures_of_texts_stand_in_the_table_and_curves_in_a_picture(tmp_path, monkeypatch):
+    """Beside reports that have none; also from lines alone."""
+    fake_report(tmp_path / "old", [4], 10, 0.8)
+    curves = {"h2": [(9, 2, 0.5, None), (99, 3, 0.25, None)], "h2-identity": [(0, 0, 4, None), (50, 5, 1, None)]}
+    for name, curve in curves.items():
+        fake_report(tmp_path / name, [4, 5], 10, None, kind="n" if "identity" in name else "m2")
+        with_measures(tmp_path / name, curve, next_token_loss=[1.25, 1.5], top1=0.9, agreement=0.375,
+                      retrieval={"256": [0.75, 0.375], "1024": [0, 0]})
+    lines = tmp_path / "lines.jsonl"
+    printed = run(bench, "--table", tmp_path, "--json", lines).out
+    head, _, *rows = [re.split(r" *\| *", line)[1:-1] for line in printed.splitlines()]
+    table = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    columns = "teacher's loss", "loss", "top-1", "agreement", "codes 256", "codes 1024"
+    assert [table["h2"][column] for column in columns] == ["1.250", "1.500", "0.900", "0.375", "0.500", ""]
+    assert table["old"]["loss"] == ""
+    pytest.importorskip("matplotlib")
+    drawn = {}
+    monkeypatch.setattr(bench, "save_figure", lambda plt, figure, path, top=1: drawn.update({path: figure}))
+    run(bench, "--figures", lines, "--out", tmp_path / "pictures")
+    figure, = [figure for path, figure in drawn.items() if path.endswith("curves.png")]
+    axes, = figure.axes                                                      # no accuracies, no second panel
+    assert axes.get_yscale() == "log" and axes.get_xlim()[0] == 0
+    found = {line.get_label(): (line.get_linestyle(), *map(list, line.get_data())) for line in axes.lines}
+    assert found == {"h2": ("-", [2, 3], [0.5, 0.25]), "h2-identity": ("--", [0, 5], [4, 1])}
 
 
 def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path, monkeypatch):

@@ -798,6 +798,7 @@ class Plan(NamedTuple):
     optimizer: str = "muon"                              # or adamw
     lr_rest: float | None = None                         # of everything but Mamba mixers; None: lr
     room: int = 0                                        # tokens of a row that texts share, see collate
+    watch: object = None                                 # watch(progress), before the first step and after each
 
 
 # A run in progress is one safetensors file: weights and optimiser states as tensors, the rest as JSON in its header.
@@ -818,11 +819,22 @@ class Progress:
     tokens: int = 0                                      # seen so far, padding included
     padding: int = 0                                     # ... so many of them
     seconds: float = 0.0                                 # of work so far, over all parts of an interrupted run
+    cpu_seconds: float = 0.0                             # the same of the processor, all threads together
     loss: float = 0.0                                    # summed since the last log entry ...
     count: int = 0                                       # ... over so many trained tokens
     log: list = field(default_factory=list)              # entries, see fit
+    curve: list = field(default_factory=list)            # what plan.watch has measured on the way
 
-    SAVED = ("step", "tokens", "padding", "seconds", "loss", "count", "log")
+    SAVED = ("step", "tokens", "padding", "seconds", "cpu_seconds", "loss", "count", "log", "curve")
+
+    def start_clocks(self):
+        """From here on time is counted, beside what was counted before."""
+        self.began = time.time() - self.seconds
+        self.began_cpu = time.process_time() - self.cpu_seconds
+
+    def read_clocks(self):
+        self.seconds = time.time() - self.began
+        self.cpu_seconds = time.process_time() - self.began_cpu
 
     def save(self, model, optimizers):
         """Write the file. Its tensors are named weight|parameter, and so on for each state of an
@@ -980,7 +992,9 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
     progress.load(model, optimizers, plan)
     progress.check_disk(model, optimizers)
     stream = batches(block, batch, progress.step)
-    began = time.time() - progress.seconds
+    if plan.watch:
+        plan.watch(progress)
+    progress.start_clocks()
     bar = tqdm(total=plan.steps, initial=progress.step, desc="training", unit="step")
     with bar, signals_noted() as noted:
         for step in range(progress.step, plan.steps):
@@ -996,7 +1010,7 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
             progress.step = step + 1
             progress.tokens += texts.tokens.numel()
             progress.padding += texts.padding
-            progress.seconds = time.time() - began
+            progress.read_clocks()
             progress.loss += loss.item()
             progress.count += count
             bar.update()
@@ -1004,6 +1018,10 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
                 entry = write_entry(progress, plan.name)
                 speed = progress.tokens / max(0.1, progress.seconds)
                 bar.set_postfix({plan.name: f"{entry[plan.name]:.4f}", "tok_s": f"{speed:.0f}"})
+            if plan.watch:
+                plan.watch(progress)
+                # What it took is not counted.
+                progress.start_clocks()
             if noted:
                 break
             if progress.step % plan.every == 0:
@@ -1223,10 +1241,10 @@ def kernel_scan(u, dt, A, B, C, D, z, dt_bias, h, reset):
 
 
 @functools.cache
-def layer_lines(config, kind, trained, batch, dtype, stream, kernels):
+def layer_lines(config, kind, trained, batch, ctx, dtype, stream, kernels):
     """A layer of this kind; trained: the names of its parameters that train; dtype: of products and frozen weights;
-    stream: of its input; kernels: is the scan Triton's? -> Lines: what it keeps, the most in both passes."""
-    def observed(tokens):
+    stream: of its input; kernels: are there a GPU's? -> Lines: what it keeps, the most in both passes."""
+    def observed(batch, ctx):
         with FakeTensorMode():
             layer = nano.cast(nano.Block(config, kind), "cpu", dtype)
             for name, p in layer.named_parameters():
@@ -1234,8 +1252,10 @@ def layer_lines(config, kind, trained, batch, dtype, stream, kernels):
                 p.data = p.data.float() if name in trained else p.data
             if kernels and kind == "m2":
                 layer.mixer.scan = kernel_scan
-            ids = torch.empty(batch, tokens // batch, dtype=torch.long)
-            x = torch.empty(*ids.shape, config.d_model, dtype=stream, requires_grad=True)
+            if kernels and kind == "t":
+                layer.mixer.attend = functools.partial(nano.attend_by_definition, layer.mixer)
+            ids = torch.empty(batch, ctx, dtype=torch.long)
+            x = torch.empty(batch, ctx, config.d_model, dtype=stream, requires_grad=True)
             place, _ = nano.make_place(config, ids, 0, None, None, stream)
 
             def forward():
@@ -1243,7 +1263,10 @@ def layer_lines(config, kind, trained, batch, dtype, stream, kernels):
                     return layer(x, None, place)[0]
             return observe(forward, [x, place.cos, place.sin, *layer.parameters()])
 
-    return lines_through(observed, 16 * batch, 32 * batch)
+    # A scan is a loop over tokens, and its chunks depend on the batch; short texts keep less in attention.
+    if kind == "m2":
+        return lines_through(lambda tokens: observed(batch, tokens // batch), 16 * batch, 32 * batch)
+    return lines_through(lambda tokens: observed(tokens // ctx, ctx), ctx, 2 * ctx)
 
 
 def loss_line(loss, heads, dtype, stream):
@@ -1330,7 +1353,7 @@ def memory_plan(student, others, loss, heads, args, dtype, room, kernels, proces
     for kind, count in collections.Counter(config.layout).items():
         block = student.layers[config.layout.index(kind)]
         trained = frozenset(name for name, p in block.named_parameters() if p.requires_grad)
-        keeps, most = layer_lines(config, kind, trained, batch, dtype, stream, kernels)
+        keeps, most = layer_lines(config, kind, trained, batch, args.ctx, dtype, stream, kernels)
         first.append(most)
         last.append(most if student.recompute else most.plus(keeps, -1))
         if student.recompute:
