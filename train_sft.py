@@ -1286,7 +1286,8 @@ def loss_line(loss, heads, dtype, stream):
                     return loss(x, *copies)
             return observe(forward, [copy.weight for copy in copies])
 
-    return lines_through(observed, 1024, 2048)[1]
+    # Of a long text no more than two pieces are there at once, see distill.LossInPieces.
+    return lines_through(observed, 2048, 3072)[1]
 
 
 def optimizer_bytes(optimizers, kernels):
