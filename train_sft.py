@@ -1146,11 +1146,11 @@ def merge(model, other, weight):
 # alone, and runs a second time when its turn comes: a third more work.
 #
 # Every text counts as --ctx tokens, all of them trained. N processes hold 1 / N of weights, gradients, states and
-# texts, and two layers as a whole. The Triton kernels' memory is counted, their scratch of a few MB is not, nor is
-# ranking by leaving one out. A GB is 1e9 bytes.
+# texts, and two layers as a whole. Not counted are Triton's scratch (some 100 MB at the 15B shape) and the ranking of
+# layers. A GB is 1e9 bytes.
 
 # The share of a device's memory to plan with. A GPU keeps some for itself, and loses some in gaps between tensors; on
-# any other machine there are other programs.
+# a CPU the gaps are a quarter (see model.keep_memory), and there are other programs.
 ROOM = {"cuda": 0.93, "cpu": 0.7, "mps": 0.7}
 # The longest of the built-in texts, in tokens of their own tokenizer.
 LONGEST_BUILT_IN = 170
@@ -1305,8 +1305,8 @@ def optimizer_bytes(optimizers, kernels):
                 alike = sum(q.shape == p.shape for q in params)
                 made = max(made, 8 * p.nbytes * min(alike, muon_count(p.shape)))
         else:
-            # AdamW makes two of one weight after the other, or, on a GPU, one of all weights together.
-            made = max(made, sum(sizes) if kernels else 2 * max(sizes))
+            # AdamW makes three of one weight after the other, or, on a GPU, one of all weights together.
+            made = max(made, sum(sizes) if kernels else 3 * max(sizes))
     return kept, made
 
 
