@@ -1424,8 +1424,12 @@ def draw_curves(plt, path, results):
         axes.set_xlabel(f"{'CPU seconds' if on_cpu else 'seconds'} (dashed: mixers removed)")
         axes.set_ylabel(label)
         axes.set_xlim(left=0)
+        if key == "accuracy":
+            axes.set_ylim(-0.02, 1.02)
     # On this scale equal distances are equal ratios: half the KL, in how many seconds?
     grid[0][0].set_yscale("log")
+    grid[0][0].yaxis.set_major_formatter("{x:g}")
+    grid[0][0].yaxis.set_minor_formatter("{x:g}")
     grid[0][0].legend(fontsize=8)
     save_figure(plt, figure, path)
 

@@ -29,10 +29,11 @@ from tqdm import tqdm
 
 from model import (UserError, autocast, choose_threads, claim_out, file_hash, harm, provenance,
                    run_main, weights_hash)
-from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates, choose_plan, clipped_step,
-                       collate, encode_parts, encode_problem, fit, generic_block, list_block, load_codec, longest_text,
-                       make_optimizers, mamba_names, memory_plan, planned_config, planned_for, print_plans,
-                       problem_set, read_jsonl, show_example, solve, trace_block)
+from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates, choose_plan,
+                       clipped_step, collate, encode_parts, encode_problem, fit, generic_block,
+                       list_block, load_codec, longest_text, make_optimizers, mamba_names,
+                       memory_plan, planned_config, planned_for, print_plans, problem_set,
+                       read_jsonl, show_example, solve, trace_block)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check
 
 
 INITS = {
-    "calibrated": "aligned, then gate and output fitted on one batch",
+    "calibrated": "aligned, then gate, conv, D and output made to fit the teacher",
     "aligned": "from attention, chunks matched",
     "plain": "from attention, in the published order",
     "random": "nothing copied",
@@ -167,50 +168,98 @@ def not_carried(config):
 
 
 # A fresh mixer has a weakness: with dt near 0.01 and a random gate it writes next to nothing, and the student starts
-# where a model without the layer would. "calibrated" repairs that on one batch of texts, in closed form: the gate is
-# opened (z is fitted to a constant c with silu(c) = 1, plus a little of its random start), and out_proj is fitted to
-# what the attention would have written for the same input. Layer by layer, so each sees the work of those before it.
-# Nothing but two linear systems per layer is solved: it takes no training step, and the file format does not notice.
-# dt stays as it is: size and direction are corrected in the last linear map. The closed form is ours and not the
-# paper's; Taylor-Calibrate (arXiv 2606.16429) fits another mixer to its attention by gradient steps.
-# With 7 of 10 layers replaced, 400 steps of distillation end at a KL of 0.16 from here and of 0.25 from "aligned" (see
-# results/README.md, "The claims").
+# where a model without the layer would. "calibrated" repairs that on some training texts, in closed form:
+#
+#       gate z      opened: fitted to a constant c with silu(c) = 1, plus a little of its random start
+#       conv        lets the newest token through, made small: silu(0.1 v) is nearly the straight line 0.05 v
+#       D           a head's channels hold the same u as those of the heads that share its v. So the first of them gets a
+#                   large D, it says what the token itself brings, and the last none: its channels are memory alone
+#       out_proj    fitted such that x + mixer(norm(x)) comes close to what stands there in the teacher
+#
+# Layer by layer, each on the work of those before it: what they lost is wanted from the later ones, as far as they can
+# tell it. Nothing but two linear systems per layer is solved: it takes no training step, and the file format does not
+# notice. dt and A stay as they are: size and direction are corrected in the last linear map. The closed form is ours
+# and not the paper's; Taylor-Calibrate (arXiv 2606.16429) fits another mixer to its attention by gradient steps.
 
 OPEN_GATE = 1.28                                         # silu(1.28) = 1
+SMALL_CONV = 0.1
 
 
-def ridge_fit(a, b, strength=0.01):
-    """Least squares with a small penalty: a (m, k), b (m, r) -> w (r, k) float64, on the CPU, with a w^T close to b.
-    strength is relative to the mean square of a's columns: channels that hardly move get no huge weights."""
-    a = a.double().cpu()
-    b = b.double().cpu()
-    gram = a.T @ a                                                           # (k, k)
-    gram += strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram, a.T @ b).T
+class RidgeFit:
+    """Least squares with a small penalty, from sums: the rows may come in pieces, and none of them is kept."""
+    def __init__(self):
+        self.gram = 0.0                                                      # (k, k), a^T a
+        self.product = 0.0                                                   # (k, r), a^T b
+
+    def add(self, a, b):
+        """a (m, k), b (m, r): inputs and what they should give."""
+        a = a.cpu().double()
+        self.gram = self.gram + a.T @ a
+        self.product = self.product + a.T @ b.cpu().double()
+
+    def solve(self, strength=0.01):
+        """-> w (r, k) float64, on the CPU, with a w^T close to b. strength is relative to the mean square of a's
+        columns: channels that hardly move get no huge weights."""
+        penalty = strength * self.gram.diagonal().mean()
+        eye = torch.eye(len(self.gram), dtype=torch.float64)
+        return torch.linalg.solve(self.gram + penalty * eye, self.product).T
 
 
 @torch.no_grad()
-def calibrate(student, teacher, layers, tokens, real):
-    """Fit gate and out_proj of the new mixers in these layers of student, in place. tokens (b, t); real (b, t) False at
-    padding. Not in the paper; measured in results/README.md."""
-    x = student.embed_tokens(tokens)                                         # (b, t, d_model)
-    place, _ = nano.make_place(student.config, tokens, 0, None, None, x.dtype)
-    for i, block in enumerate(student.layers):
+def calibrate(student, teacher, layers, texts):
+    """Fit the new mixers in these layers of student, in place. texts: a list of (tokens (b, t), real (b, t): False at
+    padding). Not in the paper; measured in results/README.md."""
+    xs = [student.embed_tokens(tokens) for tokens, _ in texts]               # (b, t, d_model) each
+    teacher_xs = [teacher.embed_tokens(tokens) for tokens, _ in texts]
+    places = [nano.make_place(student.config, tokens, 0, None, None, x.dtype)[0]
+              for x, (tokens, _) in zip(xs, texts)]
+    reals = [real for _, real in texts]
+    # What lies above the last of them needs no look.
+    for i in range(max(layers) + 1):
+        block = student.layers[i]
+        original = teacher.layers[i]
         if i in layers:
-            normed = block.input_layernorm(x)                                # (b, t, d_model)
-            wanted, _ = teacher.layers[i].mixer(normed, None, place)
-            open_gate(block.mixer, normed[real])
-            gated = before_out_proj(block.mixer, normed, place)              # (b, t, d_inner)
-            block.mixer.out_proj.weight.copy_(ridge_fit(gated[real], wanted[real]))
-        x, _ = block(x, None, place)
+            fit_mixer(block, original, list(zip(xs, teacher_xs, places, reals)))
+        xs = [block(x, None, place)[0] for x, place in zip(xs, places)]
+        teacher_xs = [original(x, None, place)[0] for x, place in zip(teacher_xs, places)]
 
 
-def open_gate(mixer, normed):
-    """Change z's rows such that the gate silu(z) is about 1 for inputs like normed (m, d_model)."""
-    target = normed.new_full((len(normed), 1), OPEN_GATE)
+def fit_mixer(block, original, pieces):
+    """Fit the mixer of block to its original in the teacher. pieces: (x, teacher_x, place, real), as in calibrate."""
+    mixer = block.mixer
+    open_gate(mixer, [block.input_layernorm(x)[real] for x, _, _, real in pieces])
+    straighten(mixer)
+    fit = RidgeFit()
+    for x, teacher_x, place, real in pieces:
+        written, _ = original.mixer(original.input_layernorm(teacher_x), None, place)
+        gated = before_out_proj(mixer, block.input_layernorm(x), place)      # (b, t, d_inner)
+        fit.add(gated[real], (teacher_x + written - x)[real])
+    mixer.out_proj.weight.copy_(fit.solve())
+
+
+def open_gate(mixer, inputs):
+    """Change z's rows such that the gate silu(z) is about 1 for inputs like these, a list of (m, d_model)."""
+    fit = RidgeFit()
+    for normed in inputs:
+        fit.add(normed, normed.new_full((len(normed), 1), OPEN_GATE))
     z = mixer.in_proj.weight[:mixer.config.d_inner]                          # (d_inner, d_model), a view
     # A tenth of the random start stays: rows that were all the same would stay the same for ever.
-    z.mul_(0.1).add_(ridge_fit(normed, target).to(z))
+    z.mul_(0.1).add_(fit.solve().to(z))
+
+
+def straighten(mixer):
+    """Set conv and D as said above."""
+    c = mixer.config
+    mixer.conv1d.weight.zero_()
+    mixer.conv1d.weight[:, 0, -1] = SMALL_CONV
+    if mixer.conv1d.bias is not None:
+        mixer.conv1d.bias.zero_()
+    sharing = c.d_inner // c.d_xb
+    if sharing > 1:
+        # Channels, as query_order lays them out: chunk of u, head that shares it, lane.
+        D = mixer.D.view(-1, sharing, c.d_state)
+        D.zero_()
+        D[:, 0] = 3
 
 
 def before_out_proj(mixer, x, place):
@@ -276,13 +325,13 @@ def choose_d_state(config, wanted):
     return wanted
 
 
-def convert(student, teacher, layers, init="aligned", batch=None):
+def convert(student, teacher, layers, init="aligned", texts=None):
     """Replace the mixers of these layers of student, in place, by Mamba layers made from the teacher's attention.
-    layers: 0-based; all must still be attention in the student. init: a key of INITS. batch: (tokens, real), which
+    layers: 0-based; all must still be attention in the student. init: a key of INITS. texts: what
     "calibrated" needs, see calibrate. Returns the student. Raises UserError before anything is changed."""
     config = converted_config(student.config, teacher.config, layers, init)
-    if init == "calibrated" and batch is None:
-        raise UserError("init calibrated needs a batch of tokens")
+    if init == "calibrated" and not texts:
+        raise UserError("init calibrated needs texts")
     for i in layers:
         block = student.layers[i]
         block.kind = config.layout[i]
@@ -295,7 +344,7 @@ def convert(student, teacher, layers, init="aligned", batch=None):
             block.mixer = nano.cast(mixer, weight.device, weight.dtype)
     student.config = config
     if init == "calibrated" and layers:
-        calibrate(student, teacher, layers, *batch)
+        calibrate(student, teacher, layers, texts)
     return student
 
 
@@ -363,6 +412,8 @@ class LossInPieces(torch.autograd.Function):
             grad_x[part] = logits @ weight
             if grad_weight is not None:
                 grad_weight += logits.T @ x[part]
+            # Else the next piece would be made beside this one.
+            del logits, teacher_logits, pairs, rows, teacher_rows
         ctx.save_for_backward(grad_x, grad_weight)
         return total
 
@@ -415,18 +466,56 @@ def batch_loss(student, teacher, batch, divergence):
     return loss, len(x)
 
 
-@torch.no_grad()
-def mean_loss(student, teacher, fixed, divergence, device, dtype):
-    """Mean divergence in nats per response token over a fixed list of batches (lists of examples)."""
-    total = 0.0
-    count = 0
-    for examples in fixed:
-        batch = collate(examples, device)
-        with autocast(device, dtype):
-            loss, count_here = batch_loss(student, teacher, batch, divergence)
-        total += loss.item()
-        count += count_here
-    return total / max(1, count)
+# ----------------------------------------------------------------------------------------------------------------------
+# Alignment, before the KL stage if --align-steps asks for it: every new mixer learns, by itself, to write what the
+# attention that it replaces writes for the teacher's inputs.
+#
+# The teacher walks through its layers once; at each replaced one its normed input is given to attention and mixer alike.
+# The loss is the mean squared error, relative to the attention's output: layers of loud and of quiet outputs count the
+# same. No gradient goes through MLPs, through the output layer or from layer to layer, so a step costs a third of a KL
+# step. But nobody asks which errors matter, and in use a mixer's input comes from the mixers before it.
+
+def alignment_error(student, teacher, layers, batch):
+    """-> the summed relative squared error of the mixers in these layers of student, and the number of layers.
+    It counts all tokens of the Batch, prompts too: later tokens read what was written there."""
+    # Padding is what no trained token follows in its row.
+    real = (batch.targets >= 0).flip(1).cummax(1).values.flip(1)             # (b, t)
+    x = teacher.embed_tokens(batch.tokens)                                   # (b, t, d_model)
+    place, _ = nano.make_place(teacher.config, batch.tokens, 0, None, batch.reset, x.dtype)
+    total = x.new_zeros(())
+    for i in range(max(layers) + 1):
+        block = teacher.layers[i]
+        if i in layers:
+            with torch.no_grad():
+                normed = block.input_layernorm(x)
+                wanted, _ = block.mixer(normed, None, place)
+            written, _ = student.layers[i].mixer(normed, None, place)
+            error = (written - wanted)[real].float().square().sum()
+            total = total + error / wanted[real].float().square().sum()
+        with torch.no_grad():
+            x, _ = block(x, None, place)
+    return total, len(layers)
+
+
+def align(args, run, student, layers, depends):
+    """Train the new mixers in these layers of student for args.align_steps steps, and nothing else. -> Progress.
+    It has a file of its own, with its last step, until the stage is saved: a killed run goes on in either phase."""
+    progress = Progress(os.path.join(args.out, "align.safetensors"), depends, args.resume)
+    if not args.align_steps or not layers:
+        return progress
+    mixers = tuple(f"layers.{i}.mixer." for i in layers)
+    for name, p in student.named_parameters():
+        p.requires_grad_(name.startswith(mixers))
+        if p.requires_grad:
+            p.data = p.data.float()
+
+    def loss_of(model, batch):
+        return alignment_error(model, run.teacher, layers, batch)
+
+    plan = Plan(steps=args.align_steps, lr=args.align_lr, warmup=args.warmup, every=25, log_every=1, name="error",
+                optimizer=args.optimizer, room=args.ctx if args.pack else 0)
+    fit(student.train(), loss_of, run.block, args.batch, plan, progress, run.device, run.dtype)
+    return progress
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -602,7 +691,7 @@ def mmr_scores(args, run, student):
 
     key = depends_on(args, run, student)
     # The order of the trials' losses is all that is used: how the stage goes on afterwards does not matter to it.
-    for flag in ("replace", "rank", "steps", "warmup", "probe"):
+    for flag in ("replace", "rank", "align_steps", "align_lr", "steps", "warmup", "probe"):
         del key[flag]
     return stored_scores(os.path.join(args.out, "mmr.json"), key, make)
 
@@ -653,7 +742,8 @@ def trial_loss(args, run, student, layer, training, held_out):
     # The same fresh parts for every candidate.
     torch.manual_seed(args.seed)
     trial = clone(student, args.train)
-    convert(trial, run.teacher, [layer], args.init, run.calibration)
+    with autocast(run.device, run.dtype):
+        convert(trial, run.teacher, [layer], args.init, run.calibration)
     set_trained(trial, args.train, args.recompute)
     optimizers = make_optimizers(trial, args.lr, args.optimizer, args.lr_rest)
 
@@ -794,11 +884,12 @@ AGREEMENT_TOKENS = 64
 RETRIEVAL_LENGTHS = (256, 1024, 2048)                    # tokens of the prompt
 WHO = ("The baker|A sailor|My neighbour|The teacher|An old farmer|The painter|A tired nurse|"
        "The captain").split("|")
-DID = "walked to|looked at|talked about|waited near|painted|cleaned|remembered|drove past".split("|")
+DID = ("walked to|looked at|talked about|waited near|painted|cleaned|remembered|"
+       "drove past").split("|")
 WHAT = ("the harbour|the old bridge|a small garden|the market|the empty station|a wooden house|"
         "the river|the school").split("|")
-WHEN = ("in the morning|after lunch|on Monday|before the rain|last summer|with a friend|for an hour|"
-        "at night").split("|")
+WHEN = ("in the morning|after lunch|on Monday|before the rain|last summer|with a friend|"
+        "for an hour|at night").split("|")
 
 
 @torch.no_grad()
@@ -816,8 +907,10 @@ def teacher_forced(run, student):
         piece = PIECE_TOKENS if few else max(1, len(wanted))
         with autocast(run.device, run.dtype):
             x = trained_hidden(student, texts)
-            for ours, theirs, targets in zip(x.split(piece), teacher_x.split(piece), wanted.split(piece)):
-                sums += compared(student.lm_head(ours), run.teacher.lm_head(theirs), targets)
+            for i in range(0, len(wanted), piece):
+                part = slice(i, i + piece)
+                logits = student.lm_head(x[part])
+                sums += compared(logits, run.teacher.lm_head(teacher_x[part]), wanted[part])
         count += len(wanted)
     kl, teacher_loss, student_loss, same = (sums / max(1, count)).tolist()
     return {"kl": kl, "loss": [teacher_loss, student_loss], "top1": same}
@@ -873,7 +966,8 @@ def hidden_code(codec, length, number):
         longer = f"{ask}\n\n{text}\n\n{ask}"
         prompt = codec.chat.prompt([{"role": "user", "content": longer}])
         if question and len(codec.enc.encode(prompt, allowed_special="all")) > length:
-            return Problem(f"code in {length} tokens", question, fact.removesuffix(f" {code}."), code)
+            beginning = fact.removesuffix(f" {code}.")
+            return Problem(f"code in {length} tokens", question, beginning, code)
         question = longer
         words = [rng.choice(choices) for choices in (WHO, DID, WHAT, WHEN)]
         sentences.append(f"{' '.join(words)}.")
@@ -903,8 +997,10 @@ def retrieval(args, run, model, note):
         if length <= run.teacher.config.max_length:
             problems = [hidden_code(run.codec, length, number) for number in range(args.retrieval)]
             texts = solve(model, run.codec, problems, batch=8, max_new_tokens=32, note=note)
-            found = [problem.answer in re.findall(r"\d+", text) for problem, text in zip(problems, texts)]
-            shares[length] = sum(found) / len(found)
+            found = 0
+            for problem, text in zip(problems, texts):
+                found += problem.answer in re.findall(r"\d+", text)
+            shares[length] = found / len(problems)
     return shares
 
 
@@ -956,8 +1052,12 @@ def exact_match(args, run, student):
     if args.data:
         return result, []
     problems = problem_set("test", args.eval)
-    teacher_texts = ask_teacher(run, "problems", lambda model, note: solve(model, run.codec, problems, note=note))
-    student_texts = solve(student, run.codec, problems, note="student: problems")
+
+    def solve_them(model, note):
+        return solve(model, run.codec, problems, note=note)
+
+    teacher_texts = ask_teacher(run, "problems", solve_them)
+    student_texts = solve_them(student, "student: problems")
     by_teacher, teacher_all = accuracy(problems, teacher_texts)              # shares, 0 to 1
     by_student, student_all = accuracy(problems, student_texts)
     by_family = {family: [by_teacher[family], by_student[family]] for family in by_teacher}
@@ -1021,16 +1121,17 @@ class Run(NamedTuple):
     block: object                                        # (number, count) -> training examples, see train_sft.batches
     probe: list                                          # lists of examples for LOO
     fixed: list                                          # one held-out batch, for MMR's trials
-    calibration: tuple                                   # (tokens, real), see calibrate
+    calibration: list                                    # pairs (tokens, real), see calibrate
     content: dict                                        # fingerprints of teacher and data
-    held_out: list                                       # batches (lists of examples) to measure a student on
-    asked: dict                                          # the teacher's side of what was measured, see ask_teacher
+    held_out: list                                       # lists of examples to measure a student on
+    asked: dict                                          # the teacher's side of it, see ask_teacher
 
 
 # The flags that a result depends on. Not among them: where it is written, on which device it runs, and --eval, which
 # only looks. Nor the paths of teacher, student and data: what counts is what is in them.
-FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "steps", "probe_steps", "batch",
-         "ctx", "pack", "optimizer", "lr", "lr_rest", "warmup", "probe", "seed", "dtype")
+FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "align_steps", "steps",
+         "probe_steps", "batch", "ctx", "pack", "optimizer", "align_lr", "lr", "lr_rest", "warmup", "probe", "seed",
+         "dtype")
 
 
 def depends_on(args, run, student):
@@ -1063,13 +1164,20 @@ def stage(args, run, began):
     torch.manual_seed(args.seed)
     seconds = -time.time()
     cpu_seconds = -time.process_time()
-    convert(student, run.teacher, new, args.init, run.calibration)
+    with autocast(run.device, run.dtype):
+        convert(student, run.teacher, new, args.init, run.calibration)
     start = (seconds + time.time(), cpu_seconds + time.process_time())
-    set_trained(student, args.train, args.recompute).train()
     print(f"replaced now: {' '.join(map(str, new))}\nlayout: {' '.join(student.config.layout)}")
+    depends_too = depends | {"replaced": done + new}
+    seconds = time.time()
+    aligned = align(args, run, student, new, depends_too)
+    # Its seconds are those of all parts of an interrupted run, of which this one may have done none.
+    began += time.time() - seconds - aligned.seconds
+    start = (start[0] + aligned.seconds, start[1] + aligned.cpu_seconds)
+    set_trained(student, args.train, args.recompute).train()
 
     file = os.path.join(args.out, "progress.safetensors")
-    progress = Progress(file, depends | {"replaced": done + new}, args.resume)
+    progress = Progress(file, depends_too, args.resume)
     # Also in a run that is continued: the student is made again, and its training loaded into it afterwards.
     kl_first = teacher_forced(run, student)["kl"]
     prepared = time.time()
@@ -1083,13 +1191,14 @@ def stage(args, run, began):
     # progress.seconds is the time of all parts of an interrupted run.
     seconds = prepared - began + progress.seconds + time.time() - done_training
     report = {
-        "replaced": done + new, "layout": list(student.config.layout), "kl_first": kl_first, **result,
-        "steps": args.steps, "tokens": progress.tokens,
-        "seconds": round(seconds, 1), "seed": args.seed}
-    extra = {"args": vars(args), "run": depends, "scores": scores, "log": log,
+        "replaced": done + new, "layout": list(student.config.layout), "kl_first": kl_first,
+        **result, "steps": args.steps, "tokens": progress.tokens, "seconds": round(seconds, 1),
+        "seed": args.seed}
+    extra = {"args": vars(args), "run": depends, "scores": scores, "align_log": aligned.log, "log": log,
              "curve": progress.curve, "start_seconds": start}
     path = os.path.join(args.out, "report.json")
     nano.write_json(path, report | extra | provenance(run.device))
+    aligned.remove()
     progress.remove()
     print(f"{'':22}{'teacher':>10}{'student':>10}")
     table[0] += f"   (before distillation {kl_first:.4f})"
@@ -1153,8 +1262,8 @@ def parse_args():
     add("--out", help="directory for the result; with --stages, the one above (default: out/hN; an "
         "--init other than the default adds its name)")
     add("--rank", default="auto", help=f"which layers first: {', '.join(RANKS)}, or a JSON file of "
-        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student; loo-retrieval: loo by "
-        "hidden codes (default auto)")
+        "layers (loo.json, mmr.json, a report); auto: loo, and mmr with --student; loo-retrieval: "
+        "by hidden codes (default auto)")
     inits = "; ".join(f"{name}: {what}" for name, what in INITS.items())
     add("--init", default="calibrated", choices=tuple(INITS),
         help=f"of a mixer. {inits} (default calibrated)")
@@ -1166,23 +1275,23 @@ def parse_args():
     add("--traces", default="reasoning", choices=("reasoning", "generic"), help="built-in texts to "
         "distil on; generic: facts without question or reasoning (default reasoning)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
-    add("--pack", action="store_true", help="lay texts into rows of --ctx tokens: same loss, less "
-        "padding")
+    add("--pack", action="store_true", help="let texts share rows of up to --ctx tokens: same "
+        "loss, less padding")
     add("--probe", type=int, default=48, help="problems per family for LOO, or --data examples "
         "(default 48)")
     add("--eval", type=int, default=200, help="held-out problems per family at the end; with "
         "--data, held-out examples at most (default 200)")
     add("--retrieval", type=int, help="hidden codes to ask for at the end, so many in texts of "
         "256, 1024 and 2048 tokens each (default: 4 with --data, else 0: none)")
-    add("--curve", type=int, default=0, metavar="N", help="measure the held-out KL every N steps, into the "
-        "report (default 0: never)")
-    add("--curve-eval", type=int, default=0, metavar="M", help="... and exact match on M held-out problems "
-        "per family (default 0: none)")
+    add("--curve", type=int, default=0, help="steps between two looks at the KL (default 0: none)")
+    add("--curve-eval", type=int, default=0, help="... and at so many problems per family (default 0)")
     # How it learns.
     add("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"),
         help="default reverse_kl")
     add("--train", default="auto", choices=("auto", "all", "mixers"),
         help="which weights train; auto: all if that fits, see --dry-run (default auto)")
+    add("--align-steps", type=int, default=0, help="steps before those of --steps in which the new mixers "
+        "learn their attention's output (default 0)")
     add("--steps", type=int, default=100, help="optimiser steps of a stage; 0: convert, evaluate and "
         "save (default 100)")
     add("--probe-steps", type=int, default=6, help="optimiser steps of an MMR trial (default 6)")
@@ -1190,6 +1299,7 @@ def parse_args():
     add("--optimizer", default="muon", choices=("muon", "adamw"),
         help="muon: for the matrices of the layers, adamw for the rest (default muon)")
     add("--lr", type=float, default=5e-4, help="peak learning rate (default 0.0005)")
+    add("--align-lr", type=float, default=1e-3, help="that of --align-steps (default 0.001)")
     add("--lr-rest", type=float, help="that of everything but Mamba mixers (default: --lr)")
     add("--warmup", type=int, default=10, help="steps of linear warm-up (default 10)")
     # How it is computed.
@@ -1210,18 +1320,21 @@ def parse_args():
 def plan_stages(args):
     """The flags -> a list of argument sets, one per stage. Checks what can be checked without any file.
     Raises UserError. With --stages every stage continues what it finds: the command can simply be given again."""
-    if args.steps < 0:
-        raise UserError(f"--steps must be 0 or more, got {args.steps}")
+    if args.align_steps and args.init == "identity":
+        raise UserError("--align-steps trains new mixers, and --init identity makes none")
     for name in ("replace", "probe_steps", "batch", "ctx", "probe", "eval", "d_state", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("retrieval", "curve", "curve_eval"):
-        if (getattr(args, name) or 0) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    for name in ("steps", "align_steps", "retrieval", "curve", "curve_eval"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
     if args.curve_eval and (args.data or not args.curve):
         raise UserError("--curve-eval belongs to --curve and the built-in problems")
     check_rates(args.lr, args.lr_rest)
+    if not 0 < args.align_lr < math.inf:
+        raise UserError(f"--align-lr must be above 0, got {args.align_lr}")
     if args.rank not in RANKS and not os.path.exists(args.rank):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
     if args.data and args.traces != "reasoning":
@@ -1293,8 +1406,8 @@ def main():
     print_start(args, plan, teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
-    calibration = calibration_batch(block, device)
-    run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, held_out, asked={})
+    calibration = calibration_texts(block, device, teacher.config)
+    run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, held_out, {})
     for each in stages:
         stage(each, run, began)
         # Loading counts for the first stage.
@@ -1329,11 +1442,12 @@ def print_start(args, plan, teacher, size, device, dtype):
 
 def load_texts(args, codec, n_vocab):
     """-> block: (number, count) -> training examples; probe: batches of examples for LOO; fixed: one held-out batch;
-    held_out: batches to measure on. None of the last three is ever trained on."""
+    held_out: batches to measure on. Neither of the last two is ever trained on; nor is what is measured asked by LOO,
+    which may look at texts that train: the model that it looks at is the teacher."""
     if args.data:
         training, held_out = read_jsonl(args.data, codec, args.ctx, n_vocab)
         block = list_block(training, args.seed)
-        probe = held_out[:args.probe]
+        probe = training[:args.probe]
         fixed = held_out[:args.batch]
         held_out = in_batches(held_out[:args.eval], args.batch)
     else:
@@ -1351,18 +1465,23 @@ def in_batches(examples, batch):
     return [examples[i:i + batch] for i in range(0, len(examples), batch)]
 
 
-def calibration_batch(block, device, count=48, most=16384):
-    """-> tokens (b, t) of some training texts, at most `most` of them, and real (b, t): False at padding.
-    For --init calibrated: its fit of d_inner unknowns wants several positions for each of them, see calibrate.
-    They are of the training split, block 0, whatever the stage: nothing held out is looked at."""
-    examples = block(0, count)
-    longest = max(len(ids) for ids, _ in examples)
-    # Fewer of them if they are long.
-    examples = examples[:max(1, most // longest)]
-    lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
-    tokens = collate(examples, device).tokens
-    real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
-    return tokens, real
+def calibration_texts(block, device, config, most=65536):
+    """-> a list of (tokens (b, t), real (b, t): False at padding) for --init calibrated, see calibrate: its fit of
+    d_inner unknowns wants 64 positions for each of them. They are of the training split, block 0, whatever the stage:
+    nothing held out is looked at."""
+    wanted = min(most, 64 * config.d_inner)
+    texts = []
+    for example in block(0, 512):
+        if wanted > 0:
+            texts.append(example)
+            wanted -= len(example[0])
+    pieces = []
+    for examples in in_batches(texts, 24):
+        tokens = collate(examples, device).tokens
+        lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
+        real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+        pieces.append((tokens, real))
+    return pieces
 
 
 def memory_plans(args, teacher, device, dtype, room):

@@ -82,7 +82,7 @@ class RopeScaling(NamedTuple):
 
 
 # ======================================================================================================================
-# Part 1. The model, by definition; part 3 has faster forms of seven functions. First its shape, as in config.json (part 4).
+# Part 1. The model, by definition (part 3 has faster forms of some of it). First its shape, as in config.json.
 
 @dataclass(frozen=True)
 class Config:
