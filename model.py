@@ -1306,6 +1306,7 @@ use(FASTER)
 import contextlib
 import ctypes
 import datetime
+import glob
 import gzip
 import hashlib
 import json
@@ -2088,6 +2089,14 @@ def json_writer(value):
     return write
 
 
+def text_writer(text):
+    """text -> a function that writes it to a path."""
+    def write(path):
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(text)
+    return write
+
+
 def tensor_writer(tensors):
     """{name: tensor} -> a function that writes them as a safetensors file."""
     from safetensors.torch import save_file
@@ -2130,6 +2139,7 @@ def save_pretrained(model, path, tokenizer_from=None, shard_bytes=5 << 30, dtype
         writers |= copies(source)
         old |= {file for file in (*TOKENIZER_FILES, GENERATION) if os.path.exists(os.path.join(path, file))}
     writers |= generation_writer(source, raw["eos_token_id"])
+    writers |= template_writer(source)
     write_together({os.path.join(path, file): write for file, write in writers.items()})
     # What another model left here and this one does not bring.
     for file in old - set(writers):
@@ -2198,6 +2208,20 @@ def generation_writer(source, eos):
         # Nobody could read it, and a save must not fail for it.
         raw = {}
     return {GENERATION: json_writer(raw | {"eos_token_id": eos})}
+
+
+def template_writer(source):
+    """-> {file: write} for chat_template.jinja, where the directory `source` has no chat template and its tokenizer
+    knows the marks of Mistral's form: a server must be told what load_chat knows by itself."""
+    try:
+        tokens = read_if_there(source, "tokenizer.json").get("added_tokens", [])
+        known = {token["content"] for token in tokens}
+        if find_template(source) is not None or not known.issuperset(INST_MARKS):
+            return {}
+    except (UserError, TypeError, KeyError):
+        # Whoever reads these files says what is wrong with them; a save must not fail for it.
+        return {}
+    return {"chat_template.jinja": text_writer(INST_TEMPLATE)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2615,14 +2639,29 @@ def load_chat(path, enc):
     path = os.fspath(path)
     try:
         template = find_template(path)
-        return built_in_chat(enc) if template is None else template_chat(path, template, enc)
+        if template is None or template == INST_TEMPLATE:
+            return built_in_chat(enc)
+        return template_chat(path, template, enc)
     except UserError as e:
         return Chat(refusal=f"{path}: {e}")
 
 
+# Mistral's form, and the same as a template for other programs: save_pretrained writes it beside such a tokenizer. Here
+# built_in_render does it, which needs no package.
+INST_MARKS = ("<s>", "[INST]", "[/INST]", "</s>")
+INST_TEMPLATE = (
+    "{{ '<s>' }}{% set system = namespace(text='') %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set system.text = message['content'] + '\\n\\n' %}"
+    "{% elif message['role'] == 'user' %}"
+    "{{ '[INST] ' + system.text + message['content'] + ' [/INST]' }}{% set system.text = '' %}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + '</s>' }}"
+    "{% else %}{{ raise_exception('a role that is not system, user or assistant') }}{% endif %}"
+    "{% endfor %}")
+
+
 def built_in_chat(enc):
     """Mistral's form, for a tokenizer that knows its marks."""
-    for mark in ("<s>", "[INST]", "[/INST]", "</s>"):
+    for mark in INST_MARKS:
         if len(enc.encode(mark, allowed_special="all")) != 1:
             raise UserError("it has no chat template, and Mistral's form does not fit: "
                             f"{mark} is not a single token of its tokenizer")
@@ -2970,14 +3009,26 @@ def pick_device(name):
     return torch.device(name)
 
 
-def pick_dtype(name, device):
-    """"auto" -> bfloat16 on cuda, float32 elsewhere: the dtype of matrix products, and of weights that do not train.
+def pick_dtype(name, device, wide=False):
+    """"auto" -> the dtype of matrix products, and of weights that do not train: bfloat16 on cuda, float32 elsewhere.
+    wide: a model of wide matrices is to be trained. A CPU that multiplies bfloat16 takes a quarter of the time then.
     Weights that train, the cells of a scan and losses are float32 in any case."""
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
+        known = torch.cpu.get_capabilities()
+        fast_cpu = known.get("avx512_bf16") or known.get("amx_bf16")
+        narrow = device.type == "cuda" or (device.type == "cpu" and wide and fast_cpu)
+        name = "bfloat16" if narrow else "float32"
     if name not in ("float32", "bfloat16"):
         raise UserError(f"dtype {name!r} is not supported: use float32 or bfloat16")
     return getattr(torch, name)
+
+
+def trains_wide(args):
+    """Will this script train a model of wide matrices? Narrow ones stay in float32: there they cost little."""
+    path = getattr(args, "teacher", None) or getattr(args, "model", None)
+    if not hasattr(args, "optimizer") or not path:
+        return False
+    return os.path.exists(os.path.join(path, "config.json")) and read_config(path).d_model >= 256
 
 
 def start_script(args):
@@ -2990,7 +3041,7 @@ def start_script(args):
         if isinstance(getattr(args, name, None), str):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    dtype = pick_dtype(args.dtype, device, trains_wide(args))
     # "auto" would not say what a run depends on.
     args.dtype = str(dtype).removeprefix("torch.")
     return device, dtype
@@ -3002,11 +3053,12 @@ M_TRIM_THRESHOLD = -1
 
 
 def keep_memory():
-    """Memory of tensors that are freed stays with the process. Else Linux's C library gives that of large ones back at
-    once, and the system clears every page anew for the next: a quarter of a training step of 135 M weights."""
+    """Memory of freed tensors of up to 128 MB stays with the process. Else Linux's C library gives it back at once, and
+    the system clears every page anew for the next: a quarter of a training step of 135 M weights. Larger ones are
+    given back: an evaluation's would be kept for the rest of the run, in pieces that nothing large fits into."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 27)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
@@ -3109,6 +3161,9 @@ def claim_out(path, inputs, overwrite, resume, done="report.json"):
         if other is not None and same_place(path, os.path.expanduser(other)):
             raise UserError(f"--out {path} is {other}, which this run reads: choose another --out")
     there = [file for file in ("config.json", done, "progress.safetensors") if os.path.exists(os.path.join(path, file))]
+    if "progress.safetensors" not in there and glob.glob(os.path.join(glob.escape(path), "progress-*")):
+        # Of many processes.
+        there.append("progress.safetensors")
     if there == ["config.json"] and not overwrite:
         raise UserError(f"{path} holds a model that this script did not make: choose another --out, or pass "
                         f"--overwrite")

@@ -25,6 +25,7 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -741,7 +742,7 @@ def test_position_is_counted_without_asking_a_layer(layout):
 
 
 def drift(model, tokens, marks):
-    """Feed tokens (1, t) one by one, as when generating, and to the same weights in float64 -> at each mark, a number of
+    """Feed tokens (1, t) one by one, as when generating, and to the same weights in float64 -> at each mark, in
     tokens: (mark, error of the cells, error of the logits), both relative, the cells' that of the worst layer."""
     exact = copy.deepcopy(model).double()
     state = model.new_state(1, tokens.shape[1])
@@ -2827,6 +2828,32 @@ def test_a_chatml_template_reads_as_it_is_written(tmp_path):
     assert chat.end == "<|im_end|>" and chat.refusal is None
 
 
+def test_mistrals_form_is_saved_as_a_template_for_servers(tmp_path):
+    shipped = os.path.join(HERE, "teacher")
+    model = nano.load_pretrained(shipped)
+    nano.save_pretrained(model, tmp_path / "a", tokenizer_from=shipped)
+    (tmp_path / "a/chat_template.jinja").unlink()
+    nano.save_pretrained(model, tmp_path / "a")
+    for path in (shipped, tmp_path / "a"):
+        assert nano.find_template(path) == nano.INST_TEMPLATE
+    assert nano.load_chat(tmp_path / "a", load_tokenizer(shipped)).render is nano.built_in_render
+    pytest.importorskip("jinja2")
+    template = nano.compile_template(nano.INST_TEMPLATE)
+    for messages in TALKS:
+        expected = nano.built_in_render(messages, add_generation_prompt=True)
+        assert template.render(messages=messages, add_generation_prompt=True) == expected
+
+
+def test_a_template_is_not_added_where_there_is_one_or_no_marks(tmp_path):
+    model = nano.load_pretrained(os.path.join(HERE, "teacher"))
+    for name, special, template in (("own", MARKS, CHATML_TEMPLATE), ("none", MARKS[:3], None)):
+        path = tmp_path / name
+        path.mkdir()
+        chat_from(path, special=special, **({"chat_template": template} if template else {}))
+        nano.save_pretrained(model, path)
+        assert nano.find_template(path) == template
+
+
 @pytest.mark.parametrize("form", ["text", "list", "file"])
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_prompts_are_those_of_transformers(case, form, tmp_path):
@@ -3752,6 +3779,38 @@ def test_muon_turns_a_gradient_into_a_nearly_orthogonal_matrix(shape):
     assert (inner - torch.diag_embed(new)).abs().max() < 1e-2
 
 
+@pytest.mark.parametrize("flags, wanted", [
+    ({}, ("muon", 5e-4, None)),
+    ({"d_model": 576, "batch": 8}, ("adamw", 1e-4, 1e-5)),
+    ({"d_model": 576, "batch": 18}, ("muon", 5e-4, None)),                   # 9216 = 16 * 576
+    ({"d_model": 576, "batch": 6, "accumulate": 3}, ("muon", 5e-4, None)),
+    ({"d_model": 576, "optimizer": "muon"}, ("muon", 5e-4, None)),
+    ({"optimizer": "adamw"}, ("adamw", 1e-4, 1e-5)),
+    ({"optimizer": "adamw", "lr_rest": 0.0}, ("adamw", 1e-4, 0.0)),
+    ({"optimizer": "adamw", "lr": 3e-4}, ("adamw", 3e-4, None))])
+def test_the_optimizer_is_chosen_by_width_and_room_and_given_rates_stay(flags, wanted):
+    given = {"d_model": 64, "batch": 24, "accumulate": 1, "ctx": 512} | {"optimizer": "auto", "lr": None}
+    given = given | {"lr_rest": None} | flags
+    args = argparse.Namespace(**given)
+    train_sft.choose_optimizer(args, args.d_model, muon=(5e-4, None), adamw=(1e-4, 1e-5))
+    assert (args.optimizer, args.lr, args.lr_rest) == wanted
+
+
+@pytest.mark.parametrize("d_model, known, wanted", [
+    (256, {"avx512_bf16": True}, "bfloat16"),
+    (256, {"amx_bf16": True}, "bfloat16"),
+    (256, {}, "float32"),
+    (64, {"avx512_bf16": True}, "float32")])
+def test_wide_models_train_with_bfloat16_products_where_the_cpu_has_them(tmp_path, monkeypatch, d_model, known, wanted):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    save_pretrained(tiny("t", d_model=d_model), tmp_path)
+    flags = {"device": "cpu", "dtype": "auto", "model": str(tmp_path)}
+    for more, dtype in (({"optimizer": "auto"}, wanted), ({}, "float32")):   # the second: a script that only reads
+        args = argparse.Namespace(**flags, **more)
+        nano.start_script(args)
+        assert args.dtype == dtype
+
+
 def test_learning_rate_rises_stays_and_falls():
     rates = [train_sft.learning_rate(step, 100, 2.0, 10) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
@@ -3866,7 +3925,34 @@ def test_the_log_holds_means_over_the_tokens_since_its_last_entry(hybrid, tmp_pa
         loss, count, _ = map(sum, zip(*part))
         assert entry["loss"] == pytest.approx(loss / count, abs=1e-6)
         assert entry["tokens"] == sum(tokens for _, _, tokens in seen[:entry["step"]])
-    assert not os.listdir(tmp_path)
+
+
+def uneven_block(number, count):
+    """Texts of 9 tokens, of which none to 8 are trained."""
+    rng = random.Random(number)
+    texts = []
+    for _ in range(count):
+        prompt = rng.randint(1, 9)
+        texts.append((rng.sample(range(10, 200), 9), [False] * prompt + [True] * (9 - prompt)))
+    return texts
+
+
+@OPTIMIZERS
+def test_a_step_is_the_same_however_it_is_cut_into_batches(hybrid, tmp_path, optimizer):
+    """8 x 1 = 4 x 2 = 1 x 8, though some texts train many tokens and some none."""
+    start = hybrid[0].double()
+    ends = []
+    for batch, accumulate in ((8, 1), (4, 2), (1, 8)):
+        model = copy.deepcopy(start)
+        plan = train_sft.Plan(3, 1e-3, 1, 9, 1, "loss", optimizer, accumulate=accumulate)
+        progress = train_sft.Progress(str(tmp_path / "progress.safetensors"), {})
+        log = train_sft.fit(model, train_sft.cross_entropy, uneven_block, batch, plan, progress, CPU, torch.float32)
+        ends.append((model, [entry["loss"] for entry in log]))
+    whole, losses = ends[0]
+    for model, other in ends[1:]:
+        assert other == pytest.approx(losses, abs=1e-5)
+        for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+            assert off(p, q) < 1e-5
 
 
 def test_ctrl_c_during_a_save_spoils_nothing(traces, tmp_path, monkeypatch, interrupt_after):
@@ -4054,6 +4140,171 @@ def test_a_signal_waits_for_the_end_of_a_step_however_often_it_comes(number, cap
         assert noted == []
     finally:
         signal.signal(number, before)
+
+
+# Many processes, started by torchrun as a user would. Three of them first: sizes here do not divide by three.
+
+def torchrun(path, n, code, *options):
+    """Let n processes run this code, the body of a main(), in the directory `path` -> exit code, what was printed."""
+    lines = ["import copy, os, random, signal, sys, threading", f"sys.path.insert(0, {HERE!r})",
+             "import model as nano, train_sft, distill, torch", "dist = torch.distributed", "def main():",
+             *("    " + line for line in code.strip().splitlines()), "train_sft.run_together(main)"]
+    (path / "main.py").write_text("\n".join(lines))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", n, "--master_port", port, *options]
+    command = [*map(str, command), "main.py"]
+    done = subprocess.run(command, cwd=path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout + done.stderr
+
+
+# In each of three processes: short runs; one that is told to stop in one of them; and a mistake that one of them sees.
+THREE = """
+rank = dist.get_rank()
+def train(out, optimizer, train, resume=False):
+    os.makedirs(out, exist_ok=True)
+    student = nano.load_pretrained("student")
+    teacher = nano.load_pretrained("teacher")
+    distill.set_trained(student, train)
+    student.recompute = train == "all"
+    shared = train_sft.share_out(teacher, torch.device("cpu"), torch.float32)
+    def loss_of(model, batch):
+        return distill.batch_loss(model, shared, batch, "reverse_kl")
+    def block(number, count):
+        rng = random.Random(number)
+        texts = []
+        for _ in range(count):
+            prompt = rng.randint(1, 9)
+            texts.append((rng.sample(range(1, 60), 9), [False] * prompt + [True] * (9 - prompt)))
+        return texts
+    plan = train_sft.Plan(5, 5e-4, 1, 99, 1, "kl", optimizer, accumulate=2)
+    progress = train_sft.Progress(f"{out}/progress.safetensors", {}, resume)
+    log = train_sft.fit(student, loss_of, block, 4, plan, progress, torch.device("cpu"), torch.float32)
+    train_sft.take_back(teacher, shared)
+    for p, q in zip(teacher.parameters(), nano.load_pretrained("teacher").parameters(), strict=True):
+        assert torch.equal(p, q)
+    train_sft.once(nano.save_pretrained, student, out)
+    train_sft.once(nano.write_json, f"{out}/log.json", log)
+"""
+STOPPED = """
+taken = []
+step = train_sft.clipped_step
+def stopped(*args):
+    taken.append(step(*args))
+    if rank == 1 and len(taken) == 2:
+        signal.raise_signal(signal.SIGTERM)
+train_sft.clipped_step = stopped
+try:
+    train("stopped", "muon", "all")
+except KeyboardInterrupt:
+    assert len(taken) == 2
+if rank == 1:
+    raise nano.UserError("only one sees this")
+train_sft.summed(1)
+"""
+RUNS = [("muon", "all"), ("adamw", "all"), ("muon", "mixers")]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """-> a directory with the results of RUNS by three processes, and what was printed at the end."""
+    path = tmp_path_factory.mktemp("three")
+    save_pretrained(tiny("t t t t t", torch.float32, tie_embeddings=True), path / "teacher")
+    save_pretrained(tiny("m2 t n i m2", torch.float32, tie_embeddings=True, seed=1), path / "student")
+    runs = "".join(f"train('{optimizer}-{train}', '{optimizer}', '{train}')\n" for optimizer, train in RUNS)
+    code, printed = torchrun(path, 3, THREE + runs + STOPPED)
+    return path, code, printed
+
+
+def alone(path, monkeypatch, call):
+    """The same function in this process."""
+    monkeypatch.chdir(path)
+    scope = {"dist": argparse.Namespace(get_rank=always(0)), "nano": nano, "train_sft": train_sft,
+             "distill": distill, "torch": torch, "random": random, "os": os}
+    exec(THREE + call, scope)
+
+
+def far(path, other):
+    """The largest difference between two checkpoints, tensor by tensor, relative to the tensor's largest value."""
+    a = load_file(path / "model.safetensors")
+    b = load_file(other / "model.safetensors")
+    assert a.keys() == b.keys()
+    return max(off(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("optimizer, train", RUNS)
+def test_three_processes_train_as_one(optimizer, train, three, monkeypatch):
+    """Weights after 5 steps of 2 x 4 texts, some without a trained token; the log, but for clock and padding."""
+    path, _, printed = three
+    name = f"{optimizer}-{train}"
+    assert (path / name / "model.safetensors").exists(), printed
+    alone(path, monkeypatch, f"train('alone-{name}', '{optimizer}', '{train}')")
+    assert far(path / f"alone-{name}", path / "student") > 1e-4
+    assert far(path / name, path / f"alone-{name}") < 1e-5
+    logs = [nano.read_json(path / out / "log.json") for out in (name, f"alone-{name}")]
+    for one, other in zip(*logs, strict=True):
+        assert one["kl"] == pytest.approx(other["kl"], abs=1e-5)
+        assert one["tokens"] - one["padding"] >= other["tokens"] - other["padding"]
+
+
+def test_a_signal_to_one_process_stops_and_saves_all_and_one_goes_on(three, monkeypatch):
+    """What three processes saved, each its rows, is continued by one."""
+    path, _, _ = three
+    assert not (path / "stopped" / "model.safetensors").exists()
+    assert os.listdir(path / "stopped") == ["progress-00000002"]
+    alone(path, monkeypatch, "train('stopped', 'muon', 'all', resume=True)")
+    assert [entry["step"] for entry in nano.read_json(path / "stopped" / "log.json")] == [1, 2, 3, 4, 5]
+    assert far(path / "stopped", path / "muon-all") < 1e-5
+
+
+def test_a_mistake_that_one_process_sees_ends_all_with_one_line(three):
+    _, code, printed = three
+    assert code != 0
+    assert printed.count("error: ") == 1 and printed.count("error: only one sees this\n") == 1
+
+
+# In each of two processes: distill.py, killed twice at some moment, one of them and then both; torchrun starts them
+# again. And without.
+KILLED_RUN = ("--teacher teacher --data data.jsonl --replace 2 --steps 10 --batch 3 --warmup 1 --eval 1 "
+              "--device cpu")
+KILLED = f"""
+rank = dist.get_rank()
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+step = train_sft.clipped_step
+taken = []
+def killed(*args):
+    taken.append(1)
+    if len(taken) == 2 and (attempt == 0 and rank == 1 or attempt == 1):
+        moment = random.uniform(0.0, 0.3)
+        threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return step(*args)
+def go(*args):
+    sys.argv = ["distill.py", *{KILLED_RUN.split()}, *args]
+    distill.main()
+plan = distill.Plan
+distill.Plan = lambda **named: plan(**named | dict(every=1))
+train_sft.clipped_step = killed
+go("--out", "killed", "--resume")
+assert attempt == 2 and len(taken) < 10, (attempt, len(taken))
+train_sft.clipped_step = step
+go("--out", "whole")
+"""
+
+
+def test_what_kill_9_interrupts_ends_with_the_bits_of_an_undisturbed_run(tmp_path, traces, monkeypatch):
+    """One process of two, then both, in the middle of a step or of saving it. One process alone leaves the same
+    directory, and weights that differ by rounding."""
+    shutil.copytree(traces[0], tmp_path / "teacher")
+    lines = "".join(f'{{"prompt": "a {i}", "response": "b {i % 7}</s>"}}\n' for i in range(60))
+    (tmp_path / "data.jsonl").write_text(lines)
+    code, printed = torchrun(tmp_path, 2, KILLED, "--max-restarts", "2")
+    assert code == 0, printed
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    monkeypatch.chdir(tmp_path)
+    run(distill, *KILLED_RUN.split(), "--out", "alone")
+    assert far(tmp_path / "whole", tmp_path / "alone") < 1e-5
+    for out in ("killed", "whole"):
+        assert sorted(os.listdir(out)) == sorted(os.listdir("alone"))
 
 
 # From nothing, and merging.
@@ -4640,7 +4891,7 @@ def test_teacher_forced_measures_equal_the_naive_way_and_are_nothing_for_the_tea
             count += 1
     for pieces_above in (16384, 1):                                          # all logits at once, and in pieces
         monkeypatch.setattr(distill, "PIECES_ABOVE", pieces_above)
-        monkeypatch.setattr(distill, "PIECE_TOKENS", 7)
+        monkeypatch.setattr(distill, "FLOAT32_TOKENS", 2)
         found = distill.teacher_forced(setup, student)
         found = torch.tensor([found["kl"], *found["loss"], found["top1"]])
         torch.testing.assert_close(found, sums / count, rtol=1e-4, atol=1e-6)
@@ -5092,7 +5343,10 @@ def plans_of(monkeypatch, path, *flags, room=80e9, script=distill):
 def test_the_plan_of_a_1b_model_is_what_can_be_added_up_by_hand(tmp_path, monkeypatch):
     path = shape_dir(tmp_path, "1b")
     plans = plans_of(monkeypatch, path, "--optimizer", "adamw", "--batch", 2, "--ctx", 64, script=train_sft)
-    d, heads, mlp, layers = 2048, 32 * 64 + 8 * 64, 8192, 16
+    d = 2048
+    heads = 32 * 64 + 8 * 64
+    mlp = 8192
+    layers = 16
     size = 128256 * d + layers * (2 * d * heads + 3 * d * mlp + 2 * d) + d
     assert size == 1235814400
     plan = plans["all", False]
@@ -5157,12 +5411,12 @@ def test_the_shipped_teacher_trains_whole_and_keeps_all_on_a_small_machine(monke
 def test_processes_share_weights_states_and_texts():
     with torch.device("meta"):
         model = HybridLM(train_sft.TEACHER)
-    args = argparse.Namespace(train="all", batch=8, ctx=64, lr=1e-3, optimizer="adamw")
+    args = argparse.Namespace(train="all", batch=8, accumulate=1, ctx=64, lr=1e-3, optimizer="adamw")
 
     def loss(x, head):
         return head(x).logsumexp(-1).sum()
     alone, shared = [train_sft.memory_plan(model, {"other": 40}, loss, [model.lm_head], args, torch.float32, 1e9,
-                                           False, processes=n) for n in (1, 4)]
+                                           False, n) for n in (1, 4)]
     assert shared.batch == 2
     for name, size in alone.resident.items():
         assert shared.resident[name] == size / 4

@@ -12,7 +12,9 @@ and the one training loop, `fit`.
 import argparse
 import collections
 import contextlib
+import copy
 import functools
+import glob
 import itertools
 import json
 import math
@@ -23,13 +25,17 @@ import shutil
 import signal
 import sys
 import time
+import traceback
+import warnings
 import weakref
 import zlib
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from typing import NamedTuple
 
 import model as nano         # before torch: it says how threads wait
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +43,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from model import (THOUGHTS, TOOLS, UserError, autocast, brief, claim_out, either, file_hash, provenance, read_records,
-                   read_turns, refuse_keys, run_main, start_script, weights_hash)
+                   read_turns, refuse_keys, start_script, weights_hash)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -555,7 +561,7 @@ def spread(lengths, n):
 
 
 def share_rows(lengths, room):
-    """-> rows of at most room tokens (or as many as the longest text has), lists of text numbers. Many rows are computed
+    """-> rows of at most room tokens (or as many as the longest text has), lists of text numbers. Rows are computed
     side by side, so they become fewer only as long as that saves padding, of which 1 % is let pass."""
     room = max(room, *lengths)
     best = None
@@ -633,8 +639,9 @@ def solve(model, codec, problem_list, batch=128, max_new_tokens=192, note="solvi
         text = codec.chat.prompt([{"role": "user", "content": problem.question}])
         prompts.append(enc.encode(text, allowed_special="all"))
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [None] * len(prompts)
-    with tqdm(total=len(prompts), desc=note, unit="problem", leave=False) as bar:
+    by_length = own_part(by_length)
+    texts = {}
+    with tqdm(total=len(by_length), desc=note, unit="problem", leave=False) as bar:
         for i in range(0, len(by_length), batch):
             numbers = by_length[i:i + batch]
             outputs = model.generate([prompts[number] for number in numbers], max_new_tokens)
@@ -643,7 +650,8 @@ def solve(model, codec, problem_list, batch=128, max_new_tokens=192, note="solvi
                 known = [token for token in ids if token <= enc.max_token_value]
                 texts[number] = enc.decode(known)
             bar.update(len(numbers))
-    return texts
+    texts = union(texts)
+    return [texts[number] for number in range(len(prompts))]
 
 
 def accuracy(problem_list, texts):
@@ -706,7 +714,8 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
-                count = muon_count(shape)
+                # Each process works on so many.
+                count = muon_count(shape) * processes()
                 for i in range(0, len(params), count):
                     self.step_shape(group, shape, params[i:i + count])
 
@@ -721,10 +730,13 @@ class Muon(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, means, group["momentum"])
-        update = orthogonalize(torch.stack(ahead))       # (n, rows, columns)
+        if is_sharded(ahead[0]):
+            update = orthogonalize_shared(ahead)
+        else:
+            update = orthogonalize(torch.stack(ahead)).unbind()
         # Decay is apart from the gradient, as in AdamW.
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, list(update.unbind()), alpha=-0.2 * lr * max(shape) ** 0.5)
+        torch._foreach_add_(params, list(update), alpha=-0.2 * lr * max(shape) ** 0.5)
 
 
 class AdamW(torch.optim.AdamW):
@@ -741,9 +753,28 @@ def mamba_names(model):
     return names
 
 
+# Muon's products do not depend on the batch. Per matrix they cost about what a step costs for 4 d_model tokens: 6 % of
+# the products of a step of the shipped teacher, 1.2 times those of SmolLM2-135M with 1300 tokens, where it was no
+# better per token either (KL of an H-12 from 0.49 to 0.30 in 50 steps; AdamW to 0.27 in 60). How many tokens a step
+# will have is not known here, the room for them is: texts fill it to a third, roughly.
+#
+# Either moves each weight by about the rate, however small its gradient is: a rate that repairs a poor start ruins a
+# good one. So AdamW's rates here, for wide models, are low, and lower for what is not new.
+
+def choose_optimizer(args, d_model, muon, adamw):
+    """Fill in --optimizer auto, and the rates unless --lr is given. muon, adamw: (lr, lr_rest) with each."""
+    if args.optimizer == "auto":
+        tokens = args.batch * args.accumulate * args.ctx
+        args.optimizer = "muon" if tokens >= 16 * d_model else "adamw"
+    if args.lr is None:
+        rates = muon if args.optimizer == "muon" else adamw
+        args.lr = rates[0]
+        args.lr_rest = rates[1] if args.lr_rest is None else args.lr_rest
+
+
 def check_rates(lr, lr_rest):
-    """Raises UserError for rates that are none."""
-    if not 0 < lr < math.inf or not 0 <= (lr_rest or 0) < math.inf:
+    """Raises UserError for rates that are none; a rate may be missing (None)."""
+    if not 0 < (1 if lr is None else lr) < math.inf or not 0 <= (lr_rest or 0) < math.inf:
         raise UserError(f"--lr must be above 0, --lr-rest 0 or more, got {lr} and {lr_rest}")
 
 
@@ -813,7 +844,9 @@ class Plan(NamedTuple):
     optimizer: str = "muon"                              # or adamw
     lr_rest: float | None = None                         # of everything but Mamba mixers; None: lr
     room: int = 0                                        # tokens of a row that texts share, see collate
+    accumulate: int = 1                                  # batches in a step
     watch: object = None                                 # watch(progress), before the first step and after each
+    count: object = None                                 # count(Batch): of what the loss is a sum; None: trained tokens
 
 
 # A run in progress is one safetensors file: weights and optimiser states as tensors, the rest as JSON in its header.
@@ -852,36 +885,43 @@ class Progress:
         self.cpu_seconds = time.process_time() - self.began_cpu
 
     def save(self, model, optimizers):
-        """Write the file. Its tensors are named weight|parameter, and so on for each state of an
-        optimiser: parameter names hold dots, but no bar.
+        """Write the file; of many processes, see save_parts.
         Raises UserError if that fails, for a full disk mostly; the file that was there before is left."""
         from safetensors.torch import save_file
-        meta = {key: getattr(self, key) for key in ("run", *self.SAVED)}
-        tensors = {}
-        for name, p in model.named_parameters():
-            tensors[f"weight|{name}"] = p.detach().contiguous()
-            for optimizer in optimizers:
-                for key, value in optimizer.state.get(p, {}).items():
-                    tensors[f"{key}|{name}"] = value.detach().contiguous()
-        header = {"meta": json.dumps(meta)}
+        if processes() > 1:
+            save_parts(self, model, optimizers)
+            return
+        tensors = named_tensors(model, optimizers)
+        header = {"meta": json.dumps(self.meta())}
         try:
             nano.write_atomic(self.path, lambda to: save_file(tensors, to, metadata=header))
         except UserError as e:
             if not os.path.exists(self.path):
                 raise
             raise UserError(f"{e}; the last save is intact, --resume continues from it") from None
+        self.remove(but=self.path)
+
+    def meta(self):
+        """-> what is saved beside tensors, JSON values."""
+        return {key: getattr(self, key) for key in ("run", *self.SAVED)}
 
     def load(self, model, optimizers, plan):
         """With resume: read the file, if there is one, into self, a model of the same shape and its optimisers.
         Raises UserError if the run depends on something else now, naming it, and for a file that is broken."""
         from safetensors import SafetensorError, safe_open
-        if not (self.resume and os.path.exists(self.path)):
+        parts = saved_parts(self.path)
+        if not (self.resume and (parts or os.path.exists(self.path))):
             return
         try:
-            with safe_open(self.path, framework="pt") as f, torch.no_grad():
-                meta = json.loads(f.metadata()["meta"])
+            if parts:
+                meta = nano.read_json(os.path.join(parts[-1], "run.json"), dict)
                 self.check(meta, plan)
-                load_tensors(f, model, optimizers)
+                load_parts(parts[-1], model, optimizers)
+            else:
+                with safe_open(self.path, framework="pt") as f, torch.no_grad():
+                    meta = json.loads(f.metadata()["meta"])
+                    self.check(meta, plan)
+                    load_tensors(f, model, optimizers)
         except UserError:
             raise
         except (SafetensorError, OSError, LookupError, AttributeError, RuntimeError, TypeError,
@@ -913,7 +953,10 @@ class Progress:
             n_states = sum(key != "step" for key in optimizer.STATE)
             for group in optimizer.param_groups:
                 size += n_states * sum(p.nbytes for p in group["params"])
-        there = os.path.getsize(self.path) if os.path.exists(self.path) else 0
+        files = [self.path]
+        for folder in saved_parts(self.path):
+            files += glob.glob(os.path.join(glob.escape(folder), "*"))
+        there = sum(os.path.getsize(file) for file in files if os.path.exists(file))
         return 2 * size - there
 
     def check_disk(self, model, optimizers):
@@ -925,10 +968,13 @@ class Progress:
             raise UserError(f"{folder}: this run needs {needed / 1e9:.3g} GB of disk (weights and "
                             f"optimiser states, twice while saving), {free / 1e9:.3g} GB are free")
 
-    def remove(self):
-        """The run is finished and its result saved."""
-        if os.path.exists(self.path):
+    def remove(self, but=None):
+        """The run is finished and its result saved; or its progress is now in the file or directory `but`."""
+        if os.path.exists(self.path) and but != self.path:
             os.remove(self.path)
+        for folder in saved_parts(self.path) + saved_parts(self.path, ".tmp"):
+            if folder != but:
+                shutil.rmtree(folder)
 
 
 def check_type(key, value, expected):
@@ -943,6 +989,18 @@ def check_type(key, value, expected):
         raise ValueError(f"{key} is {brief(value)}")
 
 
+def named_tensors(model, optimizers):
+    """-> {name: tensor} of all that is saved. Names are weight|parameter, and so on for each state of an optimiser:
+    parameter names hold dots, but no bar."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[f"weight|{name}"] = p.detach().contiguous()
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(p, {}).items():
+                tensors[f"{key}|{name}"] = value.detach().contiguous()
+    return tensors
+
+
 def load_tensors(f, model, optimizers):
     """The open file f of Progress.save -> weights of model and states of optimizers, in place."""
     states = {name: {} for name, _ in model.named_parameters()}
@@ -954,7 +1012,7 @@ def load_tensors(f, model, optimizers):
         weight = states[name].pop("weight")
         if weight.shape != p.shape:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}, not {tuple(p.shape)}")
-        p.copy_(weight)
+        p.copy_(as_held(weight, p))
     names = {p: name for name, p in params.items()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -969,7 +1027,7 @@ def check_state(state, p, keys):
     if found != shapes:
         raise ValueError(f"an optimiser state is {found}, expected {shapes}")
     # AdamW's step count lives on the CPU, whatever the device of its parameter.
-    return {key: value if key == "step" else value.to(p.device) for key, value in state.items()}
+    return {key: value if key == "step" else as_held(value, p) for key, value in state.items()}
 
 
 @contextlib.contextmanager
@@ -997,37 +1055,37 @@ def signals_noted():
 
 
 def fit(model, loss_of, block, batch, plan, progress, device, dtype):
-    """Train model for plan.steps steps of `batch` examples each, see batches. -> the log, progress.log.
-    loss_of(model, Batch) -> summed loss, number of trained tokens.
+    """Train model for plan.steps steps of plan.accumulate * batch examples each, see batches. -> the log, progress.log.
+    loss_of(model, Batch) -> loss, summed over its trained tokens (or what plan.count counts), and their number.
 
     Saves every plan.every steps, after the last, and on Ctrl-C or SIGTERM after the step at hand; then it raises
     KeyboardInterrupt.
     With progress.resume it goes on from what was saved, to the same bits as if nothing had happened. A log entry: step,
     mean loss in nats per trained token since the last entry, tokens so far (padding included), padding, seconds."""
+    whole = model
+    model = share_out(whole, device, dtype)
     optimizers = make_optimizers(model, plan.lr, plan.optimizer, plan.lr_rest)
     progress.load(model, optimizers, plan)
     progress.check_disk(model, optimizers)
-    stream = batches(block, batch, progress.step)
+    stream = batches(block, batch * plan.accumulate, progress.step)
     if plan.watch:
         plan.watch(progress)
     progress.start_clocks()
     bar = tqdm(total=plan.steps, initial=progress.step, desc="training", unit="step")
     with bar, signals_noted() as noted:
         for step in range(progress.step, plan.steps):
-            texts = collate(next(stream), device, plan.room)
-            with autocast(device, dtype):
-                loss, count = loss_of(model, texts)
-            # The mean over this batch's tokens.
-            (loss / max(1, count)).backward()
+            loss, count, tokens, padding = gradients(model, loss_of, next(stream), batch, plan, device, dtype)
             rate = learning_rate(step, plan.steps, plan.lr, plan.warmup)
             # Muon's products, too, take dtype: half of a step of a model of 135 M parameters is theirs.
             with autocast(device, dtype):
                 clipped_step(model, optimizers, rate)
             progress.step = step + 1
-            progress.tokens += texts.tokens.numel()
-            progress.padding += texts.padding
+            progress.tokens += tokens
+            progress.padding += padding
             progress.read_clocks()
-            progress.loss += loss.item()
+            # A signal that came to one process stops all.
+            loss, stop = summed(loss, len(noted))
+            progress.loss += loss
             progress.count += count
             bar.update()
             if progress.step % plan.log_every == 0 or progress.step == plan.steps:
@@ -1038,18 +1096,49 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
                 plan.watch(progress)
                 # What it took is not counted.
                 progress.start_clocks()
-            if noted:
+            if stop:
                 break
             if progress.step % plan.every == 0 or progress.step == plan.steps:
                 progress.save(model, optimizers)
-        stopped = bool(noted)
+        [stopped] = summed(len(noted))
         if stopped:
             progress.save(model, optimizers)
     if stopped:
         print(f"saved step {progress.step}; run the same command with --resume to continue",
               file=sys.stderr)
         raise KeyboardInterrupt
+    take_back(whole, model)
     return progress.log
+
+
+def gradients(model, loss_of, examples, batch, plan, device, dtype):
+    """Forward and backward pass of a step's examples, `batch` at a time: what one pass keeps is freed before the next.
+    -> summed loss (of this process), and of the whole step: what it is divided by, all tokens, padding among them.
+
+    The gradient is that of the mean over the trained tokens of the whole step, however it is cut: a mean of the
+    batches' means would let a token count more, the fewer there are beside it."""
+    parts = []
+    for i in range(0, len(examples), batch):
+        # Of many processes one without a text still comes to all calls, with a token that is not trained.
+        mine = own_part(examples[i:i + batch]) or [([0], [False])]
+        parts.append(collate(mine, device, plan.room))
+    count = sum((plan.count or trained_tokens)(part) for part in parts)
+    tokens = sum(part.tokens.numel() for part in parts)
+    padding = sum(part.padding for part in parts)
+    count, tokens, padding = summed(count, tokens, padding)
+    total = 0.0
+    for part in parts:
+        with autocast(device, dtype):
+            loss, _ = loss_of(model, part)
+        # Of the gradients of many processes the engine takes the mean: their sum is meant.
+        (loss / max(1, count) * processes()).backward()
+        total += loss.item()
+    return total, count, tokens, padding
+
+
+def trained_tokens(batch):
+    """How many tokens of a Batch the loss counts."""
+    return int((batch.targets >= 0).sum())
 
 
 def write_entry(progress, name):
@@ -1162,7 +1251,7 @@ def merge(model, other, weight):
 # alone, and runs a second time when its turn comes: a third more work.
 #
 # Every text counts as --ctx tokens, all of them trained. N processes hold 1 / N of weights, gradients, states and
-# texts, and two layers as a whole. Not counted are Triton's scratch (some 100 MB at the 15B shape) and the ranking of
+# texts, and two layers as a whole; before and after the steps each holds all weights. Not counted are Triton's scratch (some 100 MB at the 15B shape) and the ranking of
 # layers. A GB is 1e9 bytes.
 
 # The share of a device's memory to plan with. A GPU keeps some for itself, and loses some in gaps between tensors; on
@@ -1353,12 +1442,13 @@ class MemoryPlan(NamedTuple):
         return self.most() <= self.room
 
 
-def memory_plan(student, others, loss, heads, args, dtype, room, kernels, processes=1):
+def memory_plan(student, others, loss, heads, args, dtype, room, kernels, n=1):
     """student: on the meta device, with the dtypes, requires_grad and recompute that it trains with; others: {name:
-    bytes} of what is not trained; loss, heads: see loss_line; args: train, batch, ctx, lr, optimizer -> MemoryPlan."""
+    bytes} of what is not trained; loss, heads: see loss_line; args: train, batch, accumulate, ctx, lr, optimizer;
+    n: processes -> MemoryPlan."""
     config = student.config
     stream = student.embed_tokens.weight.dtype
-    batch = math.ceil(args.batch / processes)
+    batch = math.ceil(args.batch / n)
     tokens = batch * args.ctx
     weights = sum(p.nbytes for p in student.parameters() if p.requires_grad)
     states, made = optimizer_bytes(make_optimizers(student, args.lr, args.optimizer), kernels)
@@ -1377,15 +1467,21 @@ def memory_plan(student, others, loss, heads, args, dtype, room, kernels, proces
             # What is fixed are copies of weights in dtype, which autocast keeps until the loss is there.
             keeps = Line(keeps.fixed, config.d_model * stream.itemsize)
         kept = kept.plus(keeps, count)
-    gradients = Line(weights / processes)
+    gradients = Line(weights / n)
+    if args.accumulate > 1:
+        # Those of the batches before this one.
+        kept = kept.plus(gradients)
     moments = {
         "the loss": kept.plus(loss_line(loss, heads, dtype, stream)),
         "the last layer": kept.plus(max(last, key=lambda line: line.at(tokens))),
         "the first layer": gradients.plus(max(first, key=lambda line: line.at(tokens))),
         "the update": gradients.plus(Line(made))}
-    resident = {name: size / processes for name, size in resident.items()}
-    if processes > 1:
+    if n > 1:
+        # Before and after the steps each holds both models whole.
+        whole = sum(others.values()) + weights
+        resident = {name: size / n for name, size in resident.items()}
         resident["two whole layers"] = 2 * max(layer_bytes(block) for block in student.layers)
+        moments["conversion, all weights whole"] = Line(whole - sum(resident.values()))
     return MemoryPlan(args.train, student.recompute, batch, args.ctx, room, resident, kept, moments)
 
 
@@ -1410,7 +1506,7 @@ def print_plans(plans):
     for name, size in chosen.resident.items():
         print(f"  {name:34}{size / 1e9:9.2f}")
     for name, line in chosen.moments.items():
-        print(f"  or, at the moment of {name:17}{line.at(tokens) / 1e9:9.2f}")
+        print(f"  {'or at ' + name:34}{line.at(tokens) / 1e9:9.2f}")
     print(f"  {'in all':34}{chosen.most() / 1e9:9.2f} of {chosen.room / 1e9:.2f}\n")
     print("train    recomputed   kept, kB a token   in all, GB   fits   largest step")
     for plan in plans:
@@ -1421,6 +1517,13 @@ def print_plans(plans):
               f"   {words[plan.fits()]:7}{rows}")
     if not chosen.fits():
         print("none fits: lower --batch or --ctx")
+
+
+def plan_flags(add):
+    """The flags of the memory plan, for an ArgumentParser's add_argument."""
+    add("--dry-run", action="store_true", help="print the memory plan and stop: no weight is read, nothing written")
+    add("--memory", type=float, metavar="GB",
+        help="with --dry-run: plan for a GPU of this size (default: for this device)")
 
 
 def planned_for(args):
@@ -1460,6 +1563,290 @@ def longest_text(args, vocab_size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Many processes: the same scripts on all GPUs of a machine, or of several. You may skip this: a process that is alone
+# passes through every function below as if it were not there.
+#
+#       torchrun --nproc_per_node 8 distill.py --teacher DIR --replace 12 --data traces.jsonl --out out/mine
+#
+# torchrun starts this command 8 times and tells each process, in its environment, its number (its "rank", 0 to 7), how
+# many there are, and where they find each other. Each then runs main() from top to bottom, on a GPU of its own, and
+# takes the same decisions, for it has the same flags, files and seed. At some places all of them meet and exchange
+# something (a "collective" call): a sum, a gathered matrix. A process that came to other calls than the rest, or in
+# another order, would wait for ever; so whatever only one of them can know, such as a signal, is first told to all.
+#
+# Sharded is what training needs most memory for, 16 bytes a parameter: weights, gradients, optimiser states. FSDP2 (in
+# PyTorch: fully_shard) leaves every process 1/N of the rows of each matrix. Shortly before a layer computes, forward or
+# backward, its rows are gathered from all; right after it, they are freed. In the backward pass the gradients of all
+# processes are added up, and each keeps those of its own rows. AdamW works on numbers one by one, so on rows as well.
+# Muon needs whole matrices: process 0 gets all rows of the first few, process 1 those of the next, and so on.
+#
+# Shared out is the work: of the examples of a batch, process r takes numbers r, r + N, r + 2N, ... So a step has the
+# same gradient whatever N is, but for rounding; --batch counts the texts of all processes. In the same way they share
+# the problems that are solved, the texts of LOO and the candidates of MMR. For these, for conversion, and when the
+# result is saved every process holds both models whole, what trains in float32: one GPU must have room for that, and
+# for a trial of MMR if there is one. Gradients and optimiser states of a whole student exist in a trial alone.
+#
+# Files are written by process 0. The result is that of a single process. A run in progress, though, is written by all,
+# each its rows, and can be continued by any number of them, one included.
+
+def processes():
+    """How many processes run this script together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own_part(items):
+    """What this process takes of a list: every Nth item, from the one of its own number on."""
+    return items[dist.get_rank()::processes()] if processes() > 1 else items
+
+
+def summed(*numbers):
+    """Numbers that each process has -> a list of their sums over all processes."""
+    if processes() == 1:
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return [type(number)(total) for number, total in zip(numbers, sums.tolist())]
+
+
+def union(part):
+    """A dict that each process has -> one of all their entries."""
+    if processes() == 1:
+        return part
+    parts = [None] * processes()
+    dist.all_gather_object(parts, part)
+    whole = {}
+    for each in parts:
+        whole |= each
+    return whole
+
+
+def once(do, *args, **named):
+    """do(*args, **named) by process 0, while the others wait. -> what it gave there. A UserError is everybody's."""
+    if processes() == 1:
+        return do(*args, **named)
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = do(*args, **named)
+        except UserError as e:
+            outcome[1] = str(e)
+    dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+# A tensor that is sharded is a DTensor: it has the shape of the whole, of which it holds this process's rows.
+
+def is_sharded(tensor):
+    """Does this process hold no more than some rows of it?"""
+    return processes() > 1 and hasattr(tensor, "full_tensor")
+
+
+def share_out(model, device, dtype):
+    """-> a model that computes the same, in hidden() and then lm_head, of whose weights each process holds its rows.
+    `model` is a shell without weights until take_back. A single process: the model itself.
+    Weights that train are float32 in each process's rows; on a GPU they are gathered, and used, in dtype."""
+    if processes() == 1:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"torchrun with several processes needs --device cuda or cpu, got {device}")
+    # A state that a layer gives back may be a view. Nobody writes into it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    # deepcopy asks its memo before it copies: the weights stay the same, and leave the shell behind.
+    shared = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    set_weights(model, {name: p.detach().to("meta") for name, p in model.named_parameters()})
+    mesh = init_device_mesh(device.type, (processes(),))
+    full = MixedPrecisionPolicy(cast_forward_inputs=False)
+    cheap = full
+    if device.type == "cuda":
+        cheap = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+
+    def shard(module, policy):
+        for p in module.parameters():
+            if p.requires_grad and not is_sharded(p):
+                p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    # What is gathered together: a layer. A call takes what no earlier call has taken inside it.
+    for block in shared.layers:
+        if any(nano.keeps_float32(name) for name, _ in block.named_parameters()):
+            # The cells' own weights, A_log, D and the bias of dt, stay float32, and the small ones beside them.
+            for name in ("in_proj", "out_proj"):
+                shard(getattr(block.mixer, name), cheap)
+            shard(block.mixer, full)
+        shard(block, cheap)
+    # The residual stream begins in float32, as in a single process, and the loss ends in it.
+    shard(shared, full)
+    register_fsdp_forward_method(shared, "hidden")
+    return shared
+
+
+@torch.no_grad()
+def take_back(model, shared):
+    """The weights of what share_out made of this model become its own again, whole in every process."""
+    if shared is model:
+        return
+    # After a forward pass without a backward, embedding and head are still gathered.
+    shared.reshard()
+    set_weights(model, {name: p.full_tensor() for name, p in shared.named_parameters()})
+
+
+def set_weights(model, weights):
+    """{name: tensor}, tied ones once, as named_parameters has them: become the model's parameters, not copied."""
+    model.load_state_dict(weights, strict=False, assign=True)
+    if model.config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+
+
+def orthogonalize_shared(matrices):
+    """As orthogonalize, of sharded matrices of one shape, in place. Each process is sent all rows of a few of them,
+    works on these, and sends to everybody the rows that are theirs."""
+    n = processes()
+    rows, columns = matrices[0].shape
+    # As FSDP2 cuts: equal pieces, and what is left for the last ones.
+    most = -(-rows // n)
+    held = [max(0, min(most, rows - i * most)) for i in range(n)]
+    each = -(-len(matrices) // n)
+    own = [matrix.to_local() for matrix in matrices]
+    # Zeros where the matrices run out; they stay zeros.
+    own += [torch.zeros_like(own[0])] * (each * n - len(own))
+    own = torch.stack(own)                               # (n * each, held rows, columns): `each` for every process
+    to_one = [own.numel() // n] * n
+    from_one = [each * height * columns for height in held]
+    received = own.new_empty(sum(from_one))
+    dist.all_to_all_single(received, own.flatten(), from_one, to_one)
+    parts = [part.view(each, height, columns) for part, height in zip(received.split(from_one), held)]
+    whole = orthogonalize(torch.cat(parts, dim=1))       # (each, rows, columns)
+    back = torch.cat([part.flatten() for part in whole.split(held, dim=1)])
+    received = own.new_empty(own.numel())
+    dist.all_to_all_single(received, back.to(own.dtype), to_one, from_one)
+    for matrix, update in zip(matrices, received.view_as(own)):
+        matrix.to_local().copy_(update)
+    return matrices
+
+
+# Progress in parts: a directory progress-STEP beside where a single process has its file, written by PyTorch's
+# distributed checkpoint under another name and renamed when all is on the disk. A file or directory that is there is
+# whole, then; older ones go when a newer one has come. (The engine keeps its table of contents as a pickle: continue no
+# run of somebody whose code you would not run.)
+
+def saved_parts(path, ending=""):
+    """The path of a Progress -> its directories, the newest last. ending ".tmp": those that were never finished."""
+    name = path.removesuffix(".safetensors")
+    return sorted(glob.glob(f"{glob.escape(name)}-{'[0-9]' * 8}{ending}"))
+
+
+def save_parts(progress, model, optimizers):
+    """Progress.save of many processes. Raises UserError if it fails in any of them."""
+    from torch.distributed import checkpoint
+    path = f"{progress.path.removesuffix('.safetensors')}-{progress.step:08d}"
+    unfinished = path + ".tmp"
+    once(shutil.rmtree, unfinished, ignore_errors=True)
+    try:
+        checkpoint.save(named_tensors(model, optimizers), checkpoint_id=unfinished)
+    except checkpoint.api.CheckpointException as e:
+        raise_cause(e, f"cannot write {path}")
+
+    def finish():
+        nano.write_json(os.path.join(unfinished, "run.json"), progress.meta())
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(unfinished, path)
+        progress.remove(but=path)
+    once(finish)
+
+
+def load_parts(path, model, optimizers):
+    """The directory `path` of save_parts -> weights of model and states of optimizers, in place. By any number of
+    processes: each reads the rows that it holds now."""
+    from torch.distributed import checkpoint
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p] = {key: torch.zeros_like(p.detach()) for key in optimizer.STATE if key != "step"}
+                if "step" in optimizer.STATE:
+                    optimizer.state[p]["step"] = torch.tensor(0.0)
+    try:
+        with warnings.catch_warnings():
+            # That one process alone is meant is no news.
+            warnings.simplefilter("ignore")
+            checkpoint.load(named_tensors(model, optimizers), checkpoint_id=path, no_dist=processes() == 1)
+    except checkpoint.api.CheckpointException as e:
+        raise_cause(e, f"{path} does not continue this run")
+
+
+def raise_cause(exception, what):
+    """Raises a CheckpointException, which is the failures of all processes, as a UserError of one line."""
+    cause = next(iter(exception.failures.values()))[0]
+    if is_lost(cause):
+        raise cause
+    raise UserError(f"{what}: {cause}") from None
+
+
+def as_held(value, p):
+    """A whole tensor -> as parameter p is held here: on its device, and of a sharded one the rows of this process."""
+    if not is_sharded(p):
+        return value.to(p.device)
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+
+
+# What goes wrong is said once. Mostly all processes see the same mistake; or one fails, and the others fail a moment
+# later, because it does not answer any more. So the first to fail tells the rest, and they are silent.
+
+def run_together(main):
+    """nano.run_main, for a script that torchrun may have started: then it is one of many processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        nano.run_main(main)
+        return
+    store, rank, world = next(dist.rendezvous("env://"))
+    # When torchrun starts all again (--max-restarts), what the last attempt left in its store must not be found.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    # One may wait for long while another works; that one is gone is noticed by torchrun, and by gloo at once.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=12))
+    terminal = os.dup(2)
+    if rank > 0:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+    code = 0
+    try:
+        main()
+    except BaseException as e:
+        code, text = ending(e)
+        if text and store.add("failed", 1) == 1:
+            os.write(terminal, text.encode())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without the usual good-byes: what the engine's threads are in the middle of might never end.
+    os._exit(code)
+
+
+def ending(exception):
+    """-> exit code, and what to print, of a process that ends with this exception; the same as with nano.run_main."""
+    if isinstance(exception, SystemExit):
+        return exception.code or 0, ""
+    if isinstance(exception, KeyboardInterrupt):
+        return 130, "interrupted\n"
+    if isinstance(exception, UserError):
+        return 2, f"error: {exception}\n"
+    if is_lost(exception):
+        return 1, "error: another process of this run has ended; --resume continues from the last save\n"
+    return 1, "".join(traceback.format_exception(exception))
+
+
+def is_lost(exception):
+    """Does this exception say that another process does not answer?"""
+    return isinstance(exception, dist.DistError) or "gloo" in str(exception)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line.
 
 def parse_args():
@@ -1476,16 +1863,19 @@ def parse_args():
     add("--data", help="JSONL file, plain or .gz: prompt/response, messages or conversations "
                        "(default: the built-in traces)")
     add("--batch", type=int, default=32, help="texts per step (default 32)")
+    add("--accumulate", type=int, default=1, metavar="K",
+        help="make a step of K batches, one after the other: K times the texts, the memory of one (default 1)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
     add("--pack", action="store_true", help="let texts share rows of up to --ctx tokens: same loss, less padding")
     add("--easy", type=float, default=0.0, help="share of the steps during which built-in problems "
                                                 "grow from small to full size (default 0)")
     # How to train.
     add("--steps", type=int, default=200, help="optimiser steps (default 200)")
-    add("--lr", type=float, help="peak learning rate (default 0.005 with --scratch, else 0.0005)")
+    add("--lr", type=float, help="peak learning rate (default 0.005 with --scratch, else 0.0005, "
+                                  "or 0.0002 with adamw)")
     add("--lr-rest", type=float, help="that of everything but Mamba mixers (default: --lr)")
-    add("--optimizer", default="muon", choices=("muon", "adamw"),
-        help="muon: for the matrices of the layers, adamw for the rest (default muon)")
+    add("--optimizer", default="auto", choices=("auto", "muon", "adamw"), help="muon: for layers' "
+        "matrices; auto: adamw if --batch * --ctx < 16 times the model's width (default auto)")
     add("--warmup", type=int, default=50, help="steps of linear warm-up (default 50)")
     add("--seed", type=int, default=0, help="random seed (default 0)")
     # What to do with the result.
@@ -1498,9 +1888,7 @@ def parse_args():
     add("--threads", type=int, help="CPU threads (default: all cores)")
     add("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     add("--dtype", default="auto", help="of matrix products: auto, float32 or bfloat16 (default auto)")
-    add("--dry-run", action="store_true", help="print the memory plan and stop: no weight is read, nothing written")
-    add("--memory", type=float, metavar="GB",
-        help="with --dry-run: plan for a GPU of this size (default: for this device)")
+    plan_flags(add)
     # What happens to runs that were interrupted or finished.
     add("--every", type=int, default=200, help="steps between saves (default 200)")
     add("--resume", action="store_true", help="continue an interrupted run in --out, with the same flags")
@@ -1509,10 +1897,8 @@ def parse_args():
 
 
 def check_flags(args):
-    """Fill in the default of --lr. Raises UserError for what can be seen to be wrong without any file."""
-    if args.lr is None:
-        args.lr = 0.005 if args.scratch else 0.0005
-    for name in ("steps", "batch", "ctx", "every"):
+    """Raises UserError for what can be seen to be wrong without any file."""
+    for name in ("steps", "batch", "accumulate", "ctx", "every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     check_rates(args.lr, args.lr_rest)
@@ -1530,10 +1916,17 @@ def start_model(args):
         return model, load_codec(args.model)
     if not os.path.exists(os.path.join(args.out, "tokenizer.json")):
         print("training the tokenizer ...")
-        make_tokenizer(args.out)
+        once(make_tokenizer, args.out)
     model = nano.HybridLM(replace(TEACHER, n_layer=args.layers or TEACHER.n_layer, layout=()))
     init_weights(model)
     return model, load_codec(args.out)
+
+
+def choose_rates(args, d_model):
+    """Fill in --optimizer auto and the rates."""
+    muon = (0.005, None) if args.scratch else (0.0005, None)
+    adamw = muon if args.scratch else (0.0002, None)
+    choose_optimizer(args, d_model, muon, adamw)
 
 
 def start_data(args, codec, n_vocab):
@@ -1550,8 +1943,8 @@ def start_data(args, codec, n_vocab):
 
 def start_progress(args, model):
     """-> the Progress of this run."""
-    keys = ("layers", "steps", "batch", "ctx", "pack", "lr", "lr_rest", "optimizer", "warmup", "easy",
-            "seed", "dtype")
+    keys = ("layers", "steps", "batch", "accumulate", "ctx", "pack", "lr", "lr_rest", "optimizer", "warmup",
+            "easy", "seed", "dtype")
     run = {key: getattr(args, key) for key in keys}
     run["content of the model"] = weights_hash(model)
     run["content of --data"] = file_hash(args.data)
@@ -1583,7 +1976,8 @@ def memory_plans(args, config, device, dtype, room):
     values = {"train": "all", "ctx": longest_text(args, config.vocab_size)}
     shape = argparse.Namespace(**vars(args) | values)
     for model.recompute in (False, True):
-        yield memory_plan(model, others, loss, [model.lm_head], shape, dtype, room, device.type == "cuda")
+        yield memory_plan(model, others, loss, [model.lm_head], shape, dtype, room,
+                          device.type == "cuda", processes())
 
 
 def start_config(args):
@@ -1599,35 +1993,40 @@ def main():
     torch.set_num_threads(args.threads or torch.get_num_threads())
     check_flags(args)
     if args.dry_run:
-        return print_plans(list(memory_plans(args, start_config(args), device, dtype, room)))
-    args.out = claim_out(args.out, [args.model, args.merge], args.overwrite, args.resume,
-                         done="training.json")
+        config = start_config(args)
+        choose_rates(args, config.d_model)
+        return print_plans(list(memory_plans(args, config, device, dtype, room)))
+    args.out = once(claim_out, args.out, [args.model, args.merge], args.overwrite, args.resume,
+                    done="training.json")
     model, codec = start_model(args)
     # Refused now, not after the training.
     other = merge_partner(args, model)
     block = start_data(args, codec, model.config.vocab_size)
+    choose_rates(args, model.config.d_model)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{size / 1e6:.2f} M parameters, layout {' '.join(model.config.layout)}\n"
+    print(f"{size / 1e6:.2f} M parameters, layout {' '.join(model.config.layout)}; "
+          f"{args.optimizer} at {args.lr:g}, products in {dtype}\n"
           f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     progress = start_progress(args, model)
     plan = Plan(args.steps, args.lr, args.warmup, args.every, log_every=10, name="loss",
-                optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0)
+                optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0,
+                accumulate=args.accumulate)
     model = model.to(device).train()
     model.recompute = choose_plan(memory_plans(args, model.config, device, dtype, room)).recompute
     log = fit(model, cross_entropy, block, args.batch, plan, progress, device, dtype)
     if other:
         merge(model, other, args.merge_weight)
     save_dtype = getattr(torch, args.save_dtype)
-    nano.save_pretrained(model, args.out, tokenizer_from=args.model, dtype=save_dtype)
+    once(nano.save_pretrained, model, args.out, tokenizer_from=args.model, dtype=save_dtype)
     # Evaluated as saved, rounding included.
     model = nano.load_pretrained(args.out, device)
     result = {**evaluate(args, model, codec), **provenance(device)}
     report = {"args": vars(args), "log": log, **result}
-    nano.write_json(os.path.join(args.out, "training.json"), report)
-    progress.remove()
+    once(nano.write_json, os.path.join(args.out, "training.json"), report)
+    once(progress.remove)
     print(json.dumps({"loss": log[-1]["loss"], **result}))
     print(f"next: python sample.py --model {args.out} --chat", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_together(main)
