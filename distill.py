@@ -28,12 +28,13 @@ import torch
 from tqdm import tqdm
 
 from model import (UserError, autocast, choose_threads, claim_out, file_hash, harm, provenance,
-                   start_script, weights_hash)
+                   weights_hash)
 from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates, choose_optimizer,
-                       clipped_step, collate, encode_parts, encode_problem, fit, generic_block,
-                       list_block, load_codec, make_optimizers, mamba_names, once, own_part,
-                       problem_set, processes, read_jsonl, run_together, share_out, show_example,
-                       solve, summed, take_back, trace_block, union)
+                       choose_plan, clipped_step, collate, encode_parts, encode_problem, fit, generic_block,
+                       list_block, load_codec, longest_text, make_optimizers, mamba_names, memory_plan, once,
+                       own_part, plan_flags, planned_config, planned_for, print_plans, problem_set, processes,
+                       read_jsonl, run_together, share_out, show_example, solve, summed, take_back,
+                       trace_block, union)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -418,6 +419,8 @@ class LossInPieces(torch.autograd.Function):
             grad_x[part] = logits @ weight
             if grad_weight is not None:
                 grad_weight += logits.T @ x[part]
+            # Else the next piece would be made beside this one.
+            del logits, teacher_logits, pairs, rows, teacher_rows
         ctx.save_for_backward(grad_x, grad_weight)
         return total
 
@@ -762,7 +765,7 @@ def trial_loss(args, run, student, layer, training, held_out):
     trial = clone(student, args.train)
     with autocast(run.device, run.dtype):
         convert(trial, run.teacher, [layer], args.init, run.calibration)
-    set_trained(trial, args.train)
+    set_trained(trial, args.train, args.recompute)
     optimizers = make_optimizers(trial, args.lr, args.optimizer, args.lr_rest)
 
     def loss_of(batch):
@@ -825,9 +828,20 @@ def clone(model, train):
     return copy.deepcopy(model, memo=share)
 
 
-def set_trained(student, train):
+@torch.no_grad()
+def share_frozen(student, teacher):
+    """Let frozen weights of a student that was loaded be the teacher's, where they are equal: an earlier stage that
+    trained mixers has left them so."""
+    theirs = dict(teacher.named_parameters())
+    mixers = mamba_names(student)
+    for name, p in student.named_parameters():
+        if name not in mixers and torch.equal(p, theirs[name]):
+            p.data = theirs[name].data
+
+
+def set_trained(student, train, recompute=False):
     """Say which weights get gradients: all, or those of the Mamba mixers. Trained weights are float32 (autocast makes
-    the products cheap); a model of more than a billion weights recomputes each layer in the backward pass."""
+    the products cheap). recompute: compute each layer again in the backward pass, see train_sft's memory plan."""
     mixers = mamba_names(student)
     for name, p in student.named_parameters():
         p.requires_grad_(train == "all" or name in mixers)
@@ -836,7 +850,7 @@ def set_trained(student, train):
     if not any(p.requires_grad for p in student.parameters()):
         raise UserError("--train mixers: there is no Mamba mixer to train "
                         "(--init identity needs --train all)")
-    student.recompute = sum(p.numel() for p in student.parameters()) > 1e9
+    student.recompute = recompute
     return student
 
 
@@ -847,6 +861,8 @@ def first_student(args, teacher):
         weight = teacher.embed_tokens.weight
         student = nano.load_pretrained(args.student, weight.device, weight.dtype)
         check_student(args, student.config, teacher.config)
+        if args.train == "mixers":
+            share_frozen(student, teacher)
     else:
         student = clone(teacher, args.train)
     d_state = choose_d_state(student.config, args.d_state)
@@ -1185,7 +1201,7 @@ def stage(args, run, began):
     # Its seconds are those of all parts of an interrupted run, of which this one may have done none.
     began += time.time() - seconds - aligned.seconds
     start = (start[0] + aligned.seconds, start[1] + aligned.cpu_seconds)
-    set_trained(student, args.train).train()
+    set_trained(student, args.train, args.recompute).train()
 
     file = os.path.join(args.out, "progress.safetensors")
     progress = Progress(file, depends_too, args.resume)
@@ -1308,7 +1324,7 @@ def training_flags(add):
     add("--loss", default="reverse_kl", choices=("reverse_kl", "forward_kl"),
         help="default reverse_kl")
     add("--train", default="auto", choices=("auto", "all", "mixers"),
-        help="which weights train; auto: all if that fits into memory (default auto)")
+        help="which weights train; auto: all if that fits, see --dry-run (default auto)")
     add("--align-steps", type=int, default=0, help="steps before those of --steps in which the new mixers "
         "learn their attention's output (default 0)")
     add("--steps", type=int, default=100, help="optimiser steps of a stage; 0: convert, evaluate and "
@@ -1329,6 +1345,7 @@ def training_flags(add):
     add("--threads", type=int, help="CPU threads (default: 1 for a small model, else all cores)")
     add("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     add("--dtype", default="auto", help="of products: auto, float32 or bfloat16 (default auto)")
+    plan_flags(add)
     add("--resume", action="store_true", help="continue an interrupted run in --out, with the same "
         "flags")
     add("--overwrite", action="store_true", help="replace a finished result in --out")
@@ -1406,22 +1423,29 @@ def main():
     """Check, load, then stage after stage. One teacher in memory serves them all."""
     began = time.time()
     args = parse_args()
-    device, dtype = start_script(args)
+    device, dtype, room = planned_for(args)
     stages = plan_stages(args)
+    config = planned_config(args.teacher)
+    check_teacher(args, config, stages[-1].replace)
+    for each in stages:
+        # Without new mixers nothing may move faster than the rest.
+        adamw = (1e-4, None) if each.init == "identity" else (1e-4, 1e-5)
+        choose_optimizer(each, config.d_model, muon=(5e-4, None), adamw=adamw)
+    plans = memory_plans(change(stages[-1], student=args.student), config, device, dtype, room)
+    if args.dry_run:
+        return print_plans(list(plans))
+    plan = choose_plan(plans)
     teacher = nano.load_pretrained(args.teacher, device, dtype)
-    check_teacher(args, teacher.config, stages[-1].replace)
     codec = load_codec(args.teacher)
     block, probe, fixed, held_out = load_texts(args, codec, teacher.config.vocab_size)
     size = sum(p.numel() for p in teacher.parameters())
     for each in stages:
-        # Without new mixers nothing may move faster than the rest.
-        adamw = (1e-4, None) if each.init == "identity" else (1e-4, 1e-5)
-        choose_optimizer(each, teacher.config.d_model, muon=(5e-4, None), adamw=adamw)
-        each.train = what_trains(args.train, size, device)
+        each.train = plan.train
+        each.recompute = plan.recompute
         each.out = once(claim_out, each.out, [each.teacher, each.student], args.overwrite, each.resume)
         each.retrieval = how_many_codes(each, codec)
     choose_threads(teacher, device, args.threads)
-    print_start(stages[0], stages[0].train, teacher, size, device, dtype)
+    print_start(stages[0], teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
     calibration = calibration_texts(block, device, teacher.config)
@@ -1444,13 +1468,13 @@ def check_teacher(args, config, most):
         converted_config(start, config, attention[:1], args.init)
 
 
-def print_start(args, train, teacher, size, device, dtype):
+def print_start(args, teacher, size, device, dtype):
     """What is about to happen, on what, and what it cannot keep."""
     layout = teacher.config.layout
     attention = layout.count("t")
     print(f"{args.teacher}: {size / 1e6:.2f} M parameters, {attention} attention layers; on {device}, "
-          f"products in {dtype}; {nano.scan_backend_reason(device)}; training {train} "
-          f"by {args.optimizer} at {args.lr:g}")
+          f"products in {dtype}; {nano.scan_backend_reason(device)}; training {args.train} "
+          f"by {args.optimizer} at {args.lr:g}{', layers recomputed' if args.recompute else ''}")
     if attention < len(layout):
         print(f"note: {args.teacher} is no plain transformer: {len(layout) - attention} of its {len(layout)} "
               "layers have no attention. They stay as they are and do not count towards --replace")
@@ -1503,20 +1527,50 @@ def calibration_texts(block, device, config, most=65536):
     return pieces
 
 
-def what_trains(flag, size, device):
-    """--train, with auto decided for a teacher of `size` parameters: "all" or "mixers"."""
-    if flag != "auto":
-        return flag
-    # 20 bytes each: 4 weight, 4 gradient, up to 8 optimiser, and 4 teacher, 2 if it is in bfloat16. The rest is left to
-    # activations.
-    return "all" if size * 20 < 0.7 * memory_bytes(device) else "mixers"
+def memory_plans(args, teacher, device, dtype, room):
+    """Yields the MemoryPlans of --train, the most wanted first. args: those of the stage that replaces most layers;
+    teacher: its Config."""
+    trains = [args.train]
+    if args.train == "auto":
+        # Without a mixer there is none to train.
+        trains = ["all"] if args.init == "identity" else ["all", "mixers"]
+    with torch.device("meta"):
+        frozen_head = torch.nn.Linear(teacher.d_model, teacher.vocab_size, bias=False, dtype=dtype)
+    frozen_head.requires_grad_(False)
+    for train in trains:
+        stage_args = change(args, train=train, ctx=longest_text(args, teacher.vocab_size))
+        student, others = outlines(stage_args, teacher, dtype)
+        heads = [student.lm_head, frozen_head]
+
+        def loss(x, head, teacher_head):
+            return distillation_loss(x, torch.empty_like(x, requires_grad=False), head, teacher_head, args.loss)
+
+        for student.recompute in (False, True):
+            yield memory_plan(student, others, loss, heads, stage_args, dtype, room,
+                              device.type == "cuda", processes())
 
 
-def memory_bytes(device):
-    """Memory of the GPU, or of the machine, in bytes: all of it, not what is free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def outlines(args, config, dtype):
+    """-> the student of a teacher of this config, as it will train but on the meta device, and {name: bytes} of all
+    that does not train."""
+    with torch.device("meta"):
+        teacher = nano.cast(nano.HybridLM(config), "meta", dtype)
+        student = clone(teacher, args.train)
+        if args.student:
+            student = nano.cast(nano.HybridLM(planned_config(args.student)), "meta", dtype)
+        student.config = replace(student.config, d_state=choose_d_state(student.config, args.d_state))
+        missing = args.replace - config.layout.count("t") + student.config.layout.count("t")
+        layers = attention_layers(student.config)[:missing]
+        # Random: there is nothing to copy.
+        convert(student, teacher, layers, "identity" if args.init == "identity" else "random")
+    whole = sum(p.nbytes for p in student.parameters())
+    set_trained(student, args.train)
+    shared = {id(p) for p in teacher.parameters()}
+    own = [p.nbytes for p in student.parameters() if not p.requires_grad and id(p) not in shared]
+    others = {"teacher": sum(p.nbytes for p in teacher.parameters()), "frozen weights of its own": sum(own)}
+    if args.rank == "mmr" and args.train == "all":
+        others["the student beside its trial"] = whole
+    return student, {name: size for name, size in others.items() if size}
 
 
 if __name__ == "__main__":

@@ -1996,12 +1996,9 @@ def file_name(name, layout):
     return name if name.startswith("lm_head.") else "model." + ".".join(parts)
 
 
-def load_pretrained(path, device="cpu", dtype=torch.float32):
-    """A checkpoint directory -> HybridLM in eval mode. Tensors are read one by one straight into device and dtype.
-    Raises UserError for a missing or broken file, unknown settings, and missing, unexpected or mis-shaped tensors."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise UserError(f"dtype {dtype} is not supported (float16 overflows in the scan): use float32 or "
-                        f"bfloat16")
+def outline(path):
+    """A checkpoint directory -> HybridLM on the meta device, where a model has shapes and no memory, and {name of its
+    parameter: Source}. Reads no tensor. Raises UserError as load_pretrained."""
     path = checkpoint_dir(path)
     config = read_config(path)
     sources = find_sources(path, config)
@@ -2016,22 +2013,31 @@ def load_pretrained(path, device="cpu", dtype=torch.float32):
     lost = [f"missing {name}" for name in norms if name not in sources]
     if lost:
         raise UserError(f"{path}: {len(lost)} layers of config.json have no tensors: {some(lost)}")
-
-    # On the meta device a model has shapes and no memory. A tied head is not listed.
     try:
         with torch.device("meta"):
             model = HybridLM(config)
     except UserError as e:
         raise UserError(f"{os.path.join(path, 'config.json')}: {e}") from None
+    # A tied head is not listed.
     names = {name: file_name(name, config.layout) for name, _ in model.named_parameters()}
     check_fit(path, sources, {names[name]: tuple(p.shape) for name, p in model.named_parameters()})
+    return model, {name: sources[in_file] for name, in_file in names.items()}
+
+
+def load_pretrained(path, device="cpu", dtype=torch.float32):
+    """A checkpoint directory -> HybridLM in eval mode. Tensors are read one by one straight into device and dtype.
+    Raises UserError for a missing or broken file, unknown settings, and missing, unexpected or mis-shaped tensors."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise UserError(f"dtype {dtype} is not supported (float16 overflows in the scan): use float32 or "
+                        f"bfloat16")
+    model, sources = outline(path)
     weights = {}
-    for name, in_file in names.items():
-        tensor = sources[in_file].read().to(device, stored_dtype(name, dtype), copy=True)
+    for name, source in sources.items():
+        tensor = source.read().to(device, stored_dtype(name, dtype), copy=True)
         weights[name] = nn.Parameter(tensor)
     # Not strict only because of the tied head: check_fit was strict, and has the better words.
     model.load_state_dict(weights, strict=False, assign=True)
-    if config.tie_embeddings:
+    if model.config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
 

@@ -4816,7 +4816,7 @@ def test_trials_put_the_harmless_layer_first_and_leave_the_teacher_alone(traces,
         block.mixer.o_proj.weight.data *= 0 if i in (0, 2) else 5
     before = distill.weights_hash(teacher)
     setup = distill_setup(traces, teacher)
-    args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all",
+    args = argparse.Namespace(out=str(tmp_path), batch=2, probe_steps=1, seed=0, train="all", recompute=False,
                               lr=1e-4, lr_rest=None, optimizer="muon", init="calibrated",
                               loss="reverse_kl", pack=False)
     student = convert(copy.deepcopy(teacher), teacher, [0], "aligned")       # as in a later stage
@@ -5241,6 +5241,306 @@ def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(
     printed = small_run(family / "h1", tmp_path, "--replace", 1)
     assert "1 of its 4 layers have no attention" in printed.out
     assert last_report(printed)["layout"].count("m2") == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The memory plan: of both scripts, and of models that are larger than this machine.
+
+def saved_of_layer(layer, x, place, dtype):
+    """Bytes that autograd saves of a layer's forward, its parameters and input aside, and those of its output."""
+    known = {p.untyped_storage().data_ptr() for p in [x, place.cos, place.sin, *layer.parameters()]}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), nano.autocast(CPU, dtype):
+        y, _ = layer(x, None, place)
+    kept[y.untyped_storage().data_ptr()] = y.untyped_storage()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("kind", ["t", "m2"])
+@pytest.mark.parametrize("train", ["all", "mixers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_keeps_what_the_plan_says(kind, train, dtype):
+    model = nano.cast(tiny(kind, torch.float32), CPU, dtype)
+    for name, p in model.named_parameters():
+        p.requires_grad_(train == "all" or kind == "m2" and ".mixer." in name)
+        p.data = p.data.float() if p.requires_grad else p.data
+    layer = model.layers[0]
+    stream = model.embed_tokens.weight.dtype
+    ids = some_tokens(3, 32)
+    x = torch.randn(3, 32, 24, dtype=stream, requires_grad=True)
+    place, _ = nano.make_place(model.config, ids, 0, None, None, stream)
+    trained = frozenset(name for name, p in layer.named_parameters() if p.requires_grad)
+    keeps, most = train_sft.layer_lines(model.config, kind, trained, 3, 32, dtype, stream, False)
+    assert keeps.at(3 * 32) == saved_of_layer(layer, x, place, dtype)
+    assert most.at(3 * 32) > keeps.at(3 * 32)
+
+
+@pytest.mark.skipif(nano.triton is None, reason="Triton is not installed")
+def test_the_plan_of_a_gpu_keeps_what_the_kernels_keep():
+    saved = {}
+    for impl in ("triton", "plan"):
+        inputs = scan_inputs(b=1, t=32, d=32, n=4, groups=2, c_groups=8, dtype=torch.float32, reset=False)
+        inputs = {name: m if m is None else m.requires_grad_() for name, m in inputs.items()}
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            if impl == "plan":
+                train_sft.kernel_scan(**inputs, reset=None)
+            else:
+                selective_scan(**inputs, impl=impl)
+        saved[impl] = sum(kept.values())
+    # Beside the inputs the kernels keep the cells at the start of a segment: here of the text.
+    assert saved["triton"] - saved["plan"] == 32 * 4 * 4
+
+
+SHAPES = {
+    "1b": dict(model_type="llama", hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
+               num_key_value_heads=8, head_dim=64, intermediate_size=8192, vocab_size=128256, tie_word_embeddings=True),
+    "8b": dict(model_type="llama", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+               num_key_value_heads=8, intermediate_size=14336, vocab_size=128256),
+    "15b": dict(model_type="mistral", hidden_size=5120, num_hidden_layers=50, num_attention_heads=32,
+                num_key_value_heads=8, head_dim=128, intermediate_size=14336, vocab_size=131072, sliding_window=None)}
+
+
+def shape_dir(tmp_path, name):
+    """A directory with the config.json of a model and none of its weights."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES[name]))
+    return str(tmp_path)
+
+
+def plans_of(monkeypatch, path, *flags, room=80e9, script=distill):
+    """-> the MemoryPlans of a script with these flags, by (train, recompute)."""
+    made = []
+    monkeypatch.setattr(train_sft, "memory_bytes", always(room / 0.7))
+    for owner in (train_sft, distill):
+        monkeypatch.setattr(owner, "print_plans", lambda plans: made.extend(plans))
+    start = "--teacher" if script is distill else "--model"
+    run(script, "--dry-run", start, path, "--out", "no-such-directory/x", *flags)
+    return {(plan.train, plan.recompute): plan for plan in made}
+
+
+def test_the_plan_of_a_1b_model_is_what_can_be_added_up_by_hand(tmp_path, monkeypatch):
+    path = shape_dir(tmp_path, "1b")
+    plans = plans_of(monkeypatch, path, "--optimizer", "adamw", "--batch", 2, "--ctx", 64, script=train_sft)
+    d = 2048
+    heads = 32 * 64 + 8 * 64
+    mlp = 8192
+    layers = 16
+    size = 128256 * d + layers * (2 * d * heads + 3 * d * mlp + 2 * d) + d
+    assert size == 1235814400
+    plan = plans["all", False]
+    assert plan.resident == {"trained weights": 4 * size, "optimiser states": 8 * size}
+    # Float32, a token: two norms (a scale, and x before and after its weight), the residual stream after attention and
+    # MLP, q and k and v and what attention makes of them with a number per head, four times the width of the MLP.
+    numbers = 2 * (1 + 2 * d) + 2 * d + 2 * heads + 32 + 4 * mlp
+    assert plan.kept.per_token == 4 * layers * numbers
+    assert plan.moments["the first layer"].fixed >= 4 * size
+    assert plans["all", True].kept.per_token == 4 * layers * d
+    flags = ("--optimizer", "muon", "--batch", 2, "--ctx", 64)
+    muon = plans_of(monkeypatch, path, *flags, script=train_sft)["all", True]
+    others = 128256 * d + (2 * layers + 1) * d
+    assert muon.resident["optimiser states"] == 4 * (size - others) + 8 * others
+
+
+@pytest.mark.parametrize("name, replaced, ctx, size", [("8b", 16, 8192, 80), ("15b", 30, 32768, 96)])
+def test_a_large_model_fits_on_one_gpu_before_it_is_downloaded(tmp_path, name, replaced, ctx, size):
+    path = shape_dir(tmp_path, name)
+    out = run(distill, "--dry-run", "--teacher", path, "--replace", replaced, "--batch", 1, "--ctx", ctx,
+              "--memory", size, "--train", "mixers", "--data", "x").out
+    assert f"1 x {ctx} tokens" in out and "training mixers, layers recomputed" in out
+    assert re.search(r"mixers +yes .* yes +\d", out) and "none fits" not in out
+
+
+def test_a_dry_run_reads_no_tensor_and_writes_nothing(traces, tmp_path, monkeypatch):
+    monkeypatch.setattr(nano.Source, "read", lambda source: pytest.fail("a tensor was read"))
+    monkeypatch.chdir(tmp_path)
+    out = run(distill, "--dry-run", "--teacher", traces[0], "--replace", 1).out
+    assert "in all" in out and "mixers" in out
+    out = run(train_sft, "--dry-run", "--model", traces[0], "--out", tmp_path / "x").out
+    assert "in all" in out and "mixers" not in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_largest_step_of_a_plan_fits_and_a_larger_one_does_not(traces, monkeypatch):
+    flags = (traces[0], "--replace", 2, "--ctx", 100)
+    for key, plan in plans_of(monkeypatch, *flags, "--batch", 16, room=1e9).items():
+        rows = plan.most_tokens() // plan.ctx
+        assert plan._replace(batch=rows).fits(), key
+        assert not plan._replace(batch=rows + 1).fits(), key
+
+
+def test_what_trains_follows_from_what_fits(traces, monkeypatch):
+    def chosen(room):
+        plans = plans_of(monkeypatch, traces[0], "--replace", 2, room=room)
+        plan = train_sft.choose_plan(plans.values())
+        return plan.train, plan.recompute
+    plans = plans_of(monkeypatch, traces[0], "--replace", 2)
+    sizes = {key: plan.most() for key, plan in plans.items()}
+    assert chosen(sizes["all", False]) == ("all", False)
+    assert chosen(sizes["all", False] - 1) == ("all", True)
+    assert chosen(sizes["all", True] - 1) == ("mixers", True)
+    assert chosen(1) == ("mixers", True)
+
+
+def test_the_shipped_teacher_trains_whole_and_keeps_all_on_a_small_machine(monkeypatch):
+    plans = plans_of(monkeypatch, os.path.join(HERE, "teacher"), room=0.7 * 4e9)
+    chosen = train_sft.choose_plan(plans.values())
+    assert (chosen.train, chosen.recompute) == ("all", False)
+
+
+def test_processes_share_weights_states_and_texts():
+    with torch.device("meta"):
+        model = HybridLM(train_sft.TEACHER)
+    args = argparse.Namespace(train="all", batch=8, accumulate=1, ctx=64, lr=1e-3, optimizer="adamw")
+
+    def loss(x, head):
+        return head(x).logsumexp(-1).sum()
+    alone, shared = [train_sft.memory_plan(model, {"other": 40}, loss, [model.lm_head], args, torch.float32, 1e9,
+                                           False, n) for n in (1, 4)]
+    assert shared.batch == 2
+    for name, size in alone.resident.items():
+        assert shared.resident[name] == size / 4
+    assert shared.resident["two whole layers"] == 2 * train_sft.layer_bytes(model.layers[0])
+
+
+def test_optimisers_take_what_the_plan_says():
+    """States to the byte. What a step makes for a moment is bounded from above, and not by far."""
+    for name in ("muon", "adamw"):
+        model = tiny("t m2 t m2 t t", torch.float32, train=True, d_model=64, d_mlp=200)
+        optimizers = train_sft.make_optimizers(model, 1e-3, name)
+        kept, made = train_sft.optimizer_bytes(optimizers, False)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        before = [*model.parameters(), *(p.grad for p in model.parameters())]
+        ledger = train_sft.Ledger(before)
+        with ledger:
+            for _ in range(2):
+                ledger.most = ledger.now
+                for optimizer in optimizers:
+                    optimizer.step()
+        counts = 4 * sum("step" in optimizer.state[p] for optimizer in optimizers for p in optimizer.state)
+        assert ledger.now == kept + counts
+        assert 0.6 * made < ledger.most - ledger.now <= made, name
+
+
+def test_matrices_in_several_pieces_take_the_same_step(monkeypatch):
+    def stepped():
+        model = tiny("t t t t t", torch.float32, train=True)
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        for optimizer in train_sft.make_optimizers(model, 1e-2):
+            optimizer.step()
+        return model.state_dict()
+    whole = stepped()
+    monkeypatch.setattr(train_sft, "MUON_AT_ONCE", 1000)
+    assert train_sft.muon_count(torch.Size([24, 20])) == 2
+    for name, p in stepped().items():
+        assert torch.equal(p, whole[name]), name
+
+
+MEASURED = """
+import dataclasses, sys, threading, time, torch, train_sft, distill, model as nano
+path, = sys.argv[1:]
+sys.argv = ["distill.py", "--teacher", path, "--replace", "2", "--train", "all", "--batch", "8", "--ctx", "128",
+            "--data", "x", "--rank", "first", "--device", "cpu", "--dtype", "float32", "--optimizer", "muon",
+            "--lr", "1e-4"]
+nano.keep_memory = lambda: None
+device, dtype, room = train_sft.planned_for(distill.parse_args())
+args, = distill.plan_stages(distill.parse_args())
+plans = list(distill.memory_plans(args, nano.read_config(path), device, dtype, room))
+
+def memory():
+    # The process's own: pages of files are the system's, which takes them where memory is short.
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+seen = []
+
+def watch():
+    while True:
+        seen.append(memory())
+        time.sleep(0.002)
+
+def train(teacher, batch, recompute):
+    student = distill.convert(distill.clone(teacher, "all"), teacher, range(2), "random")
+    distill.set_trained(student, "all", recompute).train()
+    block = lambda number, count: [([7] * 128, [True] * 128)] * count
+    plan = train_sft.Plan(2, 1e-4, 1, 100, 1, "kl")
+    loss_of = lambda model, texts: distill.batch_loss(model, teacher, texts, "reverse_kl")
+    train_sft.fit(student, loss_of, block, batch, plan, train_sft.Progress(path + "/p", {}), device, dtype)
+
+torch.set_num_threads(1)
+# What PyTorch loads when it is first used does not count: a model of little memory uses it before.
+small = dict(d_model=16, n_head=2, n_kv_head=1, head_dim=16, d_mlp=16, n_layer=2)
+train(nano.HybridLM(dataclasses.replace(nano.read_config(path), d_inner=None, d_xb=None, layout=(), **small)), 2, True)
+before = memory()
+threading.Thread(target=watch, daemon=True).start()
+for recompute in (True, False):
+    seen.clear()
+    train(nano.load_pretrained(path), 8, recompute)
+    print(plans[recompute].most(), max(seen) - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="asks Linux")
+def test_the_plan_is_what_a_run_takes(tmp_path):
+    """In a process of its own, which gives freed memory back at once: so its peak is that of its tensors, but for small
+    ones and parts of pages, for which 15 % are allowed."""
+    config = Config(vocab_size=17000, d_model=128, n_layer=6, n_head=4, n_kv_head=2, head_dim=32, d_mlp=384)
+    save_pretrained(HybridLM(config), tmp_path)
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], cwd=HERE, capture_output=True, text=True,
+                          check=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
+    for line in done.stdout.splitlines():
+        planned, measured = map(float, line.split())
+        assert 0.85 < planned / measured < 1.15, done.stdout
+
+
+def test_a_student_of_an_earlier_stage_shares_the_teachers_frozen_weights(traces, tmp_path):
+    """In bfloat16, too. A frozen weight that differs stays the student's own."""
+    teacher = load_pretrained(traces[0], dtype=torch.bfloat16)
+    student = convert(distill.clone(teacher, "mixers"), teacher, [1, 2], "aligned")
+    with torch.no_grad():
+        student.layers[0] = copy.deepcopy(student.layers[0])
+        student.layers[0].mlp.up_proj.weight += 1
+    save_pretrained(student, tmp_path)
+    args = argparse.Namespace(student=str(tmp_path), teacher=traces[0], train="mixers", d_state=None)
+    again, _ = distill.first_student(args, teacher)
+    distill.set_trained(convert(again, teacher, [3], "aligned"), "mixers")
+    theirs = {p.data_ptr() for p in teacher.parameters()}
+    for name, p in again.named_parameters():
+        own = name.startswith(tuple(f"layers.{i}.mixer." for i in (1, 2, 3))) or name == "layers.0.mlp.up_proj.weight"
+        assert (p.data_ptr() in theirs) == (not own), name
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
+    args.train = "all"
+    again, _ = distill.first_student(args, teacher)
+    assert not theirs & {p.data_ptr() for p in again.parameters()}
+
+
+def test_recomputing_changes_no_gradient(traces):
+    grads = []
+    for recompute in (False, True):
+        teacher = load_pretrained(traces[0])
+        torch.manual_seed(0)
+        student = convert(distill.clone(teacher, "all"), teacher, [1], "aligned")
+        distill.set_trained(student, "all", recompute).train()
+        loss, _ = distill.batch_loss(student, teacher, train_sft.collate(encoded(traces, "dev", 1), CPU), "reverse_kl")
+        loss.backward()
+        grads.append([p.grad for p in student.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*grads))
+
+
+def test_a_memory_size_is_for_a_dry_run(traces, tmp_path):
+    for flags in (("--memory", 80), ("--memory", 0, "--dry-run"), ("--memory", "nan", "--dry-run")):
+        with pytest.raises(UserError, match="--memory"):
+            run(distill, "--teacher", traces[0], "--replace", 1, "--out", tmp_path / "x", *flags)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ Everything before "Training from nothing" is also the library of distill.py: pro
 and the one training loop, `fit`.
 """
 import argparse
+import collections
 import contextlib
 import copy
+import functools
 import glob
 import itertools
 import json
@@ -25,6 +27,7 @@ import sys
 import time
 import traceback
 import warnings
+import weakref
 import zlib
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -34,6 +37,9 @@ import model as nano         # before torch: it says how threads wait
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from model import (THOUGHTS, TOOLS, UserError, autocast, brief, claim_out, either, file_hash, provenance, read_records,
@@ -611,9 +617,12 @@ def cross_entropy(model, batch):
     """A Batch -> summed loss in nats (float32), and the number of trained tokens."""
     x, _ = model.hidden(batch.tokens, reset=batch.reset)           # (b, t, d_model)
     trained = batch.targets >= 0                         # (b, t) bool
-    logits = model.lm_head(x[trained]).float()           # (trained tokens, vocab_size) only
-    loss = F.cross_entropy(logits, batch.targets[trained], reduction="sum")
-    return loss, int(trained.sum())
+    return summed_loss(x[trained], model.lm_head, batch.targets[trained]), int(trained.sum())
+
+
+def summed_loss(x, head, targets):
+    """x (m, d_model): hidden states of the trained positions only; targets (m) -> the summed cross-entropy."""
+    return F.cross_entropy(head(x).float(), targets, reduction="sum")
 
 
 def answer_of(text):
@@ -680,6 +689,15 @@ def orthogonalize(matrices):
     return y.mT if tall else y
 
 
+# Numbers that are orthogonalised together: a step makes some six tensors of their size.
+MUON_AT_ONCE = 1 << 24
+
+
+def muon_count(shape):
+    """-> how many matrices of this shape go together."""
+    return max(1, MUON_AT_ONCE // shape.numel())
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for parameters (rows, columns) only. One state per parameter: "momentum", of its shape;
     that is half of what AdamW keeps. 0.95 is Jordan's value."""
@@ -696,10 +714,13 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
-                self.step_shape(group, shape, params)
+                # Each process works on so many.
+                count = muon_count(shape) * processes()
+                for i in range(0, len(params), count):
+                    self.step_shape(group, shape, params[i:i + count])
 
     def step_shape(self, group, shape, params):
-        """A step of the parameters of one shape."""
+        """A step of some parameters of one shape."""
         lr = group["lr"]
         for p in params:
             if "momentum" not in self.state[p]:
@@ -1220,6 +1241,333 @@ def merge(model, other, weight):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The memory plan: what a training step needs, known before anything is loaded. A model on the meta device has shapes
+# and no memory, and fake tensors pass through the real code, which does no work on them. So it is written down nowhere
+# what a layer keeps for its backward pass: one layer of each kind runs forth and back on fake tensors, of few tokens
+# and of twice as many, while a Ledger counts. Bytes lie on a line, fixed + tokens * per_token.
+#
+# Trained weights (float32), frozen ones, the teacher and optimiser states are there all the time. On top comes the
+# largest of four moments:
+#       the loss            forward is over: what all layers keep, and some logits of student and teacher
+#       the last layer      what all layers keep, and what the last of them makes while it goes back
+#       the first layer     the gradients of all weights, and what the first layer makes; nothing else is kept any more
+#       the update          the gradients of all weights, and what the optimiser makes of them
+# Between the last layer and the first, what was kept goes as gradients come. A layer that recomputes keeps its input
+# alone, and runs a second time when its turn comes: a third more work.
+#
+# Every text counts as --ctx tokens, all of them trained. N processes hold 1 / N of weights, gradients, states and
+# texts, and two layers as a whole; before and after the steps each holds all weights. Not counted are Triton's scratch (some 100 MB at the 15B shape) and the ranking of
+# layers. A GB is 1e9 bytes.
+
+# The share of a device's memory to plan with. A GPU keeps some for itself, and loses some in gaps between tensors; on
+# a CPU the gaps are a quarter (see model.keep_memory), and there are other programs.
+ROOM = {"cuda": 0.93, "cpu": 0.7, "mps": 0.7}
+# The longest of the built-in texts, in tokens of their own tokenizer.
+LONGEST_BUILT_IN = 170
+
+
+class Ledger(TorchDispatchMode):
+    """A context that counts the bytes of the tensors made in it: now, and the most so far."""
+    def __init__(self, before):
+        """before: tensors that are there already and do not count."""
+        super().__init__()
+        self.now = 0
+        self.most = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in before}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.enter(tensor.untyped_storage())
+        return result
+
+    def enter(self, storage):
+        """Views share a storage, which counts once and leaves with the last of them."""
+        key = storage._cdata
+        if key not in self.known:
+            self.known.add(key)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.leave, key, storage.nbytes())
+
+    def leave(self, key, size):
+        self.known.remove(key)
+        self.now -= size
+
+
+def observe(forward, before):
+    """forward() makes a tensor of the tensors `before` -> bytes kept for its backward pass; the most there is at once
+    in both passes, that and the gradients of the weights included."""
+    ledger = Ledger(before)
+    with ledger:
+        y = forward()
+        kept = ledger.now
+        y.backward(torch.empty_like(y))
+    return kept, ledger.most
+
+
+class Line(NamedTuple):
+    """Bytes that grow with the tokens of a step."""
+    fixed: float
+    per_token: float = 0.0
+
+    def at(self, tokens):
+        return self.fixed + tokens * self.per_token
+
+    def plus(self, other, times=1):
+        return Line(self.fixed + times * other.fixed, self.per_token + times * other.per_token)
+
+
+def lines_through(observed, small, large):
+    """observed(tokens) -> two numbers of bytes; two numbers of tokens -> the two Lines."""
+    lines = []
+    for low, high in zip(observed(small), observed(large)):
+        slope = (high - low) / (large - small)
+        lines.append(Line(low - slope * small, slope))
+    return lines
+
+
+class KernelScan(torch.autograd.Function):
+    """What Triton's scan keeps and makes, see model.TritonScan, and none of its work: kernels take no fake tensors."""
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        return torch.empty(inputs[0].shape, dtype=inputs[0].dtype)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        u, _, A, *_ = ctx.saved_tensors
+        # The cells after every 16th step stay until all gradients are there.
+        cells = torch.empty(u.numel() // 16, A.shape[1])
+        grads = tuple(torch.empty(m.shape, dtype=m.dtype) for m in ctx.saved_tensors)
+        del cells
+        return grads
+
+
+def kernel_scan(u, dt, A, B, C, D, z, dt_bias, h, reset):
+    """model.selective_scan as on a GPU."""
+    return KernelScan.apply(u, dt, A, B, C, D, z, dt_bias), None
+
+
+@functools.cache
+def layer_lines(config, kind, trained, batch, ctx, dtype, stream, kernels):
+    """A layer of this kind; trained: the names of its parameters that train; dtype: of products and frozen weights;
+    stream: of its input; kernels: are there a GPU's? -> Lines: what it keeps, the most in both passes."""
+    def observed(batch, ctx):
+        with FakeTensorMode():
+            layer = nano.cast(nano.Block(config, kind), "cpu", dtype)
+            for name, p in layer.named_parameters():
+                p.requires_grad_(name in trained)
+                p.data = p.data.float() if name in trained else p.data
+            if kernels and kind == "m2":
+                layer.mixer.scan = kernel_scan
+            if kernels and kind == "t":
+                layer.mixer.attend = functools.partial(nano.attend_by_definition, layer.mixer)
+            ids = torch.empty(batch, ctx, dtype=torch.long)
+            x = torch.empty(batch, ctx, config.d_model, dtype=stream, requires_grad=True)
+            place, _ = nano.make_place(config, ids, 0, None, None, stream)
+
+            def forward():
+                with autocast(x.device, dtype):
+                    return layer(x, None, place)[0]
+            return observe(forward, [x, place.cos, place.sin, *layer.parameters()])
+
+    # A scan is a loop over tokens, and its chunks depend on the batch; short texts keep less in attention.
+    if kind == "m2":
+        return lines_through(lambda tokens: observed(batch, tokens // batch), 16 * batch, 32 * batch)
+    return lines_through(lambda tokens: observed(tokens // ctx, ctx), ctx, 2 * ctx)
+
+
+def loss_line(loss, heads, dtype, stream):
+    """loss(x, *heads) -> the summed loss of hidden states x (m, d_model); heads: output layers on the meta device
+    -> the Line of the most in its forward and backward pass, x included."""
+    def observed(tokens):
+        with FakeTensorMode():
+            copies = []
+            for head in heads:
+                copies.append(torch.nn.Linear(head.in_features, head.out_features, bias=False))
+                made = torch.empty(head.weight.shape, dtype=head.weight.dtype)
+                copies[-1].weight = torch.nn.Parameter(made, head.weight.requires_grad)
+
+            def forward():
+                x = torch.empty(tokens, head.in_features, dtype=stream, requires_grad=True)
+                with autocast(x.device, dtype):
+                    return loss(x, *copies)
+            return observe(forward, [copy.weight for copy in copies])
+
+    # One piece or two, see distill.LossInPieces.
+    return lines_through(observed, 1024, 2048)[1]
+
+
+def optimizer_bytes(optimizers, kernels):
+    """-> bytes of what the optimisers keep, and of what they make in a step."""
+    kept = 0
+    made = 0
+    for optimizer in optimizers:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        sizes = [p.nbytes for p in params]
+        # A step count is no more than a few bytes.
+        kept += sum(key != "step" for key in optimizer.STATE) * sum(sizes)
+        if isinstance(optimizer, Muon):
+            # Six to eight tensors of the size of what is orthogonalised together.
+            for p in params:
+                alike = sum(q.shape == p.shape for q in params)
+                made = max(made, 8 * p.nbytes * min(alike, muon_count(p.shape)))
+        else:
+            # AdamW makes three of one weight after the other, or, on a GPU, one of all weights together.
+            made = max(made, sum(sizes) if kernels else 3 * max(sizes))
+    return kept, made
+
+
+class MemoryPlan(NamedTuple):
+    """The memory of a training step, in one process."""
+    train: str                                           # which weights: all or mixers
+    recompute: bool
+    batch: int                                           # texts ...
+    ctx: int                                             # ... of so many tokens
+    room: float                                          # bytes to plan with
+    resident: dict                                       # {name: bytes} that are there all the time
+    kept: Line                                           # by all layers, for the backward pass
+    moments: dict                                        # {name: Line}
+
+    def most(self):
+        """-> bytes that are there at once."""
+        tokens = self.batch * self.ctx
+        return sum(self.resident.values()) + max(line.at(tokens) for line in self.moments.values())
+
+    def most_tokens(self):
+        """-> tokens of a step that there is room for, at least 0."""
+        left = self.room - sum(self.resident.values())
+        tokens = [(left - line.fixed) / line.per_token for line in self.moments.values() if line.per_token]
+        fixed = max(line.fixed for line in self.moments.values())
+        return max(0, int(min(tokens))) if fixed <= left else 0
+
+    def fits(self):
+        return self.most() <= self.room
+
+
+def memory_plan(student, others, loss, heads, args, dtype, room, kernels, n=1):
+    """student: on the meta device, with the dtypes, requires_grad and recompute that it trains with; others: {name:
+    bytes} of what is not trained; loss, heads: see loss_line; args: train, batch, accumulate, ctx, lr, optimizer;
+    n: processes -> MemoryPlan."""
+    config = student.config
+    stream = student.embed_tokens.weight.dtype
+    batch = math.ceil(args.batch / n)
+    tokens = batch * args.ctx
+    weights = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    states, made = optimizer_bytes(make_optimizers(student, args.lr, args.optimizer), kernels)
+    resident = others | {"trained weights": weights, "optimiser states": states}
+
+    kept = Line(0)
+    last = []
+    first = []
+    for kind, count in collections.Counter(config.layout).items():
+        block = student.layers[config.layout.index(kind)]
+        trained = frozenset(name for name, p in block.named_parameters() if p.requires_grad)
+        keeps, most = layer_lines(config, kind, trained, batch, args.ctx, dtype, stream, kernels)
+        first.append(most)
+        last.append(most if student.recompute else most.plus(keeps, -1))
+        if student.recompute:
+            # What is fixed are copies of weights in dtype, which autocast keeps until the loss is there.
+            keeps = Line(keeps.fixed, config.d_model * stream.itemsize)
+        kept = kept.plus(keeps, count)
+    gradients = Line(weights / n)
+    if args.accumulate > 1:
+        # Those of the batches before this one.
+        kept = kept.plus(gradients)
+    moments = {
+        "the loss": kept.plus(loss_line(loss, heads, dtype, stream)),
+        "the last layer": kept.plus(max(last, key=lambda line: line.at(tokens))),
+        "the first layer": gradients.plus(max(first, key=lambda line: line.at(tokens))),
+        "the update": gradients.plus(Line(made))}
+    if n > 1:
+        # Before and after the steps each holds both models whole.
+        whole = sum(others.values()) + weights
+        resident = {name: size / n for name, size in resident.items()}
+        resident["two whole layers"] = 2 * max(layer_bytes(block) for block in student.layers)
+        moments["conversion, all weights whole"] = Line(whole - sum(resident.values()))
+    return MemoryPlan(args.train, student.recompute, batch, args.ctx, room, resident, kept, moments)
+
+
+def layer_bytes(block):
+    return sum(p.nbytes for p in block.parameters())
+
+
+def choose_plan(plans):
+    """-> the first of some MemoryPlans that fits; the last, if none does. Later ones are not made."""
+    for plan in plans:
+        if plan.fits():
+            break
+    return plan
+
+
+def print_plans(plans):
+    """The chosen plan, term by term, and all of them in a line each."""
+    chosen = choose_plan(plans)
+    tokens = chosen.batch * chosen.ctx
+    print(f"memory of a step of {chosen.batch} x {chosen.ctx} tokens in GB, training {chosen.train}"
+          f"{', layers recomputed' if chosen.recompute else ''}")
+    for name, size in chosen.resident.items():
+        print(f"  {name:34}{size / 1e9:9.2f}")
+    for name, line in chosen.moments.items():
+        print(f"  {'or at ' + name:34}{line.at(tokens) / 1e9:9.2f}")
+    print(f"  {'in all':34}{chosen.most() / 1e9:9.2f} of {chosen.room / 1e9:.2f}\n")
+    print("train    recomputed   kept, kB a token   in all, GB   fits   largest step")
+    for plan in plans:
+        words = ("no", "yes")
+        most = plan.most_tokens()
+        rows = f"{most // plan.ctx} x {plan.ctx}" if most >= plan.ctx else f"1 x {most}"
+        print(f"{plan.train:9}{words[plan.recompute]:13}{plan.kept.per_token / 1e3:16.1f}{plan.most() / 1e9:13.2f}"
+              f"   {words[plan.fits()]:7}{rows}")
+    if not chosen.fits():
+        print("none fits: lower --batch or --ctx")
+
+
+def plan_flags(add):
+    """The flags of the memory plan, for an ArgumentParser's add_argument."""
+    add("--dry-run", action="store_true", help="print the memory plan and stop: no weight is read, nothing written")
+    add("--memory", type=float, metavar="GB",
+        help="with --dry-run: plan for a GPU of this size (default: for this device)")
+
+
+def planned_for(args):
+    """The flags -> device, dtype of products, and bytes: what the run would take, or with --memory a GPU of that size.
+    Raises UserError."""
+    wanted = args.dtype
+    device, dtype = start_script(args)
+    if args.memory is None:
+        return device, dtype, ROOM[device.type] * memory_bytes(device)
+    if not args.dry_run or not 0 < args.memory < math.inf:
+        raise UserError("--memory GB, above 0, is for --dry-run")
+    if args.device == "auto":
+        device = torch.device("cuda")
+    return device, nano.pick_dtype(wanted, device), ROOM[device.type] * args.memory * 1e9
+
+
+def memory_bytes(device):
+    """Memory of the GPU, or of the machine, in bytes: all of it, not what is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def planned_config(path):
+    """A checkpoint directory -> its Config. Weights are not read, and need not be there: one may plan before the
+    download. If they are, their headers are checked."""
+    path = nano.checkpoint_dir(path)
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in os.listdir(path)):
+        return nano.outline(path)[0].config
+    return nano.read_config(path)
+
+
+def longest_text(args, vocab_size):
+    """-> tokens that the longest text may have."""
+    own = not args.data and vocab_size == TEACHER.vocab_size
+    return min(args.ctx, LONGEST_BUILT_IN) if own else args.ctx
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Many processes: the same scripts on all GPUs of a machine, or of several. You may skip this: a process that is alone
 # passes through every function below as if it were not there.
 #
@@ -1545,6 +1893,7 @@ def parse_args():
     add("--threads", type=int, help="CPU threads (default: all cores)")
     add("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     add("--dtype", default="auto", help="of matrix products: auto, float32 or bfloat16 (default auto)")
+    plan_flags(add)
     # What happens to runs that were interrupted or finished.
     add("--every", type=int, default=200, help="steps between saves (default 200)")
     add("--resume", action="store_true", help="continue an interrupted run in --out, with the same flags")
@@ -1576,6 +1925,13 @@ def start_model(args):
     model = nano.HybridLM(replace(TEACHER, n_layer=args.layers or TEACHER.n_layer, layout=()))
     init_weights(model)
     return model, load_codec(args.out)
+
+
+def choose_rates(args, d_model):
+    """Fill in --optimizer auto and the rates."""
+    muon = (0.005, None) if args.scratch else (0.0005, None)
+    adamw = muon if args.scratch else (0.0002, None)
+    choose_optimizer(args, d_model, muon, adamw)
 
 
 def start_data(args, codec, n_vocab):
@@ -1611,21 +1967,47 @@ def evaluate(args, model, codec):
     return {"accuracy": pooled, "accuracy_by_family": by_family, "problems_per_family": args.eval}
 
 
+def memory_plans(args, config, device, dtype, room):
+    """Yields a MemoryPlan without and one with recomputing, for a model of this config."""
+    with torch.device("meta"):
+        model = nano.HybridLM(config)
+    others = {}
+    if args.merge:
+        others["the model to merge with"] = sum(p.nbytes for p in model.parameters())
+
+    def loss(x, head):
+        return summed_loss(x, head, torch.empty(len(x), dtype=torch.long))
+
+    values = {"train": "all", "ctx": longest_text(args, config.vocab_size)}
+    shape = argparse.Namespace(**vars(args) | values)
+    for model.recompute in (False, True):
+        yield memory_plan(model, others, loss, [model.lm_head], shape, dtype, room,
+                          device.type == "cuda", processes())
+
+
+def start_config(args):
+    """-> the Config of the model to train, from no more than its config.json."""
+    config = planned_config(args.model) if args.model else TEACHER
+    return replace(config, n_layer=args.layers, layout=()) if args.layers else config
+
+
 def main():
     """Check flags and files, train, merge, save, evaluate. What a user can get wrong is found before the first step."""
     args = parse_args()
-    device, dtype = start_script(args)
+    device, dtype, room = planned_for(args)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     check_flags(args)
+    if args.dry_run:
+        config = start_config(args)
+        choose_rates(args, config.d_model)
+        return print_plans(list(memory_plans(args, config, device, dtype, room)))
     args.out = once(claim_out, args.out, [args.model, args.merge], args.overwrite, args.resume,
                     done="training.json")
     model, codec = start_model(args)
     # Refused now, not after the training.
     other = merge_partner(args, model)
     block = start_data(args, codec, model.config.vocab_size)
-    muon = (0.005, None) if args.scratch else (0.0005, None)
-    adamw = muon if args.scratch else (0.0002, None)
-    choose_optimizer(args, model.config.d_model, muon, adamw)
+    choose_rates(args, model.config.d_model)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.2f} M parameters, layout {' '.join(model.config.layout)}; "
           f"{args.optimizer} at {args.lr:g}, products in {dtype}\n"
@@ -1635,6 +2017,7 @@ def main():
                 optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0,
                 accumulate=args.accumulate)
     model = model.to(device).train()
+    model.recompute = choose_plan(memory_plans(args, model.config, device, dtype, room)).recompute
     log = fit(model, cross_entropy, block, args.batch, plan, progress, device, dtype)
     if other:
         merge(model, other, args.merge_weight)
