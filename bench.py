@@ -1405,7 +1405,7 @@ def draw_member(axes, x, seeds):
 
 def draw_curves(plt, path, results):
     """A line per Result, which must have a curve: its KL to the teacher, and beside it, if any has it, exact match.
-    Time is the processor's on a CPU, which other programs do not prolong; training alone counts, and making the start."""
+    Time is the processor's on a CPU, which other programs do not prolong: that of training and of making the start."""
     measures = {"kl": "KL to the teacher, held-out texts, nats a token", "accuracy": "exact match"}
     points = [point for result in results for point in result.curve]
     if all(point["accuracy"] is None for point in points):

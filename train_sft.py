@@ -1256,8 +1256,8 @@ def merge(model, other, weight):
 # alone, and runs a second time when its turn comes: a third more work.
 #
 # Every text counts as --ctx tokens, all of them trained. N processes hold 1 / N of weights, gradients, states and
-# texts, and two layers as a whole; before and after the steps each holds all weights. Not counted are Triton's scratch (some 100 MB at the 15B shape) and the ranking of
-# layers. A GB is 1e9 bytes.
+# texts, and two layers as a whole; before and after the steps each holds all weights. Not counted are Triton's scratch
+# (some 100 MB at the 15B shape) and the ranking of layers. A GB is 1e9 bytes.
 
 # The share of a device's memory to plan with. A GPU keeps some for itself, and loses some in gaps between tensors; on
 # a CPU the gaps are a quarter (see model.keep_memory), and there are other programs.
