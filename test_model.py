@@ -5342,7 +5342,8 @@ def plans_of(monkeypatch, path, *flags, room=80e9, script=distill):
 
 def test_the_plan_of_a_1b_model_is_what_can_be_added_up_by_hand(tmp_path, monkeypatch):
     path = shape_dir(tmp_path, "1b")
-    plans = plans_of(monkeypatch, path, "--optimizer", "adamw", "--batch", 2, "--ctx", 64, script=train_sft)
+    flags = ("--batch", 2, "--ctx", 64, "--dtype", "float32", "--optimizer")
+    plans = plans_of(monkeypatch, path, *flags, "adamw", script=train_sft)
     d = 2048
     heads = 32 * 64 + 8 * 64
     mlp = 8192
@@ -5357,7 +5358,7 @@ def test_the_plan_of_a_1b_model_is_what_can_be_added_up_by_hand(tmp_path, monkey
     assert plan.kept.per_token == 4 * layers * numbers
     assert plan.moments["the first layer"].fixed >= 4 * size
     assert plans["all", True].kept.per_token == 4 * layers * d
-    muon = plans_of(monkeypatch, path, "--batch", 2, "--ctx", 64, script=train_sft)["all", True]
+    muon = plans_of(monkeypatch, path, *flags, "muon", script=train_sft)["all", True]
     others = 128256 * d + (2 * layers + 1) * d
     assert muon.resident["optimiser states"] == 4 * (size - others) + 8 * others
 
@@ -5462,7 +5463,8 @@ MEASURED = """
 import dataclasses, sys, threading, time, torch, train_sft, distill, model as nano
 path, = sys.argv[1:]
 sys.argv = ["distill.py", "--teacher", path, "--replace", "2", "--train", "all", "--batch", "8", "--ctx", "128",
-            "--data", "x", "--rank", "first", "--device", "cpu", "--dtype", "float32"]
+            "--data", "x", "--rank", "first", "--device", "cpu", "--dtype", "float32", "--optimizer", "muon",
+            "--lr", "1e-4"]
 nano.keep_memory = lambda: None
 device, dtype, room = train_sft.planned_for(distill.parse_args())
 args, = distill.plan_stages(distill.parse_args())
