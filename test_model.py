@@ -5330,7 +5330,8 @@ def plans_of(monkeypatch, path, *flags, room=80e9, script=distill):
 
 def test_the_plan_of_a_1b_model_is_what_can_be_added_up_by_hand(tmp_path, monkeypatch):
     path = shape_dir(tmp_path, "1b")
-    plans = plans_of(monkeypatch, path, "--optimizer", "adamw", "--batch", 2, "--ctx", 64, script=train_sft)
+    flags = ("--batch", 2, "--ctx", 64, "--dtype", "float32", "--optimizer")
+    plans = plans_of(monkeypatch, path, *flags, "adamw", script=train_sft)
     d = 2048
     heads = 32 * 64 + 8 * 64
     mlp = 8192
@@ -5345,8 +5346,7 @@ def test_the_plan_of_a_1b_model_is_what_can_be_added_up_by_hand(tmp_path, monkey
     assert plan.kept.per_token == 4 * layers * numbers
     assert plan.moments["the first layer"].fixed >= 4 * size
     assert plans["all", True].kept.per_token == 4 * layers * d
-    flags = ("--optimizer", "muon", "--batch", 2, "--ctx", 64)
-    muon = plans_of(monkeypatch, path, *flags, script=train_sft)["all", True]
+    muon = plans_of(monkeypatch, path, *flags, "muon", script=train_sft)["all", True]
     others = 128256 * d + (2 * layers + 1) * d
     assert muon.resident["optimiser states"] == 4 * (size - others) + 8 * others
 

@@ -1424,6 +1424,7 @@ class MemoryPlan(NamedTuple):
     """The memory of a training step, in one process."""
     train: str                                           # which weights: all or mixers
     recompute: bool
+    dtype: torch.dtype                                   # of products
     batch: int                                           # texts ...
     ctx: int                                             # ... of so many tokens
     room: float                                          # bytes to plan with
@@ -1487,7 +1488,7 @@ def memory_plan(student, others, loss, heads, args, dtype, room, kernels, n=1):
         resident = {name: size / n for name, size in resident.items()}
         resident["two whole layers"] = 2 * max(layer_bytes(block) for block in student.layers)
         moments["conversion, all weights whole"] = Line(whole - sum(resident.values()))
-    return MemoryPlan(args.train, student.recompute, batch, args.ctx, room, resident, kept, moments)
+    return MemoryPlan(args.train, student.recompute, dtype, batch, args.ctx, room, resident, kept, moments)
 
 
 def layer_bytes(block):
@@ -1506,8 +1507,8 @@ def print_plans(plans):
     """The chosen plan, term by term, and all of them in a line each."""
     chosen = choose_plan(plans)
     tokens = chosen.batch * chosen.ctx
-    print(f"memory of a step of {chosen.batch} x {chosen.ctx} tokens in GB, training {chosen.train}"
-          f"{', layers recomputed' if chosen.recompute else ''}")
+    print(f"memory of a step of {chosen.batch} x {chosen.ctx} tokens in GB, products in {chosen.dtype}, training "
+          f"{chosen.train}{', layers recomputed' if chosen.recompute else ''}")
     for name, size in chosen.resident.items():
         print(f"  {name:34}{size / 1e9:9.2f}")
     for name, line in chosen.moments.items():
