@@ -1538,7 +1538,9 @@ def planned_for(args):
     wanted = args.dtype
     device, dtype = start_script(args)
     if args.memory is None:
-        return device, dtype, ROOM[device.type] * memory_bytes(device)
+        # A GPU is one process's own.
+        share = 1 if device.type == "cuda" else processes()
+        return device, dtype, ROOM[device.type] * memory_bytes(device) / share
     if not args.dry_run or not 0 < args.memory < math.inf:
         raise UserError("--memory GB, above 0, is for --dry-run")
     if args.device == "auto":
