@@ -30,11 +30,11 @@ from tqdm import tqdm
 from model import (UserError, autocast, choose_threads, claim_out, file_hash, harm, provenance,
                    weights_hash)
 from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check_rates, choose_optimizer,
-                       choose_plan, clipped_step, collate, encode_parts, encode_problem, fit, generic_block,
-                       list_block, load_codec, longest_text, make_optimizers, mamba_names, memory_plan, once,
-                       own_part, plan_flags, planned_config, planned_for, print_plans, problem_set, processes,
-                       read_jsonl, run_together, share_out, show_example, solve, summed, take_back,
-                       trace_block, union)
+                       choose_plan, clipped_step, collate, encode_parts, encode_problem, few_positions, fit,
+                       generic_block, list_block, load_codec, longest_text, make_optimizers, mamba_names,
+                       memory_plan, once, own_part, plan_flags, planned_config, planned_for, print_plans,
+                       problem_set, processes, read_jsonl, run_together, share_out, show_example, solve, summed,
+                       summed_loss, take_back, trace_block, union)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -367,17 +367,6 @@ def convert(student, teacher, layers, init="aligned", texts=None):
 #
 # The teacher's whole distribution is a far richer signal than the one token that followed: some 100 steps do here what
 # took the teacher thousands. Prompt and padding do not count, and the mean is over tokens, not over texts.
-#
-# With a large vocabulary the (tokens, vocabulary) logits are the largest tensors of the whole run (131072 x 16384 in
-# float32 is 8.6 GB): they are then made piece by piece from the hidden states, and the gradient of a piece is made at
-# once, in its place, so that nothing is kept for the backward pass and nothing made twice. On a CPU the float32 copies
-# of a few rows stay in the cache. It took 0.6 of 6.2 s off a step of SmolLM2-135M, and 1.5 of 6.6 GB.
-
-# The vocabulary size above which the loss works in pieces, the tokens of a piece, and those in float32 at once.
-PIECES_ABOVE = 16384
-PIECE_TOKENS = 1024
-FLOAT32_TOKENS = 32
-
 
 def kl_divergence(student_logits, teacher_logits, divergence="reverse_kl"):
     """Two (..., vocab_size) of logits -> (...) nats. Zero for equal logits, finite for any finite ones.
@@ -391,55 +380,12 @@ def kl_divergence(student_logits, teacher_logits, divergence="reverse_kl"):
 
 def distillation_loss(x, teacher_x, head, teacher_head, divergence="reverse_kl", piece=None):
     """x, teacher_x (m, d_model): hidden states of the trained positions; head, teacher_head: the output layers.
-    -> the summed divergence in nats. piece: tokens that are computed at once, None: decided by the vocabulary size.
-    A sum, so pieces add up exactly to the whole, and the caller divides by the tokens of the batch."""
-    if piece is None and head.weight.shape[0] > PIECES_ABOVE:
-        piece = PIECE_TOKENS
-    if piece is not None:
-        return LossInPieces.apply(x, head.weight, teacher_x, teacher_head, divergence, piece)
-    with torch.no_grad():
-        teacher_logits = teacher_head(teacher_x)
-    return kl_divergence(head(x), teacher_logits, divergence).sum()
+    -> the summed divergence in nats, which the caller divides by the tokens of the batch. piece: see
+    train_sft.summed_loss."""
+    def loss_of(logits, teacher_logits):
+        return kl_divergence(logits, teacher_logits, divergence).sum()
 
-
-class LossInPieces(torch.autograd.Function):
-    """(x, the head's weight, teacher_x, teacher_head, divergence, piece) -> what distillation_loss says."""
-    @staticmethod
-    def forward(ctx, x, weight, teacher_x, teacher_head, divergence, piece):
-        total = x.new_zeros((), dtype=torch.float32)
-        grad_x = torch.empty_like(x)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(x), piece):
-            part = slice(i, i + piece)
-            logits = torch.nn.functional.linear(x[part], weight)             # (tokens of this piece, vocab_size)
-            teacher_logits = teacher_head(teacher_x[part])
-            pairs = zip(logits.split(FLOAT32_TOKENS), teacher_logits.split(FLOAT32_TOKENS))
-            for rows, teacher_rows in pairs:
-                total += loss_and_gradient(rows, teacher_rows, divergence)
-            grad_x[part] = logits @ weight
-            if grad_weight is not None:
-                grad_weight += logits.T @ x[part]
-            # Else the next piece would be made beside this one.
-            del logits, teacher_logits, pairs, rows, teacher_rows
-        ctx.save_for_backward(grad_x, grad_weight)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        grad_x, grad_weight = ctx.saved_tensors
-        if grad_weight is not None:
-            grad_weight = grad * grad_weight
-        return grad * grad_x, grad_weight, None, None, None, None
-
-
-def loss_and_gradient(logits, teacher_logits, divergence):
-    """(rows, vocab_size) each -> the summed divergence; logits are overwritten by its gradient."""
-    with torch.enable_grad():
-        wide = logits.float().requires_grad_()
-        loss = kl_divergence(wide, teacher_logits, divergence).sum()
-    logits.copy_(torch.autograd.grad(loss, wide)[0])
-    return loss.detach()
+    return summed_loss(x, head, lambda part: teacher_head(teacher_x[part]), loss_of, piece)
 
 
 def trained_hidden(model, batch):
@@ -583,7 +529,7 @@ def scores_without_each(model, batch):
     tokens = batch.tokens
     targets = batch.targets
     trained = targets >= 0
-    intact = model.lm_head(trained_hidden(model, batch))                     # (m, vocab_size)
+    intact_x = trained_hidden(model, batch)                                  # (m, d_model)
     x = model.embed_tokens(tokens)                                           # (b, t, d_model)
     place, _ = nano.make_place(model.config, tokens, 0, None, None, x.dtype)
     for i, block in enumerate(model.layers):
@@ -593,21 +539,28 @@ def scores_without_each(model, batch):
             y = x + block.mlp(block.post_attention_layernorm(x))
             for later in model.layers[i + 1:]:
                 y, _ = later(y, None, place)
-            yield i, score(model.lm_head(model.norm(y)[trained]), intact, targets)
+            yield i, score(model.norm(y)[trained], intact_x, model.lm_head, targets)
         x, _ = block(x, None, place)
 
 
-def score(logits, intact, targets):
-    """logits, intact (m, vocab_size) -> tensor [texts right throughout, summed KL to intact, summed cross-entropy].
-    targets (b, t): m of them are not -1. Sums, so that batches of different size can be added up."""
+def score(x, intact_x, head, targets):
+    """x, intact_x (m, d_model): hidden states, before the output layer `head` -> tensor [texts right throughout, summed
+    KL to intact, summed cross-entropy]. targets (b, t): m of them are not -1. Sums, so that batches of different size
+    can be added up."""
     trained = targets >= 0                                                   # (b, t) bool
     wanted = targets[trained]                                                # (m)
     wrong = torch.zeros_like(trained)
-    wrong[trained] = logits.argmax(-1) != wanted
+    likeliest = torch.empty_like(wanted)
+    kl = 0.0
+    loss = 0.0
+    for part in few_positions(head, len(wanted)):
+        logits = head(x[part])
+        likeliest[part] = logits.argmax(-1)
+        kl += kl_divergence(logits, head(intact_x[part])).sum().item()
+        loss += torch.nn.functional.cross_entropy(logits.float(), wanted[part], reduction="sum").item()
+    wrong[trained] = likeliest != wanted
     right = (~wrong.any(1)).sum()
-    kl = kl_divergence(logits, intact).sum()
-    loss = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
-    return torch.tensor([right.item(), kl.item(), loss.item()])
+    return torch.tensor([right.item(), kl, loss])
 
 
 def least_important_first(scores):
@@ -928,13 +881,9 @@ def teacher_forced(run, student):
     count = 0
     for texts, teacher_x in run.asked["held out"]:
         wanted = texts.targets[texts.targets >= 0]                           # (m)
-        # Few logits at a time where the vocabulary is large, as in distillation_loss.
-        few = run.teacher.lm_head.weight.shape[0] > PIECES_ABOVE
-        piece = 4 * FLOAT32_TOKENS if few else max(1, len(wanted))
         with autocast(run.device, run.dtype):
             x = trained_hidden(student, texts)
-            for i in range(0, len(wanted), piece):
-                part = slice(i, i + piece)
+            for part in few_positions(student.lm_head, len(wanted)):
                 logits = student.lm_head(x[part])
                 sums += compared(logits, run.teacher.lm_head(teacher_x[part]), wanted[part])
         count += len(wanted)

@@ -4714,23 +4714,60 @@ def test_kl_is_a_mean_over_tokens_whatever_the_batch_and_its_length(traces):
     assert mean([silent]) == 0
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
-def test_kl_in_pieces_is_the_same_in_value_and_gradients(monkeypatch, divergence):
-    monkeypatch.setattr(distill, "FLOAT32_TOKENS", 3)
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "cross_entropy"])
+def test_a_loss_in_pieces_is_the_same_in_value_and_gradients(monkeypatch, name):
+    monkeypatch.setattr(train_sft, "FLOAT32_TOKENS", 3)
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50, bias=False)
     teacher_head = torch.nn.Linear(8, 50, bias=False)
     x = torch.randn(23, 8, requires_grad=True)
     teacher_x = torch.randn(23, 8)
+    targets = torch.randint(50, (23,))
+
+    def loss_of(piece):
+        if name == "cross_entropy":
+            return train_sft.summed_cross_entropy(x, head, targets, piece)
+        return distill.distillation_loss(x, teacher_x, head, teacher_head, name, piece)
     results = []
     for piece in (None, 5):
-        loss = distill.distillation_loss(x, teacher_x, head, teacher_head, divergence, piece)
+        loss = loss_of(piece)
         results.append((loss, *torch.autograd.grad(loss / 7, (x, head.weight))))
     for whole, pieces in zip(*results):
         torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
     head.requires_grad_(False)
-    loss = distill.distillation_loss(x, teacher_x, head, teacher_head, divergence, 5)
-    torch.testing.assert_close(torch.autograd.grad(loss / 7, x)[0], results[0][1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss_of(5) / 7, x)[0], results[0][1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_vocabulary_has_never_all_its_logits_at_once(traces, monkeypatch):
+    """Neither in the losses, nor in ranking, nor in what is measured; and nothing else comes out."""
+    teacher = load_pretrained(traces[0]).requires_grad_(False)
+    student = convert(copy.deepcopy(teacher), teacher, [1], "aligned")
+    examples = encoded(traces, "dev", 1)
+    batch = train_sft.collate(examples, CPU)
+    setup = distill_setup(traces, teacher)._replace(held_out=[examples])
+
+    def everything():
+        found = distill.teacher_forced(setup, student)
+        with torch.no_grad():
+            scores = [sums for _, sums in distill.scores_without_each(teacher, batch)]
+        losses = [train_sft.cross_entropy(student, batch)[0],
+                  distill.batch_loss(student, teacher, batch, "reverse_kl")[0]]
+        return torch.cat([torch.tensor([found["kl"], *found["loss"], found["top1"]]), *scores,
+                          torch.stack(losses).detach()])
+    whole = everything()
+    monkeypatch.setattr(train_sft, "PIECES_ABOVE", 1)
+    monkeypatch.setattr(train_sft, "PIECE_TOKENS", 8)
+    monkeypatch.setattr(train_sft, "FLOAT32_TOKENS", 2)
+    rows = []
+    real = torch.nn.functional.linear
+
+    def spied(x, weight, bias=None):
+        if len(weight) == teacher.config.vocab_size:
+            rows.append(x.numel() // x.shape[-1])
+        return real(x, weight, bias)
+    monkeypatch.setattr(torch.nn.functional, "linear", spied)
+    torch.testing.assert_close(everything(), whole, rtol=1e-4, atol=1e-4)
+    assert rows and max(rows) <= 8
 
 
 def test_masked_positions_do_not_change_the_loss_and_an_empty_mask_gives_zero(traces):
@@ -4878,8 +4915,8 @@ def test_teacher_forced_measures_equal_the_naive_way_and_are_nothing_for_the_tea
             sums += torch.stack([kl, -intact[i, ids[i + 1]], -logits[i, ids[i + 1]], same])
             count += 1
     for pieces_above in (16384, 1):                                          # all logits at once, and in pieces
-        monkeypatch.setattr(distill, "PIECES_ABOVE", pieces_above)
-        monkeypatch.setattr(distill, "FLOAT32_TOKENS", 2)
+        monkeypatch.setattr(train_sft, "PIECES_ABOVE", pieces_above)
+        monkeypatch.setattr(train_sft, "FLOAT32_TOKENS", 2)
         found = distill.teacher_forced(setup, student)
         found = torch.tensor([found["kl"], *found["loss"], found["top1"]])
         torch.testing.assert_close(found, sums / count, rtol=1e-4, atol=1e-6)
@@ -5016,7 +5053,7 @@ def test_an_order_counts_by_its_content_wherever_it_lies(traces, tmp_path, no_an
 
 @pytest.mark.parametrize("pieces", [1, 16384])
 def test_the_teacher_gets_no_gradients(traces, monkeypatch, pieces):
-    monkeypatch.setattr(distill, "PIECES_ABOVE", pieces)
+    monkeypatch.setattr(train_sft, "PIECES_ABOVE", pieces)
     teacher = load_pretrained(traces[0])
     student = convert(load_pretrained(traces[0]), teacher, [1], "aligned")
     batch = train_sft.collate(encoded(traces, "dev", 1), CPU)

@@ -41,8 +41,9 @@ sys.path.insert(0, str(ROOT))
 import model as nano
 
 TOLERANCE = 1e-4                             # of a logprob, in float32
-# Less likely tokens (one in a thousand) are not compared. Float32 keeps fewer digits of them: on the shipped teacher's
-# hybrid model.py itself is off by 1.5e-4 from float64 there, and by 1e-5 at the tokens taken.
+# Over HTTP, where every run mixes its requests differently, less likely tokens (one in a thousand) are not compared.
+# Float32 keeps fewer digits of them: on the shipped teacher's hybrid model.py itself is off by 1.5e-4 from float64
+# there, and by 1e-5 at the tokens taken.
 RARE = -7
 
 # One thread: the machine may have two cores, and model.py needs one of them in another process.
@@ -240,8 +241,8 @@ def logprobs_of(model, prompt, ids):
     return logits[0, len(prompt) - 1:].float().log_softmax(dim=-1)
 
 
-def compare(served, model, prompts):
-    """served: what serving returned -> Compared."""
+def compare(served, model, prompts, rarest=-float("inf")):
+    """served: what serving returned; rarest: logprob below which tokens are left out -> Compared."""
     assert "error" not in served, served["error"]
     differences = []
     behind = []
@@ -251,7 +252,7 @@ def compare(served, model, prompts):
             for row, id, step in zip(wanted, answer["ids"], answer["logprobs"], strict=True):
                 places = torch.tensor([int(place) for place in step])
                 served_here = torch.tensor(list(step.values()))
-                likely = row[places] > RARE
+                likely = row[places] > rarest
                 differences.append((row[places] - served_here)[likely].abs().max())
                 behind.append(row.max() - row[id])
     worst = torch.stack(differences).max().item()
@@ -259,9 +260,9 @@ def compare(served, model, prompts):
     return Compared(worst, mean, max(behind).item(), len(behind))
 
 
-def assert_served(served, path, prompts):
+def assert_served(served, path, prompts, rarest=-float("inf")):
     """What was served from the directory `path` is what model.py computes, in float32."""
-    compared = compare(served, nano.load_pretrained(path), prompts)
+    compared = compare(served, nano.load_pretrained(path), prompts, rarest)
     print(compared)
     assert compared.worst < TOLERANCE
     assert compared.behind < TOLERANCE
@@ -491,7 +492,7 @@ def test_eight_clients_over_http_get_what_model_py_computes(server):
         for step in answer["logprobs"]["top_logprobs"]:
             steps.append({key.removeprefix("token_id:"): value for key, value in step.items()})
         served.append({"ids": answer["token_ids"], "logprobs": steps})
-    compared = assert_served({"rounds": [served]}, path, ids)
+    compared = assert_served({"rounds": [served]}, path, ids, RARE)
     assert compared.positions == 8 * 48
 
 
