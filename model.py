@@ -3062,6 +3062,14 @@ def keep_memory():
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def trim_memory():
+    """Give back what keep_memory has kept. Batches differ in shape, and what one left does not fit the next: a process
+    that trains SmolLM2-135M with 7 GB had grown to 14 after 240 steps."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def choose_threads(model, device, threads=None):
     """Set the CPU threads: as many as asked for; else one for a small model on a CPU, where two gain little and lose
     much while another program has a core; else PyTorch's own choice."""

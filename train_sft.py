@@ -1137,6 +1137,10 @@ def signals_noted():
             signal.signal(number, usual[number])
 
 
+# Steps after which freed memory that is kept (see model.keep_memory) is given back.
+TRIM_EVERY = 10
+
+
 def fit(model, loss_of, block, batch, plan, progress, device, dtype):
     """Train model for plan.steps steps of plan.accumulate * batch examples each, see batches. -> the log, progress.log.
     loss_of(model, Batch) -> loss, summed over its trained tokens (or what plan.count counts), and their number.
@@ -1175,6 +1179,8 @@ def fit(model, loss_of, block, batch, plan, progress, device, dtype):
                 entry = write_entry(progress, plan.name)
                 speed = progress.tokens / max(0.1, progress.seconds)
                 bar.set_postfix({plan.name: f"{entry[plan.name]:.4f}", "tok_s": f"{speed:.0f}"})
+            if progress.step % TRIM_EVERY == 0:
+                nano.trim_memory()
             if plan.watch:
                 plan.watch(progress)
                 # What it took is not counted.
