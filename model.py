@@ -3053,12 +3053,12 @@ M_TRIM_THRESHOLD = -1
 
 
 def keep_memory():
-    """Memory of freed tensors of up to 128 MB stays with the process. Else Linux's C library gives it back at once, and
+    """Memory of freed tensors of up to 32 MB stays with the process. Else Linux's C library gives it back at once, and
     the system clears every page anew for the next: a quarter of a training step of 135 M weights. Larger ones are
     given back: an evaluation's would be kept for the rest of the run, in pieces that nothing large fits into."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 27)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
