@@ -1072,11 +1072,14 @@ def curve_watch(args, run, student, start):
         share = None
         if problems:
             _, share = accuracy(problems, solve(student, run.codec, problems, note="curve"))
+        kl = teacher_forced(run, student)["kl"]
         progress.curve.append({
             "step": progress.step, "tokens": progress.tokens,
             "seconds": round(start[0] + progress.seconds, 1),
             "cpu_seconds": round(start[1] + progress.cpu_seconds, 1),
-            "kl": teacher_forced(run, student)["kl"], "accuracy": share})
+            "kl": kl, "accuracy": share})
+        solved = "" if share is None else f", exact match {share:.3f}"
+        tqdm.write(f"after {progress.step} steps: KL {kl:.4f}{solved}")
     return watch
 
 
