@@ -11,6 +11,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import gzip
@@ -5482,6 +5483,32 @@ def test_matrices_in_several_pieces_take_the_same_step(monkeypatch):
     assert train_sft.muon_count(torch.Size([24, 20])) == 2
     for name, p in stepped().items():
         assert torch.equal(p, whole[name]), name
+
+
+KEPT = """
+import torch, model as nano
+nano.keep_memory()
+
+def megabytes():
+    return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+before = megabytes()
+blocks = [torch.ones(2_000_000) for _ in range(64)]                      # 8 MB each
+# The last one stays: what lies below it is not at the end of the heap.
+del blocks[:-1]
+kept = megabytes() - before
+nano.trim_memory()
+print(kept, megabytes() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="asks Linux")
+def test_freed_memory_is_kept_until_it_is_trimmed():
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("another C library than glibc")
+    done = subprocess.run([sys.executable, "-c", KEPT], cwd=HERE, capture_output=True, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 400 and left < 50
 
 
 MEASURED = """
