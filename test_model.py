@@ -3630,6 +3630,23 @@ def test_every_fiftieth_record_is_held_out_with_all_its_examples_and_long_ones_a
     assert "1 of 53 examples exceed --ctx 64" in capsys.readouterr().err
 
 
+def test_the_answers_to_a_held_out_prompt_are_all_held_out(traces, tmp_path):
+    """Of 60 prompts with two answers each the first and the 51st. Texts without a prompt are not the same one."""
+    def line(prompt, response):
+        return json.dumps({"prompt": prompt, "response": f"{response}{codec.chat.end}"})
+
+    codec = traces[1]
+    asked = [line(f"question {number}", answer) for answer in "ab" for number in range(60)]
+    alone = [line("", f"text {number}") for number in range(60)]
+    (tmp_path / "x.jsonl").write_text("\n".join(asked + alone))
+    train, held = train_sft.read_jsonl(tmp_path / "x.jsonl", codec, 64, 538)
+    texts = sorted(codec.enc.decode(ids).removesuffix(codec.chat.end) for ids, _ in held)
+    begin = codec.enc.decode(codec.begin)
+    assert texts == sorted(begin + text for text in [
+        "question 0a", "question 0b", "question 50a", "question 50b", "text 40"])
+    assert len(train) == 175
+
+
 # Batches, optimiser.
 
 def test_batches_depend_on_seed_and_number_alone():

@@ -354,7 +354,7 @@ def show_example(codec, example):
 # turn of the assistant is trained, but for those with "weight": 0.
 
 def read_jsonl(path, codec, ctx, n_vocab):
-    """A JSONL file -> (training examples, held-out examples: those of every 50th record). All of it is checked.
+    """A JSONL file -> (training examples, held-out examples: those of every 50th prompt). All of it is checked.
     Raises UserError with the line number; examples longer than ctx tokens are left out with a warning."""
     records = []
     n_long = 0
@@ -378,13 +378,25 @@ def read_jsonl(path, codec, ctx, n_vocab):
                         "two are needed")
     train = []
     held = []
-    for i, record in enumerate(records):
+    for number, record in zip(prompt_numbers(records), records):
         # At least one is held out. Turns of one conversation stay together: they share their texts.
-        if i % 50:
+        if number % 50:
             train += record
         else:
             held += record
     return train, held
+
+
+def prompt_numbers(records):
+    """Lists of examples -> a number for each: equal ones where the first prompt is the same, or a prompt with several
+    answers would be learnt and asked. Records are just counted where there are fewer than 50 different prompts."""
+    seen = {}
+    numbers = []
+    for i, ((ids, trained), *_) in enumerate(records):
+        asked = tuple(ids[:trained.index(True)]) if True in trained else tuple(ids)
+        # One token is the beginning of a text that has no prompt.
+        numbers.append(seen.setdefault(asked if len(asked) > 1 else i, len(seen)))
+    return numbers if len(seen) >= 50 else range(len(records))
 
 
 def check_examples(examples, n_vocab):
