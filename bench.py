@@ -1428,7 +1428,10 @@ def draw_curves(plt, path, results):
             axes.set_ylim(-0.02, 1.02)
     # On this scale equal distances are equal ratios: half the KL, in how many seconds?
     grid[0][0].set_yscale("log")
-    grid[0][0].tick_params(axis="y", which="minor", labelleft=False)
+    kls = [point["kl"] for point in points]
+    # Numbers between the powers of ten are for curves that cross few of those.
+    few = max(kls) < 20 * min(kls)
+    grid[0][0].tick_params(axis="y", which="minor", labelleft=few)
     grid[0][0].yaxis.set_major_formatter("{x:g}")
     grid[0][0].yaxis.set_minor_formatter("{x:g}")
     grid[0][0].legend(fontsize=8)
