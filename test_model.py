@@ -3645,6 +3645,10 @@ def test_the_answers_to_a_held_out_prompt_are_all_held_out(traces, tmp_path):
     assert texts == sorted(begin + text for text in [
         "question 0a", "question 0b", "question 50a", "question 50b", "text 40"])
     assert len(train) == 175
+    # One prompt of all: held out as a whole it would take most of the texts.
+    (tmp_path / "x.jsonl").write_text("\n".join(asked[:1] * 140 + asked[1:60]))
+    train, held = train_sft.read_jsonl(tmp_path / "x.jsonl", codec, 64, 538)
+    assert (len(train), len(held)) == (195, 4)
 
 
 # Batches, optimiser.

@@ -389,14 +389,17 @@ def read_jsonl(path, codec, ctx, n_vocab):
 
 def prompt_numbers(records):
     """Lists of examples -> a number for each: equal ones where the first prompt is the same, or a prompt with several
-    answers would be learnt and asked. Records are just counted where there are fewer than 50 different prompts."""
+    answers would be learnt and asked. Records are just counted where there are fewer than 50 different prompts, or one
+    has so many answers that more than a tenth of all records would be held out."""
     seen = {}
     numbers = []
     for i, ((ids, trained), *_) in enumerate(records):
         asked = tuple(ids[:trained.index(True)]) if True in trained else tuple(ids)
         # One token is the beginning of a text that has no prompt.
         numbers.append(seen.setdefault(asked if len(asked) > 1 else i, len(seen)))
-    return numbers if len(seen) >= 50 else range(len(records))
+    held = sum(number % 50 == 0 for number in numbers)
+    usable = len(seen) >= 50 and held <= len(records) / 10
+    return numbers if usable else range(len(records))
 
 
 def check_examples(examples, n_vocab):
