@@ -34,7 +34,7 @@ from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check
                        generic_block, list_block, load_codec, longest_text, make_optimizers, mamba_names,
                        memory_plan, once, own_part, plan_flags, planned_config, planned_for, print_plans,
                        problem_set, processes, read_jsonl, run_together, share_out, show_example, solve, summed,
-                       summed_loss, take_back, trace_block, union)
+                       summed_loss, take_back, texts_hash, trace_block, union)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1191,16 +1191,16 @@ def stage(args, run, began):
 def is_finished(args, depends):
     """Is this stage done already? UserError if it was made from something else: its successors would build on it."""
     file = os.path.join(args.out, "report.json")
-    if args.overwrite or not os.path.exists(file):
+    # A result may stand there while a run that overwrites it was interrupted.
+    if not os.path.exists(file) or nano.is_unfinished(args.out):
         return False
     report = nano.read_json(file, dict)
-    made = report.get("run") or report.get("args") or {}
-    for name, now in depends.items():
-        # A flag may be newer than the report.
-        before = made.get(name, now)
-        if before != now:
-            raise UserError(f"{args.out} was made with {name} = {before}, now {name} = {now}; pass the same "
-                            "flags, or --overwrite, or continue from it with --student")
+    try:
+        nano.check_same_run(report.get("run") or report.get("args") or {}, depends, args.out)
+    except UserError as e:
+        if args.overwrite:
+            return False
+        raise UserError(f"{e}, or continue from it with --student") from None
     print(f"{args.out} is finished already, kept")
     return True
 
@@ -1340,8 +1340,8 @@ def plan_stages(args):
     for count in stage_counts(args.stages):
         out = os.path.join(above, f"h{count}{suffix}")
         rank = first_rank(args.rank, student)
-        # --overwrite starts afresh.
-        again = not args.overwrite
+        # --overwrite starts afresh; with --resume, too, it goes on.
+        again = args.resume or not args.overwrite
         stages.append(change(args, replace=count, student=student, out=out, rank=rank, resume=again))
         # A stage starts from the one before it.
         student = out
@@ -1387,7 +1387,8 @@ def main():
     if args.dry_run:
         return print_plans(list(plans))
     plan = choose_plan(plans)
-    teacher = nano.load_pretrained(args.teacher, device, dtype)
+    # What could train is float32 in each of many processes, see share_out.
+    teacher = nano.load_pretrained(args.teacher, device, dtype).requires_grad_(False)
     codec = load_codec(args.teacher)
     block, probe, fixed, held_out = load_texts(args, codec, teacher.config.vocab_size)
     size = sum(p.numel() for p in teacher.parameters())
@@ -1399,7 +1400,8 @@ def main():
     choose_threads(teacher, device, args.threads)
     print_start(stages[0], teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
-    content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data)}
+    content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data),
+               "content of the first texts": texts_hash(block)}
     calibration = calibration_texts(block, device, teacher.config)
     run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, held_out, {})
     for each in stages:
@@ -1446,7 +1448,9 @@ def load_texts(args, codec, n_vocab):
         held_out = in_batches(held_out[:args.eval], args.batch)
     else:
         make = generic_block if args.traces == "generic" else trace_block
-        block = make(codec, args.seed)
+        block = make(codec, args.seed, args.ctx)
+        # Refused now, not after the ranking.
+        block(0, 1)
         probe = [encode_problem(codec, p) for p in problem_set("probe", args.probe)]
         fixed = [encode_problem(codec, p) for p in problem_set("dev", 16)]
         held_out = [fixed]

@@ -2633,15 +2633,21 @@ class Chat:
         return self.render(messages, add_generation_prompt=True)
 
 
-def load_chat(path, enc):
+# Some templates write the date (Llama 3's do). What is stored must not depend on the day, or a run of hours could not
+# be continued after midnight: training and traces have this one, which Llama's template itself falls back to.
+FIXED_DATE = datetime.datetime(2024, 7, 26)
+
+
+def load_chat(path, enc, date=None):
     """The chat template of the checkpoint at path, or Mistral's form. Where there is neither, or none that works here,
-    chat.refusal says why; prompt() and end raise it as a UserError."""
+    chat.refusal says why; prompt() and end raise it as a UserError. date: the datetime that a template is told when it
+    asks for the time; None: the real one."""
     path = os.fspath(path)
     try:
         template = find_template(path)
         if template is None or template == INST_TEMPLATE:
             return built_in_chat(enc)
-        return template_chat(path, template, enc)
+        return template_chat(path, template, enc, date)
     except UserError as e:
         return Chat(refusal=f"{path}: {e}")
 
@@ -2725,8 +2731,9 @@ def token_texts(path):
     return texts
 
 
-def compile_template(text):
-    """A chat template -> a jinja2 template that knows what transformers lets templates use, and nothing else."""
+def compile_template(text, date=None):
+    """A chat template -> a jinja2 template that knows what transformers lets templates use, and nothing else. date: as
+    load_chat takes it."""
     try:
         import jinja2
         from jinja2.ext import Extension
@@ -2746,7 +2753,7 @@ def compile_template(text):
         raise jinja2.TemplateError(message)
 
     def strftime_now(form):
-        return datetime.datetime.now().strftime(form)
+        return (date or datetime.datetime.now()).strftime(form)
 
     def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
@@ -2761,9 +2768,9 @@ def compile_template(text):
         return environment.from_string(text)
 
 
-def template_chat(path, text, enc):
+def template_chat(path, text, enc, date):
     """A checkpoint's own template, with the names of its tokens in it."""
-    template = compile_template(text)
+    template = compile_template(text, date)
     names = token_texts(path)
 
     def render(messages, add_generation_prompt):
@@ -3040,6 +3047,9 @@ def start_script(args):
     for name in ("model", "teacher", "student", "merge", "data", "rank", "out"):
         if isinstance(getattr(args, name, None), str):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
+    # A seed is multiplied by a million, for the random streams of many texts.
+    if not 0 <= getattr(args, "seed", 0) < 2 ** 32:
+        raise UserError(f"--seed must be 0 to {2 ** 32 - 1}, got {args.seed}")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, trains_wide(args))
     # "auto" would not say what a run depends on.
@@ -3075,6 +3085,13 @@ def choose_threads(model, device, threads=None):
     much while another program has a core; else PyTorch's own choice."""
     small = device.type == "cpu" and sum(p.numel() for p in model.parameters()) < 10_000_000
     torch.set_num_threads(threads or (1 if small else torch.get_num_threads()))
+
+
+def memory_bytes(device):
+    """Memory of the GPU, or of the machine, in bytes: all of it, not what is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def sync(device):
@@ -3168,17 +3185,15 @@ def claim_out(path, inputs, overwrite, resume, done="report.json"):
     for other in inputs:
         if other is not None and same_place(path, os.path.expanduser(other)):
             raise UserError(f"--out {path} is {other}, which this run reads: choose another --out")
-    there = [file for file in ("config.json", done, "progress.safetensors") if os.path.exists(os.path.join(path, file))]
-    if "progress.safetensors" not in there and glob.glob(os.path.join(glob.escape(path), "progress-*")):
-        # Of many processes.
-        there.append("progress.safetensors")
-    if there == ["config.json"] and not overwrite:
+    there = [file for file in ("config.json", done) if os.path.exists(os.path.join(path, file))]
+    if there == ["config.json"] and not is_unfinished(path) and not overwrite:
         raise UserError(f"{path} holds a model that this script did not make: choose another --out, or pass "
                         f"--overwrite")
-    if there and not (overwrite or resume):
-        if there == ["progress.safetensors"]:
+    if not (overwrite or resume):
+        if there:
+            raise UserError(f"{path} already holds a result: choose another --out, or pass --overwrite")
+        if is_unfinished(path):
             raise UserError(f"{path} holds an unfinished run: pass --resume to continue it, or --overwrite")
-        raise UserError(f"{path} already holds a result: choose another --out, or pass --overwrite")
     try:
         os.makedirs(path, exist_ok=True)
         # Permission bits say little on network disks, and nothing to root: only writing tells.
@@ -3188,6 +3203,23 @@ def claim_out(path, inputs, overwrite, resume, done="report.json"):
     except OSError as e:
         raise UserError(f"cannot write to {path}: {e.strerror}") from None
     return path
+
+
+def is_unfinished(path):
+    """Does this directory hold a run that was interrupted, by one process (of which an alignment may be all that there
+    is) or by many?"""
+    files = ("progress.safetensors", "align.safetensors", "progress-*")
+    return any(glob.glob(os.path.join(glob.escape(path), file)) for file in files)
+
+
+def check_same_run(made, now, out):
+    """made, now: dicts of what a finished result in out and this run depend on. UserError where they differ."""
+    for name, value in now.items():
+        # A flag may be newer than the report.
+        before = made.get(name, value)
+        if before != value:
+            raise UserError(f"{out} was made with {name} = {before}, now {name} = {value}; pass the same "
+                            "flags, or --overwrite")
 
 
 def same_place(path, other):

@@ -74,8 +74,8 @@ def parse_args():
              "--data of distill.py and train_sft.py reads them. The same command again goes on where "
              "it stopped")
     add("--keep-cut", action="store_true",
-        help="with --traces: keep answers that --max-new-tokens cut, which lack the token that ends "
-             "an answer (default: they are left out and counted)")
+        help="with --traces: keep answers that --max-new-tokens cut, marked \"cut\": they are trained without "
+             "the token that ends an answer (default: they are left out and counted)")
     args = p.parse_args()
     check_args(args)
     return args
@@ -88,8 +88,9 @@ def check_args(args):
         value = getattr(args, flag[2:].replace("-", "_"))
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
-    if not 0 <= args.temperature < float("inf"):
-        raise UserError(f"--temperature must be 0 or more, got {args.temperature}")
+    # Logits divided by less would leave float32.
+    if args.temperature != 0 and not 1e-6 <= args.temperature < float("inf"):
+        raise UserError(f"--temperature must be 0, or 0.000001 or more, got {args.temperature}")
     if args.top_k < 0:
         raise UserError(f"--top-k must be 0 or more, got {args.top_k}")
     if not 0 < args.top_p <= 1:
@@ -283,6 +284,8 @@ def warn_length(tokens, config):
 def sample(model, enc, args, device, prompts):
     """All prompts, --num-samples answers each, --batch answers at a time."""
     count = len(prompts) * args.num_samples
+    longest = max(len(prompt.ids) for prompt in prompts) + args.max_new_tokens
+    check_room(model, min(args.batch, count), longest, device)
     traces = TraceFile(args, model, enc, prompts, device) if args.traces else None
     begin = traces.note["done"] if traces else 0
     # What follows takes time: prompts and file are known to be good by now.
@@ -312,6 +315,16 @@ def sample(model, enc, args, device, prompts):
         report(Speed(*(sum(values) for values in zip(*speeds))), state, len(answers))
     if traces:
         traces.report()
+
+
+def check_room(model, rows, length, device):
+    """Raises UserError if caches for so many texts of so many tokens exceed the memory that the device has."""
+    small = sum(model.new_state(1, 1).nbytes())
+    per_token = sum(model.new_state(1, 2).nbytes()) - small
+    needed = rows * (small + (length - 1) * per_token)
+    if needed > nano.memory_bytes(device):
+        raise UserError(f"caches of {rows} texts of {length} tokens need {needed / 1e9:.3g} GB: take a smaller "
+                        "--max-new-tokens or --batch")
 
 
 def print_texts(enc, prompts, answers):
@@ -381,17 +394,28 @@ class TraceFile:
         lines = []
         for prompt, answer in zip(prompts, answers):
             ids = answer.ids if answer.end is None else answer.ids + [answer.end]
-            text = text_of(self.enc, ids)
+            text = self.read_back(ids)
             if answer.end is None and not self.keep_cut:
                 self.note["cut"] += 1
             elif "\ufffd" in text:
                 self.note["broken"] += 1
             else:
                 row = {"prompt": prompt.text, "response": text}
+                if answer.end is None:
+                    row["cut"] = True
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         self.note["done"] += len(answers)
         self.note["rows"] += len(lines)
         self.append("".join(lines))
+
+    def read_back(self, ids):
+        """The text that is these ids again when it is encoded. Some tokenizers (SentencePiece) put a space in front of
+        whatever they encode: one that stands there already is left out."""
+        text = text_of(self.enc, ids)
+        shorter = text.removeprefix(" ")
+        if self.enc.encode(text, allowed_special="all") != ids == self.enc.encode(shorter, allowed_special="all"):
+            return shorter
+        return text
 
     def append(self, text):
         """Raises UserError where the file cannot be written, or is shorter than it was."""
@@ -433,6 +457,7 @@ def converse(model, enc, args, device, chat):
     known = []
     # The answer, and the token that the template puts behind it.
     room = args.max_new_tokens + 1
+    check_room(model, 1, room, device)
     print(nano.scan_backend_reason(device), file=sys.stderr)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
@@ -498,7 +523,7 @@ def main():
     inputs = [] if args.chat else read_inputs(args)
     model = nano.join_projections(load_pretrained(args.model, device, dtype))
     enc = load_tokenizer(args.model)
-    chat = nano.load_chat(args.model, enc)
+    chat = nano.load_chat(args.model, enc, nano.FIXED_DATE if args.traces else None)
     nano.choose_threads(model, device)
     try:
         with torch.inference_mode():

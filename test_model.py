@@ -2693,6 +2693,11 @@ def test_sentencepiece_goes_through_the_library_with_the_same_four_methods(metas
     with pytest.raises(KeyError):
         enc.decode_single_token_bytes(enc.max_token_value + 1)
     assert enc.decode(enc.encode("a cat")) == "a cat"
+    # A trace is what gives the same ids again.
+    for text in ("the cat", " the cat", ""):
+        ids = enc.encode(text)
+        again = sample.TraceFile.read_back(argparse.Namespace(enc=enc), ids)
+        assert enc.encode(again) == ids and (metaspace or again == text)
     with pytest.raises(UserError, match="special token in a text as plain text"):
         enc.encode("a</s>")
 
@@ -2959,6 +2964,8 @@ CLAIMS = {
     "an unfinished run": (["progress.safetensors"], {}, "an unfinished run: pass --resume"),
     "an unfinished run, --resume": (["progress.safetensors"], {"resume": True}, None),
     "an unfinished run, --overwrite": (["progress.safetensors"], {"overwrite": True}, None),
+    "an unfinished alignment": (["align.safetensors"], {}, "an unfinished run: pass --resume"),
+    "an unfinished run of many processes": (["progress-3"], {}, "an unfinished run: pass --resume"),
     "a run that ended while saving": (
         ["progress.safetensors", "config.json"], {"resume": True}, None),
 }
@@ -3522,8 +3529,10 @@ def test_a_pair_begins_as_the_tokenizer_begins_a_text_and_the_built_in_form_is_t
 def test_a_conversation_is_trained_as_the_checkpoints_template_writes_it(name, tmp_path):
     pytest.importorskip("jinja2")
     template, end = TEMPLATES[name]
-    chat = chat_from(tmp_path, chat_template=template, **TOKEN_NAMES)
+    chat_from(tmp_path, chat_template=template, **TOKEN_NAMES)
     codec = train_sft.load_codec(tmp_path)
+    # The day does not count.
+    chat = nano.load_chat(tmp_path, codec.enc, nano.FIXED_DATE)
     messages = said("a", "b", "c", "d")
     [parts] = train_sft.parts_of({"messages": messages}, codec)
     text = "".join(text for text, _ in parts)
@@ -3623,11 +3632,14 @@ def test_a_file_that_is_no_text_is_refused_by_what_it_is(traces, tmp_path, data,
 def test_every_fiftieth_record_is_held_out_with_all_its_examples_and_long_ones_are_left_out(traces, tmp_path, capsys):
     talk = json.dumps({"messages": said("q", "<think>t</think>a", "r", "b")})
     long = json.dumps({"prompt": "q" * 99, "response": "a"})
-    (tmp_path / "x.jsonl").write_text("\n".join([talk, long] + [GOOD] * 50))
+    short = [json.dumps({"prompt": f"q {number}", "response": "a"}) for number in range(50)]
+    (tmp_path / "x.jsonl").write_text("\n".join([talk, long] + short))
     codec = traces[1]._replace(chat=Forgetful())
     train, held = train_sft.read_jsonl(tmp_path / "x.jsonl", codec, 64, 538)
     assert (len(train), len(held)) == (49, 3)
     assert "1 of 53 examples exceed --ctx 64" in capsys.readouterr().err
+    # What is held out does not depend on --ctx: the student of one run may be the start of another.
+    assert train_sft.read_jsonl(tmp_path / "x.jsonl", codec, 512, 538)[1] == held
 
 
 def test_the_answers_to_a_held_out_prompt_are_all_held_out(traces, tmp_path):
@@ -3645,13 +3657,45 @@ def test_the_answers_to_a_held_out_prompt_are_all_held_out(traces, tmp_path):
     assert texts == sorted(begin + text for text in [
         "question 0a", "question 0b", "question 50a", "question 50b", "text 40"])
     assert len(train) == 175
-    # One prompt of all: held out as a whole it would take most of the texts.
-    (tmp_path / "x.jsonl").write_text("\n".join(asked[:1] * 140 + asked[1:60]))
+    # One prompt of all: held out as a whole it would take most of the texts. It is trained, the first of the others is
+    # held out.
+    for often in ([line("question 0", f"answer {number}") for number in range(140)], asked[:1] * 140):
+        (tmp_path / "x.jsonl").write_text("\n".join(often + asked[1:60]))
+        train, held = train_sft.read_jsonl(tmp_path / "x.jsonl", codec, 64, 538)
+        assert (len(train), len(held)) == (197, 2)
+
+
+@pytest.mark.parametrize("prompts", [100, 5, 0])
+def test_no_text_is_trained_and_held_out(prompts, traces, tmp_path):
+    """Each of 100 records stands there twice, of so many prompts (0: none has one)."""
+    codec = traces[1]
+    lines = [json.dumps({"prompt": f"question {i % prompts}" if prompts else "", "response": f"answer {i}"})
+             for i in range(100)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines + lines))
     train, held = train_sft.read_jsonl(tmp_path / "x.jsonl", codec, 64, 538)
-    assert (len(train), len(held)) == (195, 4)
+    assert (len(train), len(held)) == (196, 4)
+    assert not any(example in train for example in held)
+
+
+def test_built_in_texts_longer_than_ctx_are_left_out_or_refused(traces):
+    codec = traces[1]
+    for make in (train_sft.trace_block, train_sft.generic_block):
+        longest = max(len(ids) for ids, _ in make(codec, 0, 512)(0, 200))
+        assert longest > 120
+        examples = make(codec, 0, 120)(0, 200)
+        assert len(examples) == 200 and 100 < max(len(ids) for ids, _ in examples) <= 120
+        with pytest.raises(UserError, match="--ctx 8: the built-in texts are longer"):
+            make(codec, 0, 8)(0, 1)
 
 
 # Batches, optimiser.
+
+def test_the_first_texts_tell_another_tokenizer_or_template(traces):
+    codec = traces[1]
+    other = codec._replace(chat=nano.Chat(codec.chat.render, "[/INST]"))
+    hashes = [train_sft.texts_hash(train_sft.trace_block(each, 0, 512)) for each in (codec, codec, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
 
 def test_batches_depend_on_seed_and_number_alone():
     examples = [([i] * (i % 7 + 2), [True] * (i % 7 + 2)) for i in range(50)]
@@ -3664,9 +3708,9 @@ def test_batches_depend_on_seed_and_number_alone():
 
 def test_generic_text_is_facts_of_training_problems_as_long_as_the_traces(traces):
     codec = traces[1]
-    generic = train_sft.generic_block(codec, 5)(3, 40)
-    assert generic == train_sft.generic_block(codec, 5)(3, 40) != train_sft.generic_block(codec, 6)(3, 40)
-    for (ids, trained), (other, _) in zip(generic, train_sft.trace_block(codec, 5)(3, 40)):
+    generic = train_sft.generic_block(codec, 5, 512)(3, 40)
+    assert generic == train_sft.generic_block(codec, 5, 512)(3, 40) != train_sft.generic_block(codec, 6, 512)(3, 40)
+    for (ids, trained), (other, _) in zip(generic, train_sft.trace_block(codec, 5, 512)(3, 40)):
         text = codec.enc.decode(ids)
         assert trained == [False] + [True] * (len(ids) - 1)
         assert text.startswith("<s> ")
@@ -4047,10 +4091,11 @@ def test_a_run_is_continued_only_with_the_same_model_and_data(
         go(moved)
     data.write_text(lines)
     go(moved)
-    if program is distill:
-        assert "finished already" in go(moved)
-        with pytest.raises(UserError, match="content of --teacher"):
-            go(model)
+    before = weights(tmp_path / "out")
+    assert "finished already" in go(moved)
+    with pytest.raises(UserError, match="content of (the model|--teacher)"):
+        go(model)
+    assert weights(tmp_path / "out") == before
 
 
 def saved_progress(path, model, batch):
@@ -4195,6 +4240,13 @@ def train(out, optimizer, train, resume=False):
         assert torch.equal(p, q)
     train_sft.once(nano.save_pretrained, student, out)
     train_sft.once(nano.write_json, f"{out}/log.json", log)
+    # What does not train keeps its dtype, and nothing of it stays behind.
+    frozen = nano.load_pretrained("teacher", dtype=torch.bfloat16).requires_grad_(False)
+    nano.join_projections(frozen)
+    shared = train_sft.share_out(frozen, torch.device("cpu"), torch.bfloat16)
+    assert frozen.layers[0].mlp.joined is None or train_sft.processes() == 1
+    train_sft.take_back(frozen, shared)
+    assert all(p.dtype == torch.bfloat16 for p in frozen.parameters())
 """
 STOPPED = """
 taken = []
@@ -4663,7 +4715,7 @@ def teacher_place(model, x):
 def distill_setup(traces, teacher):
     """-> a distill.Run for calling parts of distill.py by themselves: few texts, on the CPU."""
     codec = traces[1]
-    block = train_sft.trace_block(codec, 0)
+    block = train_sft.trace_block(codec, 0, 512)
     calibration = distill.calibration_texts(block, CPU, teacher.config, most=1000)
     content = {"content of --teacher": train_sft.weights_hash(teacher)}
     return distill.Run(teacher, codec, CPU, torch.float32, block, [encoded(traces, "probe", 1)],
@@ -5035,7 +5087,7 @@ def test_the_time_of_watching_is_not_counted(traces, tmp_path, monkeypatch):
     model = load_pretrained(traces[0])
     plan = train_sft.Plan(3, 1e-4, 1, every=9, log_every=1, name="loss", watch=watch)
     progress = train_sft.Progress(str(tmp_path / "progress"), {})
-    block = train_sft.trace_block(traces[1], 0)
+    block = train_sft.trace_block(traces[1], 0, 512)
     train_sft.fit(model, train_sft.cross_entropy, block, 1, plan, progress, CPU, torch.float32)
     assert seen == [(i, i, i) for i in range(4)]
 
@@ -5165,10 +5217,17 @@ def test_without_steps_the_start_itself_is_measured_and_saved(traces, tmp_path, 
     assert report["steps"] == report["tokens"] == 0 and report["kl_last"] == report["kl_first"] > 0
     start = distill.clone(load_pretrained(traces[0]), "all")
     torch.manual_seed(0)
-    texts = distill.calibration_texts(train_sft.trace_block(traces[1], 0), CPU, start.config)
+    texts = distill.calibration_texts(train_sft.trace_block(traces[1], 0, 512), CPU, start.config)
     convert(start, load_pretrained(traces[0]), [0], "calibrated", texts)
     saved = load_pretrained(tmp_path).state_dict()
     assert all(torch.equal(p, saved[name]) for name, p in start.state_dict().items())
+
+
+def test_the_teacher_of_a_run_is_frozen(traces, tmp_path, no_answers, monkeypatch):
+    stages = spy(monkeypatch, distill, "stage")
+    small_run(traces[0], tmp_path, "--replace", 1, "--rank", "first", "--steps", 0)
+    [(_, state, _)] = stages
+    assert not any(p.requires_grad for p in state.teacher.parameters())
 
 
 def test_alignment_counts_every_token_but_padding_and_each_layer_relative_to_its_output(traces):
@@ -5295,6 +5354,20 @@ def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_pat
     assert weights(tmp_path / "h2") == weights(family / "h2")
 
 
+def test_a_family_that_is_overwritten_goes_on_where_it_was_interrupted(
+        traces, family, tmp_path, no_answers, interrupt_after):
+    """In the last step of its second stage, in whose directory the old result still stands."""
+    shutil.copytree(family, tmp_path / "x")
+    flags = "--stages", "1,2", "--seed", 3
+    with interrupt_after(6) as taken:
+        small_run(traces[0], tmp_path / "x", *flags, "--overwrite")
+    printed = small_run(traces[0], tmp_path / "x", *flags, "--overwrite", "--resume")
+    assert printed.out.count("finished already") == 1 and len(taken) == 2 + 3 + 2
+    small_run(traces[0], tmp_path / "whole", *flags)
+    for member in ("h1", "h2"):
+        assert weights(tmp_path / "x" / member) == weights(tmp_path / "whole" / member) != weights(family / member)
+
+
 def test_a_teacher_that_is_a_hybrid_already_is_said_and_goes_on(
         traces, family, tmp_path, no_answers):
     printed = small_run(family / "h1", tmp_path, "--replace", 1)
@@ -5379,7 +5452,7 @@ def shape_dir(tmp_path, name):
 def plans_of(monkeypatch, path, *flags, room=80e9, script=distill):
     """-> the MemoryPlans of a script with these flags, by (train, recompute)."""
     made = []
-    monkeypatch.setattr(train_sft, "memory_bytes", always(room / 0.7))
+    monkeypatch.setattr(nano, "memory_bytes", always(room / 0.7))
     for owner in (train_sft, distill):
         monkeypatch.setattr(owner, "print_plans", lambda plans: made.extend(plans))
     start = "--teacher" if script is distill else "--model"
@@ -5889,7 +5962,12 @@ def test_traces_are_what_the_model_wrote_and_training_reads(
     ask(talker, *command, "--traces", tmp_path / "all.jsonl", "--keep-cut")
     texts = [answer["text"] + "</s>" * (answer in ended) for answer in answers]
     texts = [text for text in texts if "\ufffd" not in text]
-    assert [row["response"] for row in json_lines(tmp_path / "all.jsonl")] == texts
+    rows = json_lines(tmp_path / "all.jsonl")
+    assert [row["response"] for row in rows] == texts
+    # Nor does training give them one.
+    for row in rows:
+        parts = train_sft.parts_of(row, codec)[0]
+        assert ("cut" in row) == (not row["response"].endswith("</s>")) and parts[1] == (row["response"], True)
     # A text that ends, or has gone on, in half a character cannot be read back.
     printed = ask(checkpoint, *command, "--traces", tmp_path / "none.jsonl", "--keep-cut")
     assert json_lines(tmp_path / "none.jsonl") == []
@@ -6360,6 +6438,9 @@ BAD_INPUT = [                                # script, more arguments, what the 
     (sample, "--json --traces x.jsonl", "one of --json"),
     (sample, "--traces x.gz", "JSON lines"),
     (sample, "--keep-cut", "belongs to --traces"),
+    (sample, "--temperature 1e-39", "--temperature must be"),
+    (sample, "--seed 4294967296", "--seed must be 0 to 4294967295"),
+    (sample, "--max-new-tokens 1000000000000", "caches of 1 texts"),
     (bench, "--shape 70b", "known are 15b"),
     (bench, "--ctx many", "whole numbers"),
     (bench, "--ctx 9,4", "starts at 8"),
@@ -6388,6 +6469,14 @@ BAD_INPUT = [                                # script, more arguments, what the 
     (distill, "--align-steps 2 --align-lr 0", "--align-lr must be above 0"),
     (distill, "--align-steps 2 --init identity", "--init identity makes none"),
     (train_sft, "--batch -3", "--batch must be at least 1"),
+    (train_sft, "--eval -1", "--eval must be 0 or more"),
+    (train_sft, "--threads 0", "--threads must be at least 1"),
+    (train_sft, "--layers 0", "--layers must be at least 1"),
+    (train_sft, "--data x.jsonl --easy 0.5", "--easy are about the built-in problems"),
+    (train_sft, "--data x.jsonl --eval 5", "--eval and --easy are"),
+    (train_sft, "--seed -1", "--seed must be"),
+    (distill, "--seed 99999999999999999999", "--seed must be"),
+    (distill, "--ctx 8", "the built-in texts are longer"),
 ]
 
 
@@ -6797,7 +6886,7 @@ def compare_mutations(count, folder):
 
 def print_drift(path, n_tokens):
     """The long run of test_cells_do_not_drift_over_2048_tokens, on a checkpoint and built-in traces in one text."""
-    block = train_sft.trace_block(train_sft.load_codec(path), seed=0)
+    block = train_sft.trace_block(train_sft.load_codec(path), seed=0, ctx=512)
     ids = sum([example for example, _ in block(0, n_tokens // 50)], [])
     tokens = torch.tensor([ids[:n_tokens]])
     marks = [2 ** i for i in range(7, 30) if 2 ** i < tokens.shape[1]] + [tokens.shape[1]]

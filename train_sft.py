@@ -15,6 +15,7 @@ import contextlib
 import copy
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -304,7 +305,7 @@ class Codec(NamedTuple):
 def load_codec(path):
     """The Codec of a checkpoint directory. Raises UserError for a tokenizer that cannot be read."""
     enc = nano.load_tokenizer(path)
-    return Codec(enc, nano.load_chat(path, enc), enc.begin)
+    return Codec(enc, nano.load_chat(path, enc, nano.FIXED_DATE), enc.begin)
 
 
 def encode_parts(codec, parts):
@@ -357,6 +358,7 @@ def read_jsonl(path, codec, ctx, n_vocab):
     """A JSONL file -> (training examples, held-out examples: those of every 50th prompt). All of it is checked.
     Raises UserError with the line number; examples longer than ctx tokens are left out with a warning."""
     records = []
+    keys = []
     n_long = 0
 
     def checked(record):
@@ -367,39 +369,54 @@ def read_jsonl(path, codec, ctx, n_vocab):
     for examples in read_records(path, checked):
         short = [example for example in examples if len(example[0]) <= ctx]
         n_long += len(examples) - len(short)
-        if short:
-            records.append(short)
+        records.append(short)
+        keys.append(prompt_and_all(*examples[0]))
     n_kept = sum(len(record) for record in records)
     if n_long:
         print(f"warning: {n_long} of {n_long + n_kept} examples exceed --ctx {ctx} tokens",
               file=sys.stderr)
-    if len(records) < 2:
-        raise UserError(f"{path}: {len(records)} usable records of at most {ctx} tokens; "
+    # All records have been counted, long ones too: what is held out does not depend on --ctx.
+    usable = [(record, out) for record, out in zip(records, held_out(keys)) if record]
+    if len(usable) < 2:
+        raise UserError(f"{path}: {len(usable)} usable records of at most {ctx} tokens; "
                         "two are needed")
+    records, out = map(list, zip(*usable))
+    # One at least is on each side.
+    if len(set(out)) == 1:
+        out[0] = not out[0]
     train = []
     held = []
-    for number, record in zip(prompt_numbers(records), records):
-        # At least one is held out. Turns of one conversation stay together: they share their texts.
-        if number % 50:
-            train += record
-        else:
+    for record, is_out in zip(records, out):
+        # Turns of one conversation stay together: they share their texts.
+        if is_out:
             held += record
+        else:
+            train += record
     return train, held
 
 
-def prompt_numbers(records):
-    """Lists of examples -> a number for each: equal ones where the first prompt is the same, or a prompt with several
-    answers would be learnt and asked. Records are just counted where there are fewer than 50 different prompts, or one
-    has so many answers that more than a tenth of all records would be held out."""
-    seen = {}
-    numbers = []
-    for i, ((ids, trained), *_) in enumerate(records):
-        asked = tuple(ids[:trained.index(True)]) if True in trained else tuple(ids)
-        # One token is the beginning of a text that has no prompt.
-        numbers.append(seen.setdefault(asked if len(asked) > 1 else i, len(seen)))
-    held = sum(number % 50 == 0 for number in numbers)
-    usable = len(seen) >= 50 and held <= len(records) / 10
-    return numbers if usable else range(len(records))
+def prompt_and_all(ids, trained):
+    """An example -> what is equal where the first prompt is (the whole text has to be, where there is none), and what
+    is equal where the whole text is."""
+    asked = tuple(ids[:trained.index(True)]) if True in trained else ()
+    whole = hash(tuple(ids))
+    # One token is the beginning of a text that has no prompt.
+    return hash(asked) if len(asked) > 1 else whole, whole
+
+
+def held_out(keys):
+    """keys: what prompt_and_all gives, one for each record -> for each, is it held out? All answers to every 50th
+    prompt are, or a prompt with several answers would be learnt and asked. A prompt that more than a twentieth of the
+    records answer is trained. Where there are fewer than 50 prompts, every 50th of the different texts is held out."""
+    names = [prompt for prompt, _ in keys]
+    if len(set(names)) < 50:
+        names = [whole for _, whole in keys]
+    records_of = collections.Counter(names)
+    numbers = {}
+    for name in names:
+        if records_of[name] <= max(1, len(names) / 20):
+            numbers.setdefault(name, len(numbers))
+    return [numbers.get(name, 1) % 50 == 0 for name in names]
 
 
 def check_examples(examples, n_vocab):
@@ -431,8 +448,9 @@ def pair_parts(prompt, response, record, codec):
     begin = codec.enc.decode(codec.begin)
     if not prompt.startswith(begin):
         prompt = begin + prompt
-    # Without a template nobody knows how an answer ends.
-    if not codec.chat.refusal and not response.rstrip().endswith(codec.chat.end):
+    # Without a template nobody knows how an answer ends. One that was cut (sample.py --keep-cut) has no end.
+    known = not codec.chat.refusal and not record.get("cut")
+    if known and not response.rstrip().endswith(codec.chat.end):
         response += codec.chat.end
     return [(prompt, False), (response, True)]
 
@@ -468,19 +486,32 @@ def conversation_parts(turns, chat):
 # A source of examples is a function block(number, count): count examples, the same whenever it is asked. Blocks do not
 # depend on each other.
 
-def trace_block(codec, seed, size_at=lambda number: 1.0, split="train"):
-    """-> a block function of examples made from the built-in problems.
+def trace_block(codec, seed, ctx, size_at=lambda number: 1.0, split="train"):
+    """-> a block function of examples made from the built-in problems, those of more than ctx tokens left out.
     size_at: block number -> size of its problems (a curriculum)."""
     def block(number, count):
         stream = problems(split, f"{seed} {number}", size_at(number))
-        return [encode_problem(codec, problem) for problem in itertools.islice(stream, count)]
+        return list(itertools.islice(short_enough(codec, stream, ctx), count))
     return block
+
+
+def short_enough(codec, stream, ctx):
+    """A stream of problems -> their examples of at most ctx tokens. UserError where a hundred in a row are longer."""
+    longer = 0
+    for problem in stream:
+        example = encode_problem(codec, problem)
+        longer = longer + 1 if len(example[0]) > ctx else 0
+        if not longer:
+            yield example
+        if longer == 100:
+            raise UserError(f"--ctx {ctx}: the built-in texts are longer (the last that was tried: "
+                            f"{len(example[0])} tokens)")
 
 
 # The paper reports that pretraining data failed where the teacher's own traces worked. generic_block is that experiment
 # in miniature: the same sentences and lengths, but nothing in them that must be thought about.
 
-def generic_block(codec, seed):
+def generic_block(codec, seed, ctx):
     """The same for generic text: the facts of training problems and nothing else, no question, no reasoning, no answer.
     Text number i is about as long as problem number i of trace_block with its trace; all of it is trained.
 
@@ -491,15 +522,17 @@ def generic_block(codec, seed):
     def block(number, count):
         examples = []
         more = facts(problems("train", f"{seed} {number} facts"))
-        for like in itertools.islice(problems("train", f"{seed} {number}"), count):
-            length = len(encode_problem(codec, like)[0])
+        likes = short_enough(codec, problems("train", f"{seed} {number}"), ctx)
+        while len(examples) < count:
+            length = len(next(likes)[0])
             text = ""
             ids = []
             while len(ids) < length or split_of(text) != "train":
                 text = f"{text} {next(more)}".strip()
                 parts = [(begin, False), (f" {text}{codec.chat.end}", True)]
                 ids, trained = encode_parts(codec, parts)
-            examples.append((ids, trained))
+            if len(ids) <= ctx:
+                examples.append((ids, trained))
         return examples
     return block
 
@@ -516,6 +549,11 @@ def facts(stream):
     for problem in stream:
         for sentence in re.findall(r"[^.?]+\.", problem.question):
             yield sentence.strip()
+
+
+def texts_hash(block):
+    """A fingerprint of the first examples: that of everything they are made with, tokenizer and template included."""
+    return hashlib.sha256(json.dumps(block(0, 16)).encode()).hexdigest()[:16]
 
 
 def list_block(examples, seed):
@@ -1027,7 +1065,7 @@ class Progress:
 
     def check(self, meta, plan):
         """Raises UserError if what was saved belongs to another run, others for what was never saved by this class."""
-        for key, now in sorted(self.run.items()):
+        for key, now in self.run.items():
             then = meta["run"].get(key)
             if then != now:
                 raise UserError(f"{self.path} was made with {key} = {then}, now {key} = {now}")
@@ -1361,8 +1399,8 @@ def merge(model, other, weight):
 # The share of a device's memory to plan with. A GPU keeps some for itself, and loses some in gaps between tensors; on
 # a CPU the gaps are a quarter (see model.keep_memory), and there are other programs.
 ROOM = {"cuda": 0.93, "cpu": 0.7, "mps": 0.7}
-# The longest of the built-in texts, in tokens of their own tokenizer.
-LONGEST_BUILT_IN = 170
+# No built-in text is longer, in tokens of their own tokenizer.
+LONGEST_BUILT_IN = 180
 
 
 class Ledger(TorchDispatchMode):
@@ -1639,19 +1677,12 @@ def planned_for(args):
     if args.memory is None:
         # A GPU is one process's own.
         share = 1 if device.type == "cuda" else processes()
-        return device, dtype, ROOM[device.type] * memory_bytes(device) / share
+        return device, dtype, ROOM[device.type] * nano.memory_bytes(device) / share
     if not args.dry_run or not 0 < args.memory < math.inf:
         raise UserError("--memory GB, above 0, is for --dry-run")
     if args.device == "auto":
         device = torch.device("cuda")
     return device, nano.pick_dtype(wanted, device), ROOM[device.type] * args.memory * 1e9
-
-
-def memory_bytes(device):
-    """Memory of the GPU, or of the machine, in bytes: all of it, not what is free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def planned_config(path):
@@ -1762,6 +1793,10 @@ def share_out(model, device, dtype):
         raise UserError(f"torchrun with several processes needs --device cuda or cpu, got {device}")
     # A state that a layer gives back may be a view. Nobody writes into it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    # What one that has generated keeps, see model.join_projections, is not sharded.
+    for module in model.modules():
+        if getattr(module, "joined", None) is not None:
+            module.joined = None
     # deepcopy asks its memo before it copies: the weights stay the same, and leave the shell behind.
     shared = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     set_weights(model, {name: p.detach().to("meta") for name, p in model.named_parameters()})
@@ -1989,7 +2024,7 @@ def parse_args():
     add("--merge", metavar="DIR", help="afterwards average the weights with those of this checkpoint")
     add("--merge-weight", type=float, default=0.5, metavar="W",
         help="result = W * trained + (1 - W) * DIR (default 0.5)")
-    add("--eval", type=int, default=100, help="held-out problems per family (default 100; 0: none)")
+    add("--eval", type=int, help="held-out problems per family (default 100, or 0 with --data: none)")
     add("--save-dtype", default="float32", choices=("float32", "bfloat16"), help="default float32")
     # How to compute.
     add("--threads", type=int, help="CPU threads (default: all cores)")
@@ -2005,9 +2040,16 @@ def parse_args():
 
 def check_flags(args):
     """Raises UserError for what can be seen to be wrong without any file."""
-    for name in ("steps", "batch", "accumulate", "ctx", "every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in ("steps", "batch", "accumulate", "ctx", "every", "layers", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    if args.data and (args.eval or args.easy):
+        raise UserError("--eval and --easy are about the built-in problems; --data brings its own texts")
+    if args.eval is None:
+        args.eval = 0 if args.data else 100
+    if args.eval < 0:
+        raise UserError(f"--eval must be 0 or more, got {args.eval}")
     check_rates(args.lr, args.lr_rest)
     if args.scratch == bool(args.model):
         raise UserError("pass either --scratch or --model DIR")
@@ -2021,9 +2063,12 @@ def start_model(args):
         if args.layers:
             model = restack(model, args.layers)
         return model, load_codec(args.model)
-    if not os.path.exists(os.path.join(args.out, "tokenizer.json")):
+    there = os.path.exists(os.path.join(args.out, "tokenizer.json"))
+    if not there or args.overwrite and not args.resume:
         print("training the tokenizer ...")
         once(make_tokenizer, args.out)
+    elif getattr(nano.load_tokenizer(args.out), "n_vocab", None) != TEACHER.vocab_size:
+        raise UserError(f"{args.out} holds another model's tokenizer: choose another --out, or pass --overwrite")
     model = nano.HybridLM(replace(TEACHER, n_layer=args.layers or TEACHER.n_layer, layout=()))
     init_weights(model)
     return model, load_codec(args.out)
@@ -2042,25 +2087,42 @@ def start_data(args, codec, n_vocab):
         examples, _ = read_jsonl(args.data, codec, args.ctx, n_vocab)
         return list_block(examples, args.seed)
     if not args.easy:
-        return trace_block(codec, args.seed)
+        return trace_block(codec, args.seed, args.ctx)
     # Blocks until problems have their full size.
     growing = max(1, args.easy * args.steps / PER_BLOCK)
-    return trace_block(codec, args.seed, lambda number: min(1.0, 0.2 + 0.8 * number / growing))
+    return trace_block(codec, args.seed, args.ctx, lambda number: min(1.0, 0.2 + 0.8 * number / growing))
 
 
-def start_progress(args, model):
+def start_progress(args, model, block):
     """-> the Progress of this run."""
     keys = ("layers", "steps", "batch", "accumulate", "ctx", "pack", "lr", "lr_rest", "optimizer", "warmup",
             "easy", "seed", "dtype")
     run = {key: getattr(args, key) for key in keys}
     run["content of the model"] = weights_hash(model)
     run["content of --data"] = file_hash(args.data)
+    run["content of the first texts"] = texts_hash(block)
     return Progress(os.path.join(args.out, "progress.safetensors"), run, args.resume)
+
+
+def is_finished(args, run):
+    """Is this run done already? UserError if the result that is there was made from something else."""
+    file = os.path.join(args.out, "training.json")
+    if not os.path.exists(file) or nano.is_unfinished(args.out):
+        return False
+    try:
+        report = nano.read_json(file, dict)
+        nano.check_same_run(report.get("run") or report.get("args") or {}, run, args.out)
+    except UserError:
+        if args.overwrite:
+            return False
+        raise
+    print(f"{args.out} is finished already, kept")
+    return True
 
 
 def evaluate(args, model, codec):
     """Let the model solve held-out problems. -> report entries; prints a table."""
-    if not args.eval or args.data:
+    if not args.eval:
         return {}
     held = problem_set("test", args.eval)
     by_family, pooled = accuracy(held, solve(model, codec, held))
@@ -2096,9 +2158,9 @@ def start_config(args):
 def main():
     """Check flags and files, train, merge, save, evaluate. What a user can get wrong is found before the first step."""
     args = parse_args()
+    check_flags(args)
     device, dtype, room = planned_for(args)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    check_flags(args)
     if args.dry_run:
         config = start_config(args)
         choose_rates(args, config.d_model)
@@ -2114,7 +2176,9 @@ def main():
     print(f"{size / 1e6:.2f} M parameters, layout {' '.join(model.config.layout)}; "
           f"{args.optimizer} at {args.lr:g}, products in {dtype}\n"
           f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
-    progress = start_progress(args, model)
+    progress = start_progress(args, model, block)
+    if args.resume and is_finished(args, progress.run):
+        return
     plan = Plan(args.steps, args.lr, args.warmup, args.every, log_every=10, name="loss",
                 optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0,
                 accumulate=args.accumulate)
@@ -2128,7 +2192,7 @@ def main():
     # Evaluated as saved, rounding included.
     model = nano.load_pretrained(args.out, device)
     result = {**evaluate(args, model, codec), **provenance(device)}
-    report = {"args": vars(args), "log": log, **result}
+    report = {"args": vars(args), "run": progress.run, "log": log, **result}
     once(nano.write_json, os.path.join(args.out, "training.json"), report)
     once(progress.remove)
     print(json.dumps({"loss": log[-1]["loss"], **result}))
