@@ -90,7 +90,7 @@ def parse_args():
         help="float32 or bfloat16 (default: bfloat16 on cuda, else float32)")
     add("--seed", type=int, default=0, help="seed of weights and inputs (default: 0)")
     add("--json", metavar="FILE", help="append one JSON line per row; with --table or --figures: "
-        "write their results, one line each (both read such a file instead of directories)")
+        "write their results, one line each (both read such a file, too; if FILE is there, it must be among them)")
     add("--plot", metavar="FILE.png",
         help="tokens/s against context and against Mamba layers (needs matplotlib)")
     # Results of distill.py and train_sft.py instead of measurements.
@@ -361,7 +361,7 @@ def graph_of(run):
 def time_decode(model, state, batch, args, device):
     """-> seconds per step (median), spread."""
     # Steps between two looks at the clock.
-    count = 16 if device.type == "cuda" else 1
+    count = min(16, state.position) if device.type == "cuda" else 1
     token = torch.randint(model.config.vocab_size, (batch, 1), device=device)
     start = narrow(state, batch, count)
 
@@ -433,6 +433,8 @@ def planned_rows(args, config, device, dtype, memory, machine, ctx):
     for name, c in configs.items():
         size = sizes(c, dtype, ctx)
         of_one_text = size["kv_bytes"] + size["state_bytes"]
+        if not of_one_text:
+            raise UserError(f"{name} has neither attention nor Mamba layers: it keeps nothing of a text")
         largest = max(0, int((memory - size["weight_bytes"]) // of_one_text))
         cells = []
         for batch in batches_that_fit(args, device, largest):
@@ -560,7 +562,7 @@ def bench_models(args, config, device, dtype, machine):
                 row["failed"] = "interrupted"
                 print_row(row, columns)
                 raise
-            if not row["mamba_layers"]:
+            if row["row"] == "H-0":
                 base = best_rate(row)
             if base and best_rate(row):
                 row["ratio_to_h0"] = best_rate(row) / base
@@ -821,7 +823,8 @@ def bench_transformers(args, device, dtype):
         why = str(e).splitlines()[0]
         raise UserError(f"transformers cannot load {args.model}: {why}") from None
     theirs = theirs.to(device).eval()
-    theirs.generation_config.eos_token_id = None
+    # Of its own nothing: penalties and the like would change what is likeliest.
+    theirs.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
     ours = load_pretrained(args.model, device, dtype)
     print(f"\ngreedy decoding, transformers {transformers.__version__} and ours in turn, "
           "tokens/s: median, ratio (least to greatest)")
@@ -879,7 +882,8 @@ def compare_generate(ours, theirs, prompt, count, rounds, warmup, device):
     finally:
         for hook in hooks:
             hook.remove()
-    assert tokens["ours"] == tokens["theirs"], f"not the same tokens: {tokens}"
+    if tokens["ours"] != tokens["theirs"]:
+        raise UserError(f"not the same tokens, so their speeds do not compare: {tokens}")
     decode = {}
     for name in runs:
         # Without the warm-up.
@@ -1288,7 +1292,8 @@ def noise_interval(share, problems):
     spread = z * math.sqrt(share * (1 - share) / problems + z * z / (4 * problems * problems))
     centre = share + z * z / (2 * problems)
     scale = 1 + z * z / problems
-    return (centre - spread) / scale, (centre + spread) / scale
+    # Rounding takes the bound of 0 below 0, that of 1 below 1.
+    return max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale))
 
 
 def speeds_from_lines(file, paths):
@@ -1406,7 +1411,10 @@ def draw_member(axes, x, seeds):
 def draw_curves(plt, path, results):
     """A line per Result, which must have a curve: its KL to the teacher, and beside it, if any has it, exact match.
     Time is the processor's on a CPU, which other programs do not prolong: that of training and of making the start."""
-    measures = {"kl": "KL to the teacher, held-out texts, nats a token", "accuracy": "exact match"}
+    # Of each kind of the built-in problems. They are others than those that are solved at the end.
+    asked = " or ".join(sorted({str(result.report.get("args", {}).get("curve_eval")) for result in results}))
+    measures = {"kl": "KL to the teacher, held-out texts, nats a token",
+                "accuracy": f"exact match, {asked} problems of each kind"}
     points = [point for result in results for point in result.curve]
     if all(point["accuracy"] is None for point in points):
         del measures["accuracy"]
@@ -1459,7 +1467,10 @@ def save_figure(plt, figure, path, top=1.0):
 
 def show_results(args, device, dtype):
     """--table and --figures."""
-    results = find_results([*(args.table or ()), *(args.figures or ())])
+    inputs = [*(args.table or ()), *(args.figures or ())]
+    if args.json and os.path.exists(args.json) and not any(nano.same_place(args.json, path) for path in inputs):
+        raise UserError(f"{args.json} is there already: name it among the inputs, too, and its lines are kept")
+    results = find_results(inputs)
     print("\n".join(table_lines(results)))
     if args.json:
         try:
@@ -1599,9 +1610,11 @@ def bench(args):
             raise UserError("--cpu-time counts one thread on a CPU: --device cpu, and OMP_NUM_THREADS=1 before it")
         global clock
         clock = time.thread_time
+    # Fail now, not after the first row.
     if args.json:
-        # Fail now, not after the first row.
         append_line(args.json, None)
+    if args.plot and not os.path.isdir(os.path.dirname(args.plot) or "."):
+        raise UserError(f"cannot write {args.plot}: its directory is not there")
     machine = measure_machine(device, dtype, min(0.5, args.seconds / 4))
     config, shape = pick_config(args, dtype, device, memory_for(args, device))
     about = about_run(args, device, dtype, shape, machine)

@@ -1489,10 +1489,14 @@ def nearly(path):
 
 
 def refuse_pointer(file):
-    """Raise UserError if this file is only git LFS's note where the file would be."""
-    with open(file, "rb") as f:
-        if f.read(100).startswith(b"version https://git-lfs.github.com/spec"):
-            raise UserError(f"{file} is a git LFS pointer, not the file itself: run git lfs pull")
+    """Raise UserError if this file is only git LFS's note where the file would be, or may not be read."""
+    try:
+        with open(file, "rb") as f:
+            start = f.read(100)
+    except OSError as e:
+        raise UserError(f"cannot read {file}: {e.strerror}") from None
+    if start.startswith(b"version https://git-lfs.github.com/spec"):
+        raise UserError(f"{file} is a git LFS pointer, not the file itself: run git lfs pull")
 
 
 def read_json(path, expected=object):
@@ -2783,7 +2787,7 @@ def template_chat(path, text, enc, date):
 
 def end_of_answer(render, names, enc):
     """The token that a template writes after an answer, or else the checkpoint's eos_token."""
-    answer = "the answer"
+    answer = "an answer such as no template has"
     messages = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": answer}]
     try:
         after = render(messages, add_generation_prompt=False).partition(answer)[2].lstrip()
@@ -2968,8 +2972,9 @@ def content_text(content):
         raise UserError(f"the content {brief(content)}; it must be a text")
     texts = []
     for part in content:
-        form = part.get("type") if isinstance(part, dict) else part
-        if form != "text" or not isinstance(part.get("text"), str):
+        is_object = isinstance(part, dict)
+        form = part.get("type") if is_object else part
+        if not is_object or form != "text" or not isinstance(part.get("text"), str):
             raise UserError(f"a content part of type {brief(form)}; only text is read")
         texts.append(part["text"])
     return "".join(texts)
@@ -3011,9 +3016,14 @@ def pick_device(name):
     found += ["cpu"]
     if name == "auto":
         name = found[0]
-    if name.split(":")[0] not in found:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r} is none that PyTorch knows; available: {', '.join(found)}") from None
+    beyond = device.type == "cuda" and device.index and device.index >= torch.cuda.device_count()
+    if device.type not in found or beyond:
         raise UserError(f"device {name!r} is not available here; available: {', '.join(found)}")
-    return torch.device(name)
+    return device
 
 
 def pick_dtype(name, device, wide=False):

@@ -110,7 +110,7 @@ def check_args(args):
 
 class Prompt(NamedTuple):
     asked: str                               # as the user wrote it
-    text: str                                # as the model sees it
+    text: str                                # as the model sees it, but for the begin token of a text
     ids: list
 
 
@@ -148,16 +148,16 @@ def read_text(file):
 def make_prompt(asked, args, model, enc, chat):
     """An input -> Prompt. Before a text comes what this tokenizer puts before every text."""
     if isinstance(asked, str):
-        begin = enc.decode(enc.begin)
-        text = asked if asked.startswith(begin) else begin + asked
-        return Prompt(asked, text, encode(enc, model.config, text))
+        # Not as one text: to some tokenizers only what begins a text begins with a space.
+        begin = [] if asked.startswith(enc.decode(enc.begin)) else enc.begin
+        return Prompt(asked, asked, encode(enc, model.config, asked, begin))
     text = chat.prompt(asked)
     return Prompt(asked[-1]["content"], text, encode(enc, model.config, text))
 
 
-def encode(enc, config, text):
-    """A text -> its ids, at least one: an empty text is the begin token alone."""
-    ids = enc.encode(text, allowed_special="all")
+def encode(enc, config, text, begin=()):
+    """A text -> its ids behind those of begin, at least one: an empty text is the begin token alone."""
+    ids = [*begin, *enc.encode(text, allowed_special="all")]
     if not ids and config.bos_id is None:
         raise UserError("an empty prompt needs a begin token, and this checkpoint has none")
     ids = ids or [config.bos_id]

@@ -2693,6 +2693,13 @@ def test_sentencepiece_goes_through_the_library_with_the_same_four_methods(metas
     with pytest.raises(KeyError):
         enc.decode_single_token_bytes(enc.max_token_value + 1)
     assert enc.decode(enc.encode("a cat")) == "a cat"
+    # A text behind the begin token, as the library reads it: trained, and continued.
+    library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    codec = train_sft.Codec(enc, nano.Chat(refusal="there is none"), enc.begin)
+    ids, trained = train_sft.encode_parts(codec, train_sft.pair_parts("the cat", "a", {}, codec))
+    lm = argparse.Namespace(config=argparse.Namespace(bos_id=None, vocab_size=9999))
+    read = sample.make_prompt("the cat", None, lm, enc, None).ids
+    assert read == ids[:trained.index(True)] == library.encode("the cat").ids and read[0] == 0
     # A trace is what gives the same ids again.
     for text in ("the cat", " the cat", ""):
         ids = enc.encode(text)
@@ -2916,6 +2923,12 @@ def test_a_template_that_cannot_be_read_is_a_refusal_not_a_failure(config, words
     assert re.search(f"{tmp_path}: .*{words}", chat.refusal)
     with pytest.raises(UserError, match=words):
         chat.prompt(said("a"))
+
+
+def test_a_template_may_talk_of_the_answer_and_its_end_is_found(tmp_path):
+    template = CHATML_TEMPLATE.replace("You help.", "You help, and then give the answer.")
+    assert template != CHATML_TEMPLATE
+    assert chat_from(tmp_path, chat_template=template, **TOKEN_NAMES).end == "<|im_end|>"
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path):
@@ -3563,6 +3576,7 @@ REFUSED = [
     ({"messages": said("q", " ")}, "empty response"),
     ({"messages": said([{"type": "image_url"}], "a")}, "image_url"),
     ({"messages": said(["q"], "a")}, 'type "q"'),
+    ({"messages": said(["text"], "a")}, 'type "text"'),
     (answered("", tool_calls=[{"name": "f"}]), "tool calls"),
     ({"messages": said("q", "a"), "tools": [{}]}, "tool calls"),
     (mixed("tool", "assistant"), 'role "tool"'),
@@ -6122,7 +6136,7 @@ def test_bench_measures_and_logs_every_row_it_plans(tmp_path):
         share = 100 * row["prefill_tokens_per_s"] / row["prefill_limit_tokens_per_s"]
         assert abs(row["prefill_percent_of_limit"] - share) < 1e-6
     ratio = rows[1]["decode"][-1]["tokens_per_s"] / rows[0]["decode"][-1]["tokens_per_s"]
-    assert rows[1]["ratio_to_h0"] == ratio
+    assert rows[1]["ratio_to_h0"] == ratio and rows[0]["ratio_to_h0"] == 1
     assert {"torch", "commit", "device", "dtype", "triton"} <= set(rows[0])
 
 
@@ -6189,6 +6203,8 @@ def test_chunks_of_every_size_are_tried_and_the_rule_stays(monkeypatch, tmp_path
 def test_generate_is_measured_against_that_of_transformers(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     save_pretrained(small_hybrid("t t"), tmp_path)
+    # What a checkpoint asks of its sampling is not greedy.
+    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.5, "eos_token_id": 2}')
     out = run(bench, *BENCH, "--what", "transformers", "--model", tmp_path, "--ctx", "9,20",
               "--json", tmp_path / "rows.jsonl").out
     assert "in turn" in out
@@ -6199,6 +6215,19 @@ def test_generate_is_measured_against_that_of_transformers(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "transformers", None)                   # import fails
     out = run(bench, *BENCH, "--what", "transformers", "--model", tmp_path).out
     assert out.rstrip().endswith("pip install transformers")
+
+
+def test_a_model_without_mamba_layers_is_compared_with_h0_all_the_same(tmp_path):
+    """A control whose mixers were removed. Without any layer that keeps something there is nothing to measure."""
+    save_pretrained(small_hybrid("t n n n"), tmp_path / "x")
+    run(bench, *BENCH, "--what", "decode", "--model", tmp_path / "x", "--ctx", 64, "--batch", 2,
+        "--json", tmp_path / "rows.jsonl")
+    rows = {row["row"]: row for row in json_lines(tmp_path / "rows.jsonl")}
+    rates = [rows[name]["decode"][0]["tokens_per_s"] for name in ("model", "H-0")]
+    assert rows["model"]["ratio_to_h0"] == rates[0] / rates[1] != 1
+    save_pretrained(small_hybrid("n n"), tmp_path / "y")
+    with pytest.raises(UserError, match="model has neither attention nor Mamba"):
+        run(bench, *BENCH, "--what", "decode", "--model", tmp_path / "y")
 
 
 def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(checkpoint):
@@ -6287,6 +6316,12 @@ def test_lines_give_the_table_that_the_reports_gave(tmp_path):
     again = tmp_path / "again.jsonl"
     run(bench, "--table", lines, "--json", again)
     assert again.read_text() == lines.read_text()
+    # A file that is there keeps its lines, or is refused.
+    fake_report(tmp_path / "h4", [4, 0, 1, 2], 2_000_000, 0.3)
+    with pytest.raises(UserError, match="name it among the inputs"):
+        run(bench, "--table", tmp_path / "h4", "--json", again)
+    run(bench, "--table", again, tmp_path / "h4", "--json", again)
+    assert again.read_text().startswith(lines.read_text()) and len(json_lines(again)) == len(json_lines(lines)) + 1
     (tmp_path / "h3" / "report.json").write_text("{}")
     for text, path, why in (("{}\n", lines, "line 2 is no result"),
                             ("{", lines, "line 3 is no JSON"),
@@ -6334,7 +6369,8 @@ def test_without_matplotlib_the_layer_map_is_text(tmp_path, monkeypatch):
 
 def test_the_noise_of_a_score_is_that_of_its_problems():
     """95 % of all samples of a true share cover it, also near 1; at 200 problems it is some 0.02 either way."""
-    assert bench.noise_interval(1.0, 200)[1] == 1 and bench.noise_interval(0.0, 200)[0] == 0
+    for problems in (11, 12, 20, 22, 60, 90, 200):
+        assert bench.noise_interval(1.0, problems)[1] == 1 and bench.noise_interval(0.0, problems)[0] == 0
     low, high = bench.noise_interval(0.975, 200)
     assert 0.93 < low < 0.955 and 0.98 < high < 0.995
     drawn = np.random.default_rng(0).binomial(200, 0.96, 4000) / 200
@@ -6438,6 +6474,9 @@ BAD_INPUT = [                                # script, more arguments, what the 
     (sample, "--json --traces x.jsonl", "one of --json"),
     (sample, "--traces x.gz", "JSON lines"),
     (sample, "--keep-cut", "belongs to --traces"),
+    (sample, "--device cpu:x", "none that PyTorch knows"),
+    (sample, "--device xla", "not available here"),
+    (bench, "--plot {nowhere}/x.png", "cannot write"),
     (sample, "--temperature 1e-39", "--temperature must be"),
     (sample, "--seed 4294967296", "--seed must be 0 to 4294967295"),
     (sample, "--max-new-tokens 1000000000000", "caches of 1 texts"),

@@ -446,13 +446,13 @@ def pair_parts(prompt, response, record, codec):
     if not response.strip():
         raise UserError("an empty response")
     begin = codec.enc.decode(codec.begin)
-    if not prompt.startswith(begin):
-        prompt = begin + prompt
+    # Not as one text with the prompt: to some tokenizers only what begins a text begins with a space.
+    before = [] if prompt.startswith(begin) else [(begin, False)]
     # Without a template nobody knows how an answer ends. One that was cut (sample.py --keep-cut) has no end.
     known = not codec.chat.refusal and not record.get("cut")
     if known and not response.rstrip().endswith(codec.chat.end):
         response += codec.chat.end
-    return [(prompt, False), (response, True)]
+    return [*before, (prompt, False), (response, True)]
 
 
 # Where a template is no more than marks around the texts, a conversation is one example: the prompt of each turn begins

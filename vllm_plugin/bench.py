@@ -194,6 +194,12 @@ def main():
     if args.memory is None and device.type == "cpu":
         args.memory = 1.0
     paths = [checkpoint_dir(path) for path in args.dirs]
+    if args.json:
+        # Fail now, not after the rounds.
+        try:
+            open(args.json, "a", encoding="utf-8").close()
+        except OSError as e:
+            raise UserError(f"cannot write {args.json}: {e.strerror}") from None
     seconds, configs = measure_all(paths, args)
 
     rows = []
