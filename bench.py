@@ -138,6 +138,8 @@ def check_args(args):
         raise UserError("--prefill-tokens starts at 1")
     if "transformers" in args.what and not args.model:
         raise UserError("--what transformers needs --model DIR, a checkpoint that both can read")
+    if args.plot and not os.path.isdir(os.path.dirname(args.plot) or "."):
+        raise UserError(f"cannot write {args.plot}: its directory is not there")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install matplotlib")
 
@@ -1610,11 +1612,9 @@ def bench(args):
             raise UserError("--cpu-time counts one thread on a CPU: --device cpu, and OMP_NUM_THREADS=1 before it")
         global clock
         clock = time.thread_time
-    # Fail now, not after the first row.
     if args.json:
+        # Fail now, not after the first row.
         append_line(args.json, None)
-    if args.plot and not os.path.isdir(os.path.dirname(args.plot) or "."):
-        raise UserError(f"cannot write {args.plot}: its directory is not there")
     machine = measure_machine(device, dtype, min(0.5, args.seconds / 4))
     config, shape = pick_config(args, dtype, device, memory_for(args, device))
     about = about_run(args, device, dtype, shape, machine)
