@@ -1414,7 +1414,8 @@ def draw_curves(plt, path, results):
     """A line per Result, which must have a curve: its KL to the teacher, and beside it, if any has it, exact match.
     Time is the processor's on a CPU, which other programs do not prolong: that of training and of making the start."""
     # Of each kind of the built-in problems. They are others than those that are solved at the end.
-    asked = " or ".join(sorted({str(result.report.get("args", {}).get("curve_eval")) for result in results}))
+    asked = " or ".join(sorted({str(result.report.get("args", {}).get("curve_eval")) for result in results
+                                if any(point["accuracy"] is not None for point in result.curve)}))
     measures = {"kl": "KL to the teacher, held-out texts, nats a token",
                 "accuracy": f"exact match, {asked} problems of each kind"}
     points = [point for result in results for point in result.curve]

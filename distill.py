@@ -1133,7 +1133,7 @@ def stage(args, run, began):
     torch.manual_seed(args.seed)
     student, done = first_student(args, run.teacher)
     depends = depends_on(args, run, student)
-    if args.resume and is_finished(args, depends):
+    if args.resume and nano.is_finished(args.out, depends, args.overwrite, or_else=", or go on with --student"):
         return
     # What cannot be converted is found out before the ranking.
     attention = attention_layers(student.config)
@@ -1186,23 +1186,6 @@ def stage(args, run, began):
         print("warning: training made it worse than it started: try a lower --lr, or more --steps")
     print(f"saved {args.out}; talk to it: python sample.py --model {args.out} --chat")
     print(json.dumps(report), flush=True)
-
-
-def is_finished(args, depends):
-    """Is this stage done already? UserError if it was made from something else: its successors would build on it."""
-    file = os.path.join(args.out, "report.json")
-    # A result may stand there while a run that overwrites it was interrupted.
-    if not os.path.exists(file) or nano.is_unfinished(args.out):
-        return False
-    report = nano.read_json(file, dict)
-    try:
-        nano.check_same_run(report.get("run") or report.get("args") or {}, depends, args.out)
-    except UserError as e:
-        if args.overwrite:
-            return False
-        raise UserError(f"{e}, or continue from it with --student") from None
-    print(f"{args.out} is finished already, kept")
-    return True
 
 
 def choose_layers(args, run, student, done):

@@ -3222,14 +3222,26 @@ def is_unfinished(path):
     return any(glob.glob(os.path.join(glob.escape(path), file)) for file in files)
 
 
-def check_same_run(made, now, out):
-    """made, now: dicts of what a finished result in out and this run depend on. UserError where they differ."""
-    for name, value in now.items():
+def is_finished(out, depends, overwrite, done="report.json", or_else=""):
+    """Does the directory `out` hold the result of this very run? depends: what the run depends on, JSON values under
+    names for the user; the report `done` has it as "run". Raises UserError if the result was made from something else,
+    unless it is to be overwritten. or_else: what the user may do besides."""
+    file = os.path.join(out, done)
+    # A result may stand there while a run that overwrites it was interrupted.
+    if not os.path.exists(file) or is_unfinished(out):
+        return False
+    report = read_json(file, dict)
+    made = report.get("run") or report.get("args") or {}
+    for name, now in depends.items():
         # A flag may be newer than the report.
-        before = made.get(name, value)
-        if before != value:
-            raise UserError(f"{out} was made with {name} = {before}, now {name} = {value}; pass the same "
-                            "flags, or --overwrite")
+        before = made.get(name, now)
+        if before != now and overwrite:
+            return False
+        if before != now:
+            raise UserError(f"{out} was made with {name} = {before}, now {name} = {now}; pass the same "
+                            f"flags, or --overwrite{or_else}")
+    print(f"{out} is finished already, kept")
+    return True
 
 
 def same_place(path, other):

@@ -5368,6 +5368,20 @@ def test_a_stage_is_kept_only_if_its_student_is_the_same(traces, family, tmp_pat
     assert weights(tmp_path / "h2") == weights(family / "h2")
 
 
+def test_a_new_model_takes_no_other_models_tokenizer(tmp_path):
+    """Made where there is none, kept where it is its own, refused where it is another's, unless that is overwritten."""
+    def make(overwrite):
+        train_sft.own_tokenizer(argparse.Namespace(out=str(tmp_path), overwrite=overwrite, resume=False))
+        return (tmp_path / "tokenizer.json").read_bytes()
+
+    own = make(False)
+    assert load_tokenizer(tmp_path).max_token_value + 1 == train_sft.TEACHER.vocab_size and make(False) == own
+    load_from(byte_tokenizer(["<b>", "<e>"]), tmp_path)
+    with pytest.raises(UserError, match="another model's tokenizer"):
+        make(False)
+    assert make(True) == own
+
+
 def test_a_family_that_is_overwritten_goes_on_where_it_was_interrupted(
         traces, family, tmp_path, no_answers, interrupt_after):
     """In the last step of its second stage, in whose directory the old result still stands."""

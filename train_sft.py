@@ -2055,6 +2055,16 @@ def check_flags(args):
         raise UserError("pass either --scratch or --model DIR")
 
 
+def own_tokenizer(args):
+    """Let --out hold the tokenizer of a new model. Raises UserError where it holds another one."""
+    there = os.path.exists(os.path.join(args.out, "tokenizer.json"))
+    if not there or args.overwrite and not args.resume:
+        print("training the tokenizer ...")
+        make_tokenizer(args.out)
+    elif nano.load_tokenizer(args.out).max_token_value + 1 != TEACHER.vocab_size:
+        raise UserError(f"{args.out} holds another model's tokenizer: choose another --out, or pass --overwrite")
+
+
 def start_model(args):
     """-> the model to train (float32, CPU) and its Codec; --out holds the tokenizer of a new model afterwards."""
     torch.manual_seed(args.seed)
@@ -2063,12 +2073,8 @@ def start_model(args):
         if args.layers:
             model = restack(model, args.layers)
         return model, load_codec(args.model)
-    there = os.path.exists(os.path.join(args.out, "tokenizer.json"))
-    if not there or args.overwrite and not args.resume:
-        print("training the tokenizer ...")
-        once(make_tokenizer, args.out)
-    elif getattr(nano.load_tokenizer(args.out), "n_vocab", None) != TEACHER.vocab_size:
-        raise UserError(f"{args.out} holds another model's tokenizer: choose another --out, or pass --overwrite")
+    # All decided by one process: another might already see what it has written.
+    once(own_tokenizer, args)
     model = nano.HybridLM(replace(TEACHER, n_layer=args.layers or TEACHER.n_layer, layout=()))
     init_weights(model)
     return model, load_codec(args.out)
@@ -2102,22 +2108,6 @@ def start_progress(args, model, block):
     run["content of --data"] = file_hash(args.data)
     run["content of the first texts"] = texts_hash(block)
     return Progress(os.path.join(args.out, "progress.safetensors"), run, args.resume)
-
-
-def is_finished(args, run):
-    """Is this run done already? UserError if the result that is there was made from something else."""
-    file = os.path.join(args.out, "training.json")
-    if not os.path.exists(file) or nano.is_unfinished(args.out):
-        return False
-    try:
-        report = nano.read_json(file, dict)
-        nano.check_same_run(report.get("run") or report.get("args") or {}, run, args.out)
-    except UserError:
-        if args.overwrite:
-            return False
-        raise
-    print(f"{args.out} is finished already, kept")
-    return True
 
 
 def evaluate(args, model, codec):
@@ -2177,7 +2167,7 @@ def main():
           f"{args.optimizer} at {args.lr:g}, products in {dtype}\n"
           f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     progress = start_progress(args, model, block)
-    if args.resume and is_finished(args, progress.run):
+    if args.resume and nano.is_finished(args.out, progress.run, args.overwrite, done="training.json"):
         return
     plan = Plan(args.steps, args.lr, args.warmup, args.every, log_every=10, name="loss",
                 optimizer=args.optimizer, lr_rest=args.lr_rest, room=args.ctx if args.pack else 0,
