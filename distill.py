@@ -33,8 +33,9 @@ from train_sft import (THINGS, Plan, Problem, Progress, accuracy, batches, check
                        choose_plan, clipped_step, collate, encode_parts, encode_problem, few_positions, fit,
                        generic_block, list_block, load_codec, longest_text, make_optimizers, mamba_names,
                        memory_plan, once, own_part, plan_flags, planned_config, planned_for, print_plans,
-                       problem_set, processes, read_jsonl, run_together, share_out, show_example, solve, summed,
-                       summed_loss, take_back, texts_hash, trace_block, union)
+                       problem_set, processes, read_apart, read_jsonl, run_together, share_out,
+                       show_example, solve, summed, summed_loss, take_back, texts_hash, trace_block,
+                       union)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1236,6 +1237,8 @@ def parse_args():
     # What it learns from.
     add("--data", help="JSONL file, plain or .gz: prompt/response, messages or conversations "
         "(default: the built-in traces)")
+    add("--held-out", metavar="FILE", help="another such file, to judge by; its prompts are not "
+        "trained (default: all answers to every 50th prompt of --data)")
     add("--traces", default="reasoning", choices=("reasoning", "generic"), help="built-in texts to "
         "distil on; generic: facts without question or reasoning (default reasoning)")
     add("--ctx", type=int, default=512, help="longest text in tokens (default 512)")
@@ -1310,6 +1313,8 @@ def plan_stages(args):
         raise UserError(f"--align-lr must be above 0, got {args.align_lr}")
     if args.rank not in RANKS and not os.path.exists(args.rank):
         raise UserError(f"--rank {args.rank}: neither one of {', '.join(RANKS)} nor a file")
+    if args.held_out and not args.data:
+        raise UserError("--held-out belongs to --data; the built-in problems bring their own")
     if args.data and args.traces != "reasoning":
         raise UserError("--traces chooses among the built-in texts; --data brings its own")
     # A control must not land in the directory of the result that it is compared with.
@@ -1384,6 +1389,7 @@ def main():
     print_start(stages[0], teacher, size, device, dtype)
     print(f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
     content = {"content of --teacher": weights_hash(teacher), "content of --data": file_hash(args.data),
+               "content of --held-out": file_hash(args.held_out),
                "content of the first texts": texts_hash(block)}
     calibration = calibration_texts(block, device, teacher.config)
     run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, held_out, {})
@@ -1424,7 +1430,10 @@ def load_texts(args, codec, n_vocab):
     held_out: batches to measure on. Neither of the last two is ever trained on; nor is what is measured asked by LOO,
     which may look at texts that train: the model that it looks at is the teacher."""
     if args.data:
-        training, held_out = read_jsonl(args.data, codec, args.ctx, n_vocab)
+        if args.held_out:
+            training, held_out = read_apart(args.data, args.held_out, codec, args.ctx, n_vocab)
+        else:
+            training, held_out = read_jsonl(args.data, codec, args.ctx, n_vocab)
         block = list_block(training, args.seed)
         probe = training[:args.probe]
         fixed = held_out[:args.batch]

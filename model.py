@@ -3054,7 +3054,7 @@ def start_script(args):
     torch.set_flush_denormal(True)
     keep_memory()
     # A shell expands ~ in "--out ~/x", and not in "--out=~/x".
-    for name in ("model", "teacher", "student", "merge", "data", "rank", "out"):
+    for name in ("model", "teacher", "student", "merge", "data", "held_out", "rank", "out"):
         if isinstance(getattr(args, name, None), str):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     # A seed is multiplied by a million, for the random streams of many texts.

@@ -3651,7 +3651,7 @@ def test_every_fiftieth_record_is_held_out_with_all_its_examples_and_long_ones_a
     codec = traces[1]._replace(chat=Forgetful())
     train, held = train_sft.read_jsonl(tmp_path / "x.jsonl", codec, 64, 538)
     assert (len(train), len(held)) == (49, 3)
-    assert "1 of 53 examples exceed --ctx 64" in capsys.readouterr().err
+    assert re.search("1 of 53 examples of .*x.jsonl exceed --ctx 64", capsys.readouterr().err)
     # What is held out does not depend on --ctx: the student of one run may be the start of another.
     assert train_sft.read_jsonl(tmp_path / "x.jsonl", codec, 512, 538)[1] == held
 
@@ -3689,6 +3689,31 @@ def test_no_text_is_trained_and_held_out(prompts, traces, tmp_path):
     train, held = train_sft.read_jsonl(tmp_path / "x.jsonl", codec, 64, 538)
     assert (len(train), len(held)) == (196, 4)
     assert not any(example in train for example in held)
+
+
+def test_a_file_of_its_own_is_held_out_whole_and_its_prompts_are_not_trained(traces, tmp_path, capsys):
+    def write(name, *prompts):
+        lines = [json.dumps({"prompt": f"ask {prompt}, ", "response": f"to {name}"}) for prompt in prompts]
+        (tmp_path / name).write_text("\n".join(lines))
+        return tmp_path / name
+
+    def read(held_name):
+        return [[codec.enc.decode(ids).removeprefix(codec.enc.decode(codec.begin)) for ids, _ in examples]
+                for examples in train_sft.read_apart(data, tmp_path / held_name, codec, 64, 538)]
+
+    codec = traces[1]._replace(chat=Forgetful())
+    data = write("data", "b", "a", "b", "c")
+    write("held", "b", "d")
+    write("all", "a", "b", "c")
+    write("long", "q" * 99)
+    end = codec.chat.end
+    assert read("held") == [[f"ask {prompt}, to data{end}" for prompt in "ac"],
+                            [f"ask {prompt}, to held{end}" for prompt in "bd"]]
+    assert "note: 2 records" in capsys.readouterr().out
+    with pytest.raises(UserError, match="data: no usable record"):
+        read("all")
+    with pytest.raises(UserError, match="long: no usable record of at most 64 tokens"):
+        read("long")
 
 
 def test_built_in_texts_longer_than_ctx_are_left_out_or_refused(traces):
@@ -6507,6 +6532,7 @@ BAD_INPUT = [                                # script, more arguments, what the 
     (distill, "--d-state 5", "--d-state 5 does not divide head_dim 32"),
     (distill, "--data {broken}/x.jsonl", "x.jsonl, line 5"),
     (distill, "--traces generic --data x.jsonl", "--traces"),
+    (distill, "--held-out x.jsonl", "--held-out"),
     (distill, "--lr 0", "--lr must be above 0"),
     (distill, "--lr nan", "--lr must be above 0"),
     (train_sft, "--lr 0", "--lr must be above 0"),

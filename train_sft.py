@@ -357,24 +357,7 @@ def show_example(codec, example):
 def read_jsonl(path, codec, ctx, n_vocab):
     """A JSONL file -> (training examples, held-out examples: those of every 50th prompt). All of it is checked.
     Raises UserError with the line number; examples longer than ctx tokens are left out with a warning."""
-    records = []
-    keys = []
-    n_long = 0
-
-    def checked(record):
-        examples = [encode_parts(codec, parts) for parts in parts_of(record, codec)]
-        check_examples(examples, n_vocab)
-        return examples
-
-    for examples in read_records(path, checked):
-        short = [example for example in examples if len(example[0]) <= ctx]
-        n_long += len(examples) - len(short)
-        records.append(short)
-        keys.append(prompt_and_all(*examples[0]))
-    n_kept = sum(len(record) for record in records)
-    if n_long:
-        print(f"warning: {n_long} of {n_long + n_kept} examples exceed --ctx {ctx} tokens",
-              file=sys.stderr)
+    records, keys = read_with_keys(path, codec, ctx, n_vocab)
     # All records have been counted, long ones too: what is held out does not depend on --ctx.
     usable = [(record, out) for record, out in zip(records, held_out(keys)) if record]
     if len(usable) < 2:
@@ -393,6 +376,47 @@ def read_jsonl(path, codec, ctx, n_vocab):
         else:
             train += record
     return train, held
+
+
+def read_apart(path, held_path, codec, ctx, n_vocab):
+    """Two JSONL files -> (training examples of the first, all examples of the second). A prompt of the second is not
+    trained: records of the first that begin with it are left out, with a note. Raises UserError as read_jsonl."""
+    records, keys = read_with_keys(path, codec, ctx, n_vocab)
+    held_records, held_keys = read_with_keys(held_path, codec, ctx, n_vocab)
+    asked = {prompt for prompt, _ in held_keys}
+    n_asked = sum(prompt in asked for prompt, _ in keys)
+    if n_asked:
+        print(f"note: {n_asked} records of {path} begin with a prompt of {held_path}: not trained")
+    kept = [record for record, (prompt, _) in zip(records, keys) if prompt not in asked]
+    train = list(itertools.chain(*kept))
+    held = list(itertools.chain(*held_records))
+    for name, examples in ((path, train), (held_path, held)):
+        if not examples:
+            raise UserError(f"{name}: no usable record of at most {ctx} tokens")
+    return train, held
+
+
+def read_with_keys(path, codec, ctx, n_vocab):
+    """A JSONL file -> for each record its examples of at most ctx tokens, and what prompt_and_all gives for it."""
+    records = []
+    keys = []
+    n_long = 0
+
+    def checked(record):
+        examples = [encode_parts(codec, parts) for parts in parts_of(record, codec)]
+        check_examples(examples, n_vocab)
+        return examples
+
+    for examples in read_records(path, checked):
+        short = [example for example in examples if len(example[0]) <= ctx]
+        n_long += len(examples) - len(short)
+        records.append(short)
+        keys.append(prompt_and_all(*examples[0]))
+    n_kept = sum(len(record) for record in records)
+    if n_long:
+        print(f"warning: {n_long} of {n_long + n_kept} examples of {path} exceed --ctx {ctx} tokens",
+              file=sys.stderr)
+    return records, keys
 
 
 def prompt_and_all(ids, trained):
