@@ -134,10 +134,23 @@ def check_args(args):
         raise UserError("--replace goes from 0 to 50")
     if min(args.ctx) < 8:
         raise UserError("--ctx starts at 8")
+    if args.memory is not None and not 0 < args.memory < math.inf:
+        raise UserError(f"--memory must be above 0, got {args.memory}")
+    if not 0 <= args.seconds < math.inf:
+        raise UserError(f"--seconds must be 0 or more, got {args.seconds}")
+    for batch in (args.batch or "max").split(","):
+        if batch != "max":
+            numbers("--batch", batch)
     if args.prefill_tokens is not None and args.prefill_tokens < 1:
         raise UserError("--prefill-tokens starts at 1")
     if "transformers" in args.what and not args.model:
         raise UserError("--what transformers needs --model DIR, a checkpoint that both can read")
+    if args.plot and (args.table or args.figures):
+        raise UserError("--plot draws measurements, --figures draws results")
+    if args.plot and "decode" not in args.what:
+        raise UserError("--plot draws what --what decode measures")
+    if args.shape and args.model:
+        raise UserError("give one of --shape and --model")
     if args.plot and not os.path.isdir(os.path.dirname(args.plot) or "."):
         raise UserError(f"cannot write {args.plot}: its directory is not there")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -214,7 +227,7 @@ def scan_limits(b, t, config, dtype, machine):
 
 def memory_for(args, device):
     """Bytes for weights and caches. The rest is for activations, logits and the allocator."""
-    if args.memory:
+    if args.memory is not None:
         return args.memory * 1e9
     if device.type != "cuda":
         # A laptop stays usable, and the run short.
@@ -904,7 +917,8 @@ def compare_generate(ours, theirs, prompt, count, rounds, warmup, device):
 #
 # A member of a family is known by its stages: the tokens that it has cost are those of all of them, and its layer map
 # has a row for each. A directory of train_sft.py is a member, too (H-30-SFT). Runs that differ in the seed alone are
-# named x-s0, x-s1, ... (or have one name in several directories); they share a row of the table and a point.
+# named x-s0, x-s1, ... (or have one name in several directories); they share a row of the table and a point. Others of
+# one name, of two teachers say, are no seeds of one another: then the path is their name.
 
 NEEDED = ("layout", "replaced", "teacher_accuracy", "student_accuracy", "accuracy_by_family",
           "kl_first", "kl_last", "tokens", "seconds", "seed")
@@ -1085,9 +1099,16 @@ def find_results(paths):
     found = []
     for path in paths:
         found += results_in(path)
+    # What is named twice, or in a directory and in the one above it, is one run.
+    runs = {(os.path.realpath(r.path), r.report["seed"], r.report["seconds"]): r for r in found}
+    found = list(runs.values())
     known = {os.path.abspath(result.path): result for result in found}
     for result in found:
         result.earlier = stages_before(result, known)
+        before = result.earlier[-1].report if result.earlier else None
+        if before and before["layout"] == result.layout:
+            # train_sft.py replaces nothing, and does not know what its start had before.
+            result.report["replaced"] = before["replaced"]
     return sorted(found, key=lambda r: (len(r.report["replaced"]), len(r.earlier), r.name))
 
 
@@ -1107,10 +1128,36 @@ def write_lines(path, results):
 
 def members_of(results):
     """-> {member: its Results, one for each seed}, in the order of the results."""
-    members = {}
+    named = {}
     for result in results:
-        members.setdefault(result.member, []).append(result)
+        named.setdefault(result.member, []).append(result)
+    members = {}
+    for name, group in named.items():
+        if differ_in_seed_alone(group):
+            members[name] = group
+            continue
+        for result in group:
+            path = result.path
+            # Lines of a file may name one directory, and be of two runs in it.
+            while path in members:
+                path += " (another run)"
+            members[path] = [result]
     return members
+
+
+# What follows from the seed, and the order of layers: it may be asked for once, and then be read from that file.
+OF_THE_SEED = ("seed", "rank", "content of --rank", "content of the first texts", "content of --student")
+
+
+def differ_in_seed_alone(group):
+    """Are these Results runs of one kind with different seeds? As far as they tell: older ones say less."""
+    first, *others = [result.report.get("run") or {} for result in group]
+    for other in others:
+        for key in (first.keys() & other.keys()) - set(OF_THE_SEED):
+            if first[key] != other[key]:
+                return False
+    seeds = [result.report["seed"] for result in group]
+    return len(set(seeds)) == len(seeds)
 
 
 # The table: a line per member, its seeds averaged.
@@ -1299,29 +1346,34 @@ def noise_interval(share, problems):
 
 
 def speeds_from_lines(file, paths):
-    """Decoding speed of these checkpoints, tokens/s, from the lines of bench.py --model DIR --json: at the longest
-    context and the largest batch there. Raises UserError where one is missing."""
+    """-> (decoding speed of each of these checkpoints, tokens/s, batch, context), from the lines of bench.py --model
+    DIR --json: at the longest context, and there the largest batch, that all of them have. Raises UserError where a
+    checkpoint or such a line is missing."""
     known = {}
-    longest = {}
     for row in read_json_lines(file):
         # Row H-0 of --model is a random model.
-        if row.get("row") != "model" or best_rate(row) is None:
-            continue
-        path = os.path.realpath(row["shape"])
-        if row["ctx"] >= longest.get(path, 0):
-            longest[path] = row["ctx"]
-            known[path] = best_rate(row)
+        if row.get("row") == "model":
+            of_path = known.setdefault(os.path.realpath(row["shape"]), {})
+            for entry in row.get("decode") or ():
+                if entry.get("tokens_per_s"):
+                    of_path[row["ctx"], entry["batch"]] = entry["tokens_per_s"]
     for path in paths:
-        if os.path.realpath(path) not in known:
+        if not known.get(os.path.realpath(path)):
             raise UserError(f"{file} has no line for {path}: "
                             f"python bench.py --model {path} --json {file}")
-    return [known[os.path.realpath(path)] for path in paths]
+    rates = [known[os.path.realpath(path)] for path in paths]
+    shared = set.intersection(*map(set, rates))
+    if not shared:
+        raise UserError(f"{file} has no context and batch at which all of these were measured: "
+                        f"{', '.join(map(str, paths))}")
+    ctx, batch = max(shared)
+    return [of_path[ctx, batch] for of_path in rates], batch, ctx
 
 
 @torch.inference_mode()
 def measured_speeds(configs, device, dtype):
-    """Decoding speed, tokens/s, of models of these shapes with random weights. It depends on how many layers of each
-    kind there are, and not on their order: equal counts are measured once."""
+    """-> (decoding speed of models of these shapes with random weights, tokens/s, batch, context). It depends on how
+    many layers of each kind there are, and not on their order: equal counts are measured once."""
     how = argparse.Namespace(seconds=1.0, graph=False)
     # Caches that outweigh so small a model.
     batch = 16 if device.type == "cuda" else 4
@@ -1334,7 +1386,7 @@ def measured_speeds(configs, device, dtype):
         lm = join_projections(random_model(shape, device, dtype))
         seconds, _ = time_decode(lm, filled_state(lm, batch, ctx), batch, how, device)
         rates[shape].append(batch / seconds)
-    return [statistics.median(rates[shape]) for shape in shapes]
+    return [statistics.median(rates[shape]) for shape in shapes], batch, ctx
 
 
 def places_of(members, args, device, dtype):
@@ -1345,14 +1397,14 @@ def places_of(members, args, device, dtype):
     paths = [*teachers[:1], *(result.path for result in firsts)]
     files = [os.path.join(path, "config.json") for path in paths]
     if args.speeds:
-        rates = speeds_from_lines(args.speeds, paths)
+        rates, batch, ctx = speeds_from_lines(args.speeds, paths)
     elif teachers and all(map(os.path.exists, files)):
         configs = [nano.config_from_json(nano.read_json(file, dict), file) for file in files]
-        rates = measured_speeds(configs, device, dtype)
+        rates, batch, ctx = measured_speeds(configs, device, dtype)
     else:
         given_up = [len(result.report["replaced"]) for result in firsts]
         return [0, *given_up], f"attention layers given up, of {len(firsts[0].layout)}"
-    label = f"decoding speed, teacher = 1 ({rates[0]:.0f} tokens/s)"
+    label = f"speed, decoding {batch} texts after {ctx} tokens, teacher = 1 ({rates[0]:.0f} tokens/s)"
     return [rate / rates[0] for rate in rates], label
 
 
@@ -1410,15 +1462,21 @@ def draw_member(axes, x, seeds):
 # The picture of curves: how good is a student after how much work, from before the first step on (--curve). What has
 # equally many layers replaced has one colour; where mixers were removed, the line is dashed.
 
+def problems_of(result, point):
+    """How many problems stand behind the accuracy of this point. An older report has how many of each kind."""
+    of_each = result.args.get("curve_eval") or 0
+    return point.get("problems", of_each * len(result.report["accuracy_by_family"] or ()))
+
+
 def draw_curves(plt, path, results):
     """A line per Result, which must have a curve: its KL to the teacher, and beside it, if any has it, exact match.
     Time is the processor's on a CPU, which other programs do not prolong: that of training and of making the start."""
-    # Of each kind of the built-in problems. They are others than those that are solved at the end.
-    asked = " or ".join(sorted({str(result.report.get("args", {}).get("curve_eval")) for result in results
-                                if any(point["accuracy"] is not None for point in result.curve)}))
-    measures = {"kl": "KL to the teacher, held-out texts, nats a token",
-                "accuracy": f"exact match, {asked} problems of each kind"}
     points = [point for result in results for point in result.curve]
+    # They are others than those that are solved at the end.
+    asked = {problems_of(result, point) for result in results for point in result.curve
+             if point["accuracy"] is not None}
+    measures = {"kl": "KL to the teacher, held-out texts, nats a token",
+                "accuracy": f"exact match of {' or '.join(map(str, sorted(asked)))} problems"}
     if all(point["accuracy"] is None for point in points):
         del measures["accuracy"]
     figure, grid = plt.subplots(1, len(measures), figsize=(7 * len(measures), 4.6), squeeze=False)
@@ -1499,6 +1557,11 @@ def show_results(args, device, dtype):
     solved = [r for r in results if r.accuracy is not None and r.teacher_accuracy is not None]
     if not solved:
         print("no family.png: no member and its teacher have solved problems")
+        return
+    runs = [result.report.get("run") or {} for result in solved]
+    teachers = {run["content of --teacher"] for run in runs if "content of --teacher" in run}
+    if len(teachers) > 1:
+        print("no family.png: these results have different teachers")
         return
     members = members_of(solved)
     places, x_label = places_of(members, args, device, dtype)

@@ -437,6 +437,9 @@ def alignment_error(student, teacher, layers, batch):
     It counts all tokens of the Batch, prompts too: later tokens read what was written there."""
     # Padding is what no trained token follows in its row.
     real = (batch.targets >= 0).flip(1).cummax(1).values.flip(1)             # (b, t)
+    if batch.reset is not None:
+        # Nor does the last token of a text count, which nothing follows, where texts share a row.
+        real[:, :-1] &= ~batch.reset[:, 1:]
     x = teacher.embed_tokens(batch.tokens)                                   # (b, t, d_model)
     place, _ = nano.make_place(teacher.config, batch.tokens, 0, None, batch.reset, x.dtype)
     total = x.new_zeros(())
@@ -458,6 +461,8 @@ def align(args, run, student, layers, depends):
     """Train the new mixers in these layers of student for args.align_steps steps, and nothing else. -> Progress.
     It has a file of its own, with its last step, until the stage is saved: a killed run goes on in either phase."""
     progress = Progress(os.path.join(args.out, "align.safetensors"), depends, args.resume)
+    if args.align_steps and not layers:
+        print("note: --align-steps has no new mixer to align")
     if not args.align_steps or not layers:
         return progress
     mixers = tuple(f"layers.{i}.mixer." for i in layers)
@@ -1062,7 +1067,7 @@ def one_problem(problems, teacher_texts, student_texts):
 
 def curve_watch(args, run, student, start):
     """-> the watch of train_sft.Plan, which adds a point to progress.curve every args.curve steps and at the end.
-    start: (seconds, processor's seconds) that the start has taken."""
+    start: (seconds, processor's seconds, tokens) that the start has taken."""
     problems = problem_set("dev", args.curve_eval) if args.curve_eval else []
 
     def watch(progress):
@@ -1075,10 +1080,10 @@ def curve_watch(args, run, student, start):
             _, share = accuracy(problems, solve(student, run.codec, problems, note="curve"))
         kl = teacher_forced(run, student)["kl"]
         progress.curve.append({
-            "step": progress.step, "tokens": progress.tokens,
+            "step": progress.step, "tokens": start[2] + progress.tokens,
             "seconds": round(start[0] + progress.seconds, 1),
             "cpu_seconds": round(start[1] + progress.cpu_seconds, 1),
-            "kl": kl, "accuracy": share})
+            "kl": kl, "accuracy": share, "problems": len(problems)})
         solved = "" if share is None else f", exact match {share:.3f}"
         tqdm.write(f"after {progress.step} steps: KL {kl:.4f}{solved}")
     return watch
@@ -1114,6 +1119,10 @@ FLAGS = ("replace", "rank", "traces", "init", "d_state", "loss", "train", "align
          "probe", "seed", "dtype")
 
 
+# What else a user may do with a result of other flags.
+ANOTHER_START = ", or go on with --student"
+
+
 def depends_on(args, run, student):
     """-> everything that the result of a stage depends on, as JSON values, under names for the user.
     A run is continued, a finished stage kept, and a ranking reused only if it is still the same."""
@@ -1134,7 +1143,7 @@ def stage(args, run, began):
     torch.manual_seed(args.seed)
     student, done = first_student(args, run.teacher)
     depends = depends_on(args, run, student)
-    if args.resume and nano.is_finished(args.out, depends, args.overwrite, or_else=", or go on with --student"):
+    if args.resume and nano.is_finished(args.out, depends, args.overwrite, or_else=ANOTHER_START):
         return
     # What cannot be converted is found out before the ranking.
     attention = attention_layers(student.config)
@@ -1153,7 +1162,7 @@ def stage(args, run, began):
     aligned = align(args, run, student, new, depends_too)
     # Its seconds are those of all parts of an interrupted run, of which this one may have done none.
     began += time.time() - seconds - aligned.seconds
-    start = (start[0] + aligned.seconds, start[1] + aligned.cpu_seconds)
+    start = (start[0] + aligned.seconds, start[1] + aligned.cpu_seconds, aligned.tokens)
     set_trained(student, args.train, args.recompute).train()
 
     file = os.path.join(args.out, "progress.safetensors")
@@ -1172,10 +1181,10 @@ def stage(args, run, began):
     seconds = prepared - began + progress.seconds + time.time() - done_training
     report = {
         "replaced": done + new, "layout": list(student.config.layout), "kl_first": kl_first,
-        **result, "steps": args.steps, "tokens": progress.tokens, "seconds": round(seconds, 1),
-        "seed": args.seed}
+        **result, "steps": args.steps, "tokens": aligned.tokens + progress.tokens,
+        "seconds": round(seconds, 1), "seed": args.seed}
     extra = {"args": vars(args), "run": depends, "scores": scores, "align_log": aligned.log, "log": log,
-             "curve": progress.curve, "start_seconds": start}
+             "curve": progress.curve, "start_seconds": start[:2]}
     path = os.path.join(args.out, "report.json")
     once(nano.write_json, path, report | extra | provenance(run.device))
     once(aligned.remove)
@@ -1272,7 +1281,8 @@ def training_flags(add):
     add("--accumulate", type=int, default=1, metavar="K",
         help="make a step of K batches, one after the other; not in MMR trials (default 1)")
     add("--optimizer", default="auto", choices=("auto", "muon", "adamw"), help="muon: for layers' "
-        "matrices; auto: adamw if --batch * --ctx < 16 times the model's width (default auto)")
+        "matrices; auto: adamw if --batch * --accumulate * --ctx < 16 times the model's width "
+        "(default auto)")
     add("--lr", type=float, help="peak learning rate (default 5e-4 with muon, 1e-4 with adamw)")
     add("--align-lr", type=float, default=1e-3, help="that of --align-steps (default 0.001)")
     add("--lr-rest", type=float, help="that of all but Mamba mixers (default: --lr, or 1e-5 "
@@ -1302,7 +1312,7 @@ def plan_stages(args):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("steps", "align_steps", "retrieval", "curve", "curve_eval"):
+    for name in ("steps", "align_steps", "retrieval", "curve", "curve_eval", "warmup"):
         value = getattr(args, name)
         if value is not None and value < 0:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
@@ -1393,10 +1403,21 @@ def main():
                "content of the first texts": texts_hash(block)}
     calibration = calibration_texts(block, device, teacher.config)
     run = Run(teacher, codec, device, dtype, block, probe, fixed, calibration, content, held_out, {})
+    check_made(stages, run)
     for each in stages:
         stage(each, run, began)
         # Loading counts for the first stage.
         began = time.time()
+
+
+def check_made(stages, run):
+    """Raise UserError if the result of any stage is there already, and of another run. Before the first stage: only
+    what each starts from is not known yet."""
+    for args in stages:
+        depends = depends_on(change(args, student=None), run, None)
+        del depends["content of --student"]
+        if args.resume:
+            nano.is_made(args.out, depends, args.overwrite, or_else=ANOTHER_START)
 
 
 def check_teacher(args, config, most):

@@ -3054,9 +3054,17 @@ def start_script(args):
     torch.set_flush_denormal(True)
     keep_memory()
     # A shell expands ~ in "--out ~/x", and not in "--out=~/x".
-    for name in ("model", "teacher", "student", "merge", "data", "held_out", "rank", "out"):
-        if isinstance(getattr(args, name, None), str):
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
+    paths = ("model", "teacher", "student", "merge", "data", "held_out", "rank", "out", "prompt_file", "traces",
+             "json", "plot", "speeds", "table", "figures")
+    for name in paths:
+        path = getattr(args, name, None)
+        if path == "":
+            # A variable of the shell that is not set.
+            raise UserError(f"--{name.replace('_', '-')} is empty")
+        if isinstance(path, list):
+            setattr(args, name, [os.path.expanduser(each) for each in path])
+        elif isinstance(path, str):
+            setattr(args, name, os.path.expanduser(path))
     # A seed is multiplied by a million, for the random streams of many texts.
     if not 0 <= getattr(args, "seed", 0) < 2 ** 32:
         raise UserError(f"--seed must be 0 to {2 ** 32 - 1}, got {args.seed}")
@@ -3222,7 +3230,15 @@ def is_unfinished(path):
     return any(glob.glob(os.path.join(glob.escape(path), file)) for file in files)
 
 
-def is_finished(out, depends, overwrite, done="report.json", or_else=""):
+def is_finished(*args, **kw):
+    """The same as is_made, and says so."""
+    made = is_made(*args, **kw)
+    if made:
+        print(f"{args[0]} is finished already, kept")
+    return made
+
+
+def is_made(out, depends, overwrite, done="report.json", or_else=""):
     """Does the directory `out` hold the result of this very run? depends: what the run depends on, JSON values under
     names for the user; the report `done` has it as "run". Raises UserError if the result was made from something else,
     unless it is to be overwritten. or_else: what the user may do besides."""
@@ -3240,7 +3256,6 @@ def is_finished(out, depends, overwrite, done="report.json", or_else=""):
         if before != now:
             raise UserError(f"{out} was made with {name} = {before}, now {name} = {now}; pass the same "
                             f"flags, or --overwrite{or_else}")
-    print(f"{out} is finished already, kept")
     return True
 
 

@@ -99,6 +99,10 @@ def check_args(args):
         raise UserError("--chat goes without --num-samples, --raw, --json and --traces")
     if args.traces and args.json:
         raise UserError("give one of --json and --traces")
+    if args.traces and args.num_samples > 1 and args.temperature == 0:
+        raise UserError("--num-samples without --temperature: all answers to a prompt are the same")
+    if args.temperature == 0 and (args.top_k or args.top_p < 1):
+        raise UserError("--top-k and --top-p belong to a --temperature above 0")
     if args.traces and not args.traces.endswith(".jsonl"):
         raise UserError(f"--traces writes JSON lines: call the file {args.traces}.jsonl")
     if args.keep_cut and not args.traces:
@@ -126,6 +130,20 @@ def read_inputs(args):
         return [asked if isinstance(asked, str) else as_messages(asked) for asked in inputs]
     lines = read_text(file) if file else [args.prompt or ""]
     return lines if args.raw else [as_messages([nano.Turn("user", line, False)]) for line in lines]
+
+
+def warn_plain(inputs, chat):
+    """Say so where texts of records, which are taken to the letter, are no prompts of this chat template."""
+    texts = [asked for asked in inputs if isinstance(asked, str)]
+    if not texts or chat.refusal is not None:
+        return
+    question = "question"
+    _, after = chat.prompt([{"role": "user", "content": question}]).rsplit(question, 1)
+    # What ends a question: <|im_end|>, [/INST], ...
+    mark = after.strip().split("\n")[0]
+    if mark and not any(mark in text for text in texts):
+        print(f"warning: prompts of records are taken to the letter, and none has the chat template's {mark!r}: "
+              'to ask questions, write {"messages": [{"role": "user", "content": ...}]}', file=sys.stderr)
 
 
 def as_messages(turns):
@@ -506,9 +524,12 @@ def speak(model, enc, args, logits, state):
 
 def next_command(args, config):
     if args.traces:
-        return f"python distill.py --teacher {args.model} --data {args.traces}"
+        half = max(1, config.layout.count("t") // 2)
+        return f"python distill.py --teacher {args.model} --replace {half} --data {args.traces}"
     if "t" in config.layout and "m2" not in config.layout:
-        return f"python distill.py --teacher {args.model} --replace {config.n_layer // 2}"
+        return f"python distill.py --teacher {args.model} --replace {max(1, config.layout.count('t') // 2)}"
+    if set(config.layout) == {"n"}:
+        return f"python sample.py --model {args.model} --chat"
     return f"python bench.py --model {args.model}"
 
 
@@ -520,6 +541,9 @@ def main():
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal that lacks a character shows its number.
         sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdin, "reconfigure"):
+        # What is no UTF-8 shows as U+FFFD, and does not end a conversation.
+        sys.stdin.reconfigure(errors="replace")
     inputs = [] if args.chat else read_inputs(args)
     model = nano.join_projections(load_pretrained(args.model, device, dtype))
     enc = load_tokenizer(args.model)
@@ -530,6 +554,8 @@ def main():
             if args.chat:
                 converse(model, enc, args, device, chat)
             else:
+                if not args.raw:
+                    warn_plain(inputs, chat)
                 prompts = [make_prompt(asked, args, model, enc, chat) for asked in inputs]
                 sample(model, enc, args, device, prompts)
         sys.stdout.flush()

@@ -3710,7 +3710,7 @@ def test_a_file_of_its_own_is_held_out_whole_and_its_prompts_are_not_trained(tra
     assert read("held") == [[f"ask {prompt}, to data{end}" for prompt in "ac"],
                             [f"ask {prompt}, to held{end}" for prompt in "bd"]]
     assert "note: 2 records" in capsys.readouterr().out
-    with pytest.raises(UserError, match="data: no usable record"):
+    with pytest.raises(UserError, match="all records of .*data begin with a prompt of .*all: none is left"):
         read("all")
     with pytest.raises(UserError, match="long: no usable record of at most 64 tokens"):
         read("long")
@@ -4450,11 +4450,18 @@ def test_merging_is_the_weighted_mean_and_checked_before_training(
         assert torch.equal(w, 0.25 * alone[name] + 0.75 * added[name])
     args = nano.read_json(tmp_path / "merged" / "training.json")["args"]
     assert args["merge"] == str(other) and args["merge_weight"] == 0.25
+    # A result is of one way to merge and to save.
+    for out, more, words in (("merged", ("--merge", other, "--merge-weight", 0.5), "merge_weight = 0.25"),
+                             ("merged", ("--merge", family / "h1", "--merge-weight", 0.25), "content of --merge"),
+                             ("alone", ("--merge", other), "merge_weight = None"),
+                             ("alone", ("--save-dtype", "bfloat16"), "save_dtype = float32")):
+        with pytest.raises(UserError, match=words):
+            tune(out, "--resume", *more)
     monkeypatch.setattr(train_sft, "fit", began)
     refused = [(("--merge", family / "h2"), "layout"),
                (("--merge", tmp_path / "none"), "no such directory"),
                (("--merge", other, "--merge-weight", 1.5), "between 0 and 1"),
-               (("--merge-weight", -1), "between")]
+               (("--merge", other, "--merge-weight", -1), "between")]
     for more, words in refused:
         with pytest.raises(UserError, match=words):
             tune("refused", *more)
@@ -5287,6 +5294,9 @@ def test_alignment_counts_every_token_but_padding_and_each_layer_relative_to_its
             wanted += sum((a - b).square().sum() for a, b in pairs) / sum(a.square().sum() for a, _ in pairs)
         x, _ = block(x, None, teacher_place(teacher, x))
     assert count == 2 and abs(total / wanted - 1) < 1e-4
+    packed = train_sft.collate(encoded(traces, "dev", 1), CPU, room=300)
+    assert len(packed.tokens) < len(batch.tokens)
+    assert abs(distill.alignment_error(student, teacher, [1, 2], packed)[0] / wanted - 1) < 1e-4
 
 
 def test_alignment_trains_the_new_mixers_alone_and_goes_on_after_a_kill(
@@ -5309,6 +5319,8 @@ def test_alignment_trains_the_new_mixers_alone_and_goes_on_after_a_kill(
     report = nano.read_json(tmp_path / "whole" / "report.json")
     changed = {name for name, p in before.items() if not torch.equal(p, after[0][name])}
     assert changed and all(name.startswith(("layers.0.mixer.", "layers.1.mixer.")) for name in changed)
+    # What a student has cost are the tokens of both.
+    assert report["tokens"] == report["align_log"][-1]["tokens"] + report["log"][-1]["tokens"]
     errors = [entry["error"] for entry in report["align_log"]]
     assert len(errors) == 3 and errors[-1] < errors[0] and report["start_seconds"][0] > 0
     for taken in (2, 4):
@@ -5318,6 +5330,18 @@ def test_alignment_trains_the_new_mixers_alone_and_goes_on_after_a_kill(
         small_run(traces[0], out, *flags, "--resume")
         assert weights(out) == weights(tmp_path / "whole")
         assert not list(out.glob("*progress*")) and not (out / "align.safetensors").exists()
+
+
+def test_a_later_result_of_another_run_is_named_before_the_first_stage(
+        traces, family, tmp_path, no_answers, monkeypatch):
+    shutil.copytree(family / "h2", tmp_path / "h2")
+    begun = []
+    monkeypatch.setattr(distill, "stage", lambda args, *rest: begun.append(args.replace))
+    with pytest.raises(UserError, match="h2 was made with seed = 0, now seed = 1; .*--student"):
+        small_run(traces[0], tmp_path, "--stages", "1,2", "--seed", 1)
+    assert not begun
+    small_run(traces[0], tmp_path, "--stages", "1,2")
+    assert begun == [1, 2]
 
 
 @pytest.mark.parametrize("killed_after", [3, 6])                             # of 2 steps, 3 trials of 1 step, 2 steps
@@ -6003,7 +6027,7 @@ def test_traces_are_what_the_model_wrote_and_training_reads(
         assert row["prompt"] == f"<s>[INST] {answer['prompt']} [/INST]"
     assert printed.out == ""
     assert f"{len(ended)} traces of 10 answers; left out: {10 - len(ended)} that --max-new-tokens cut" in printed.err
-    assert printed.err.splitlines()[-1] == f"next: python distill.py --teacher {talker} --data {file}"
+    assert printed.err.splitlines()[-1] == f"next: python distill.py --teacher {talker} --replace 1 --data {file}"
     # Training reads them back to the letter.
     codec = train_sft.load_codec(talker)
     train, held = train_sft.read_jsonl(file, codec, 64, 262)
@@ -6025,6 +6049,16 @@ def test_traces_are_what_the_model_wrote_and_training_reads(
     printed = ask(checkpoint, *command, "--traces", tmp_path / "none.jsonl", "--keep-cut")
     assert json_lines(tmp_path / "none.jsonl") == []
     assert "10 with half a character" in printed.err
+
+
+def test_questions_that_are_taken_to_the_letter_are_pointed_out(talker, tmp_path):
+    file = tmp_path / "asked.jsonl"
+    for prompts, warned in ((["a", "b"], True), (["a", "[INST] b [/INST]"], False)):
+        file.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+        printed = ask(talker, "--prompt-file", file, "--max-new-tokens", 1)
+        assert ("none has the chat template's '[/INST]'" in printed.err) == warned
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    assert "warning" not in ask(talker, "--prompt-file", file, "--max-new-tokens", 1).err
 
 
 STOPS = {
@@ -6107,6 +6141,11 @@ def test_a_reader_that_has_enough_and_a_poor_terminal_do_no_harm(checkpoint, tmp
         err = process.stderr.read().decode()
     assert process.returncode == 0
     assert "Traceback" not in err and "Broken" not in err
+    # Nor does a line of a conversation that is no UTF-8.
+    command = [*command[:6], "--chat", "--max-new-tokens", "1"]
+    done = subprocess.run(command, input=b"hi \xff\n", capture_output=True,
+                          env=env | {"PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 0 and done.stderr.count(b"prefill") == 1
 
 
 def test_the_help_explains_every_flag(capsys):
@@ -6309,7 +6348,8 @@ def test_a_burst_of_another_program_spoils_no_speed(monkeypatch):
     monkeypatch.setattr(bench, "filled_state", always(None))
     monkeypatch.setattr(bench, "time_decode", lambda *rest: (next(seconds), 0.0))
     configs = [tiny(layout).config for layout in ("t t", "m2 t", "t m2")]    # the last two are equally fast
-    assert bench.measured_speeds(configs, CPU, torch.float32) == [2.0, 1.0, 1.0]
+    # Four texts in a second.
+    assert bench.measured_speeds(configs, CPU, torch.float32) == ([2.0, 1.0, 1.0], 4, 8192)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6324,6 +6364,28 @@ def fake_report(path, replaced, tokens, student, seed=0, before=None, scores=Non
         "seed": seed, "teacher_accuracy": 0.8, "student_accuracy": student,
         "accuracy_by_family": {"story": [0.8, student]}, "scores": scores, "log": [],
         "args": {"student": before and str(before), "teacher": "no/such/teacher", "eval": 50}}))
+
+
+def test_results_of_one_name_are_joined_only_if_they_differ_in_the_seed_alone(tmp_path):
+    def result(path, seed, **run):
+        fake_report(tmp_path / path, [4], 10, 0.5, seed)
+        file = tmp_path / path / "report.json"
+        report = json.loads(file.read_text()) | {"run": run | {"seed": seed}}
+        # Of which run the report is.
+        file.write_text(json.dumps(report | {"seconds": float(len(path) + seed)}))
+
+    def names(*paths):
+        printed = run(bench, "--table", *(tmp_path / path for path in paths)).out
+        return [re.split(r" *\| *", line)[1:3] for line in printed.splitlines()[2:]]
+
+    result("a/h1", 0, **{"content of --teacher": "x", "rank": "loo"})
+    result("b/h1", 1, **{"content of --teacher": "x", "rank": "a file"})
+    result("c/h1", 1, **{"content of --teacher": "y", "rank": "loo"})
+    result("d/h1", 0, **{"content of --teacher": "x", "rank": "loo"})
+    assert names("a", "b/h1") == [["h1", "0 1"]]
+    assert names("a", "a/h1", "a/h1") == [["h1", "0"]]
+    for other, seed in (("c", "1"), ("d", "0")):
+        assert names("a", other) == [[str(tmp_path / "a" / "h1"), "0"], [str(tmp_path / other / "h1"), seed]]
 
 
 def test_the_table_adds_tokens_over_stages_and_joins_seeds(tmp_path):
@@ -6484,11 +6546,19 @@ def test_figures_are_drawn_from_reports_and_bench_lines(traces, family, tmp_path
     for name in ("layers.png", "family.png"):
         assert name in printed and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     lines = tmp_path / "bench.jsonl"
-    for path, speed in ((traces[0], 100.0), (family / "h1", 150.0)):
-        row = {"row": "model", "shape": str(path), "ctx": 9, "decode": [{"tokens_per_s": speed}]}
+    # At the longest context, and the largest batch of it, that both have; of two lines the later one counts.
+    measured = ((traces[0], 9, {1: 7.0, 2: 100.0, 8: 900.0}), (family / "h1", 9, {1: 9.0, 2: 9.0}),
+                (family / "h1", 9, {1: 9.0, 2: 150.0}), (family / "h1", 99, {1: 3.0}),
+                (traces[0], 8, {4: 1.0}), (family / "h1", 8, {4: 2.0}), (family / "h3", 7, {1: 1.0}))
+    for path, ctx, speeds in measured:
+        cells = [{"batch": batch, "tokens_per_s": speed} for batch, speed in speeds.items()]
+        row = {"row": "model", "shape": str(path), "ctx": ctx, "decode": cells}
         with open(lines, "a") as f:
             f.write(json.dumps(row) + "\n")
-    assert bench.speeds_from_lines(lines, [traces[0], family / "h1"]) == [100.0, 150.0]
+    found = bench.speeds_from_lines(lines, [traces[0], family / "h1"])
+    assert found == ([100.0, 150.0], 2, 9)
+    with pytest.raises(UserError, match="no context and batch at which all"):
+        bench.speeds_from_lines(lines, [traces[0], family / "h3"])
     with pytest.raises(UserError, match="no line for .*h2"):
         run(bench, "--figures", family, "--out", tmp_path, "--speeds", lines)
 
@@ -6507,6 +6577,10 @@ BAD_INPUT = [                                # script, more arguments, what the 
     (sample, "--prompt-file {nowhere}", "cannot read"),
     (sample, "--top-p 0", "--top-p must be in"),
     (sample, "--batch 0", "--batch must be at least 1"),
+    (sample, "--prompt-file=", "--prompt-file is empty"),
+    (sample, "--top-k 3", "--temperature above 0"),
+    (sample, "--traces x.jsonl --num-samples 3", "all answers to a prompt are the same"),
+    (distill, "--data x.jsonl --held-out=", "--held-out is empty"),
     (sample, "--temperature nan", "--temperature must be"),
     (sample, "--prompt a --chat", "one of --prompt"),
     (sample, "--chat --raw", "--chat goes without"),
@@ -6526,6 +6600,17 @@ BAD_INPUT = [                                # script, more arguments, what the 
     (bench, "--what all", "known are prefill"),
     (bench, "--what transformers", "needs --model"),
     (bench, "--json {nowhere}/x.jsonl", "cannot write"),
+    (bench, "--memory 0", "--memory must be above 0"),
+    (bench, "--memory nan", "--memory must be above 0"),
+    (bench, "--seconds -1", "--seconds must be 0 or more"),
+    (bench, "--batch 1,,2", "--batch"),
+    (bench, "--batch 0", "--batch"),
+    (bench, "--what prefill --plot x.png", "--plot draws"),
+    (bench, "--shape tiny --model {teacher}", "--shape and --model"),
+    (train_sft, "--easy nan", "--easy must be from 0 to 1"),
+    (train_sft, "--warmup -4", "--warmup must be 0 or more"),
+    (distill, "--warmup -4", "--warmup must be 0 or more"),
+    (train_sft, "--merge-weight 0.2", "--merge-weight belongs to --merge"),
     (distill, "--teacher {broken}", "model.safetensors is not a readable"),
     (distill, "--replace 99", "4 attention layers"),
     (distill, "--rank nonsense", "--rank nonsense"),

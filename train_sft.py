@@ -385,6 +385,8 @@ def read_apart(path, held_path, codec, ctx, n_vocab):
     held_records, held_keys = read_with_keys(held_path, codec, ctx, n_vocab)
     asked = {prompt for prompt, _ in held_keys}
     n_asked = sum(prompt in asked for prompt, _ in keys)
+    if n_asked == len(keys) > 0:
+        raise UserError(f"all records of {path} begin with a prompt of {held_path}: none is left to train on")
     if n_asked:
         print(f"note: {n_asked} records of {path} begin with a prompt of {held_path}: not trained")
     kept = [record for record, (prompt, _) in zip(records, keys) if prompt not in asked]
@@ -1380,10 +1382,10 @@ def restack(model, n_layer):
 
 def merge_partner(args, model):
     """-> the model to merge with (float32, CPU), or None without --merge. Raises UserError if it cannot be merged."""
-    if not 0 <= args.merge_weight <= 1:
-        raise UserError(f"--merge-weight must lie between 0 and 1, got {args.merge_weight}")
     if not args.merge:
         return None
+    if not 0 <= args.merge_weight <= 1:
+        raise UserError(f"--merge-weight must lie between 0 and 1, got {args.merge_weight}")
     other = nano.load_pretrained(args.merge)
     names = [f.name for f in fields(nano.Config)]
     differ = [name for name in names if getattr(other.config, name) != getattr(model.config, name)]
@@ -2041,13 +2043,14 @@ def parse_args():
                                   "or 0.0002 with adamw)")
     add("--lr-rest", type=float, help="that of everything but Mamba mixers (default: --lr)")
     add("--optimizer", default="auto", choices=("auto", "muon", "adamw"), help="muon: for layers' "
-        "matrices; auto: adamw if --batch * --ctx < 16 times the model's width (default auto)")
+        "matrices; auto: adamw if --batch * --accumulate * --ctx < 16 times the model's width "
+        "(default auto)")
     add("--warmup", type=int, default=50, help="steps of linear warm-up (default 50)")
     add("--seed", type=int, default=0, help="random seed (default 0)")
     # What to do with the result.
     add("--merge", metavar="DIR", help="afterwards average the weights with those of this checkpoint")
-    add("--merge-weight", type=float, default=0.5, metavar="W",
-        help="result = W * trained + (1 - W) * DIR (default 0.5)")
+    add("--merge-weight", type=float, metavar="W",
+        help="with --merge: result = W * trained + (1 - W) * DIR (default 0.5)")
     add("--eval", type=int, help="held-out problems per family (default 100, or 0 with --data: none)")
     add("--save-dtype", default="float32", choices=("float32", "bfloat16"), help="default float32")
     # How to compute.
@@ -2072,8 +2075,15 @@ def check_flags(args):
         raise UserError("--eval and --easy are about the built-in problems; --data brings its own texts")
     if args.eval is None:
         args.eval = 0 if args.data else 100
-    if args.eval < 0:
-        raise UserError(f"--eval must be 0 or more, got {args.eval}")
+    for name in ("eval", "warmup"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} must be 0 or more, got {getattr(args, name)}")
+    if not 0 <= args.easy <= 1:
+        raise UserError(f"--easy must be from 0 to 1, got {args.easy}")
+    if args.merge_weight is not None and not args.merge:
+        raise UserError("--merge-weight belongs to --merge")
+    if args.merge and args.merge_weight is None:
+        args.merge_weight = 0.5
     check_rates(args.lr, args.lr_rest)
     if args.scratch == bool(args.model):
         raise UserError("pass either --scratch or --model DIR")
@@ -2123,12 +2133,13 @@ def start_data(args, codec, n_vocab):
     return trace_block(codec, args.seed, args.ctx, lambda number: min(1.0, 0.2 + 0.8 * number / growing))
 
 
-def start_progress(args, model, block):
-    """-> the Progress of this run."""
+def start_progress(args, model, other, block):
+    """-> the Progress of this run. other: the model to merge with, or None."""
     keys = ("layers", "steps", "batch", "accumulate", "ctx", "pack", "lr", "lr_rest", "optimizer", "warmup",
-            "easy", "seed", "dtype")
+            "easy", "seed", "dtype", "merge_weight", "save_dtype")
     run = {key: getattr(args, key) for key in keys}
     run["content of the model"] = weights_hash(model)
+    run["content of --merge"] = weights_hash(other) if other else None
     run["content of --data"] = file_hash(args.data)
     run["content of the first texts"] = texts_hash(block)
     return Progress(os.path.join(args.out, "progress.safetensors"), run, args.resume)
@@ -2190,7 +2201,7 @@ def main():
     print(f"{size / 1e6:.2f} M parameters, layout {' '.join(model.config.layout)}; "
           f"{args.optimizer} at {args.lr:g}, products in {dtype}\n"
           f"an example, trained part marked: {show_example(codec, block(0, 1)[0])}")
-    progress = start_progress(args, model, block)
+    progress = start_progress(args, model, other, block)
     if args.resume and nano.is_finished(args.out, progress.run, args.overwrite, done="training.json"):
         return
     plan = Plan(args.steps, args.lr, args.warmup, args.every, log_every=10, name="loss",
