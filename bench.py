@@ -1498,9 +1498,9 @@ def draw_curves(plt, path, results):
     # On this scale equal distances are equal ratios: half the KL, in how many seconds?
     grid[0][0].set_yscale("log")
     kls = [point["kl"] for point in points]
-    # Numbers between the powers of ten are for curves that cross few of those.
-    few = max(kls) < 20 * min(kls)
-    grid[0][0].tick_params(axis="y", which="minor", labelleft=few)
+    if max(kls) > 20 * min(kls):
+        # There is no room for every number between the powers of ten.
+        grid[0][0].yaxis.set_minor_locator(plt.LogLocator(subs=(2, 5)))
     grid[0][0].yaxis.set_major_formatter("{x:g}")
     grid[0][0].yaxis.set_minor_formatter("{x:g}")
     grid[0][0].legend(fontsize=8)
