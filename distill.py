@@ -429,9 +429,10 @@ def batch_loss(student, teacher, batch, divergence):
 # same. No gradient goes through MLPs, through the output layer or from layer to layer, so a step costs a third of a KL
 # step. But nobody asks which errors matter, and in use a mixer's input comes from the mixers before it.
 #
-# The paper found no gain. Here there is one, from a calibrated start and for a short time: SmolLM2-135M, 15 of 30 layers,
-# general answers, 300 seconds of one core, three seeds: KL 0.433 to 0.451 after 45 KL steps, 0.406 to 0.412 after 50 of
-# alignment and 27 of KL. The alignment itself hardly moves the KL: what it brings shows in the steps that follow.
+# The paper found no gain. Here there is one, from a calibrated start and for a short time: SmolLM2-135M, 15 of 30
+# layers, general answers, 300 seconds of one core, three seeds: KL 0.433 to 0.451 after 45 KL steps, 0.406 to 0.412
+# after 50 of alignment and 27 of KL. The alignment itself hardly moves the KL: what it brings shows in the steps that
+# follow.
 
 def alignment_error(student, teacher, layers, batch):
     """-> the summed relative squared error of the mixers in these layers of student, and the number of layers.
