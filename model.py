@@ -3230,11 +3230,11 @@ def is_unfinished(path):
     return any(glob.glob(os.path.join(glob.escape(path), file)) for file in files)
 
 
-def is_finished(*args, **kw):
+def is_finished(out, *rest, **named):
     """The same as is_made, and says so."""
-    made = is_made(*args, **kw)
+    made = is_made(out, *rest, **named)
     if made:
-        print(f"{args[0]} is finished already, kept")
+        print(f"{out} is finished already, kept")
     return made
 
 

@@ -137,8 +137,13 @@ def warn_plain(inputs, chat):
     texts = [asked for asked in inputs if isinstance(asked, str)]
     if not texts or chat.refusal is not None:
         return
-    question = "question"
-    _, after = chat.prompt([{"role": "user", "content": question}]).rsplit(question, 1)
+    question = "a question such as no template has"
+    try:
+        whole = chat.prompt([{"role": "user", "content": question}])
+    except UserError:
+        # A template that wants more than a question: then nothing can be said.
+        return
+    _, _, after = whole.partition(question)
     # What ends a question: <|im_end|>, [/INST], ...
     mark = after.strip().split("\n")[0]
     if mark and not any(mark in text for text in texts):
@@ -523,11 +528,11 @@ def speak(model, enc, args, logits, state):
 
 
 def next_command(args, config):
+    half = max(1, config.layout.count("t") // 2)
     if args.traces:
-        half = max(1, config.layout.count("t") // 2)
         return f"python distill.py --teacher {args.model} --replace {half} --data {args.traces}"
     if "t" in config.layout and "m2" not in config.layout:
-        return f"python distill.py --teacher {args.model} --replace {max(1, config.layout.count('t') // 2)}"
+        return f"python distill.py --teacher {args.model} --replace {half}"
     if set(config.layout) == {"n"}:
         return f"python sample.py --model {args.model} --chat"
     return f"python bench.py --model {args.model}"

@@ -6052,6 +6052,9 @@ def test_traces_are_what_the_model_wrote_and_training_reads(
 
 
 def test_questions_that_are_taken_to_the_letter_are_pointed_out(talker, tmp_path):
+    def refuse(messages, **named):
+        raise UserError("a system message must come first")
+
     file = tmp_path / "asked.jsonl"
     for prompts, warned in ((["a", "b"], True), (["a", "[INST] b [/INST]"], False)):
         file.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
@@ -6059,6 +6062,9 @@ def test_questions_that_are_taken_to_the_letter_are_pointed_out(talker, tmp_path
         assert ("none has the chat template's '[/INST]'" in printed.err) == warned
     file.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
     assert "warning" not in ask(talker, "--prompt-file", file, "--max-new-tokens", 1).err
+    # A template that refuses a question alone, or that changes it, does not stand in the way of such a prompt.
+    for render in (refuse, lambda messages, **named: messages[0]["content"].upper()):
+        sample.warn_plain(["a"], nano.Chat(render, "x"))
 
 
 STOPS = {
