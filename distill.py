@@ -227,22 +227,34 @@ def calibrate(student, teacher, layers, texts):
         block = student.layers[i]
         original = teacher.layers[i]
         if i in layers:
-            fit_mixer(block, original, list(zip(xs, teacher_xs, places, reals)))
-        xs = [block(x, None, place)[0] for x, place in zip(xs, places)]
-        teacher_xs = [original(x, None, place)[0] for x, place in zip(teacher_xs, places)]
+            xs, teacher_xs = fit_mixer(block, original, list(zip(xs, teacher_xs, places, reals)))
+        else:
+            xs = [block(x, None, place)[0] for x, place in zip(xs, places)]
+            teacher_xs = [original(x, None, place)[0] for x, place in zip(teacher_xs, places)]
 
 
 def fit_mixer(block, original, pieces):
-    """Fit the mixer of block to its original in the teacher. pieces: (x, teacher_x, place, real), as in calibrate."""
+    """Fit the mixer of block to its original in the teacher. pieces: (x, teacher_x, place, real), as in calibrate.
+    -> the lists of x and teacher_x after these two blocks: what the fit has computed is not computed again."""
     mixer = block.mixer
     open_gate(mixer, [block.input_layernorm(x)[real] for x, _, _, real in pieces])
     straighten(mixer)
     fit = RidgeFit()
+    gated = []                                                               # (b, t, d_inner) each
+    wanted = []                                                              # (b, t, d_model) each
     for x, teacher_x, place, real in pieces:
         written, _ = original.mixer(original.input_layernorm(teacher_x), None, place)
-        gated = before_out_proj(mixer, block.input_layernorm(x), place)      # (b, t, d_inner)
-        fit.add(gated[real], (teacher_x + written - x)[real])
+        wanted.append(teacher_x + written)
+        gated.append(before_out_proj(mixer, block.input_layernorm(x), place))
+        fit.add(gated[-1][real], (wanted[-1] - x)[real])
     mixer.out_proj.weight.copy_(fit.solve())
+    xs = [after_mlp(block, x + mixer.out_proj(y)) for (x, *_), y in zip(pieces, gated)]
+    return xs, [after_mlp(original, x) for x in wanted]
+
+
+def after_mlp(block, x):
+    """The second half of block: x (b, t, d_model) -> like x."""
+    return x + block.mlp(block.post_attention_layernorm(x))
 
 
 def open_gate(mixer, inputs):
@@ -544,7 +556,7 @@ def scores_without_each(model, batch):
         # Nothing to leave out where the mixer is Mamba already, or missing: the walk just goes on.
         if block.kind == "t":
             # This layer without its mixer, and then all that follow.
-            y = x + block.mlp(block.post_attention_layernorm(x))
+            y = after_mlp(block, x)
             for later in model.layers[i + 1:]:
                 y, _ = later(y, None, place)
             yield i, score(model.norm(y)[trained], intact_x, model.lm_head, targets)
