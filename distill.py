@@ -248,13 +248,8 @@ def fit_mixer(block, original, pieces):
         gated.append(before_out_proj(mixer, block.input_layernorm(x), place))
         fit.add(gated[-1][real], (wanted[-1] - x)[real])
     mixer.out_proj.weight.copy_(fit.solve())
-    xs = [after_mlp(block, x + mixer.out_proj(y)) for (x, *_), y in zip(pieces, gated)]
-    return xs, [after_mlp(original, x) for x in wanted]
-
-
-def after_mlp(block, x):
-    """The second half of block: x (b, t, d_model) -> like x."""
-    return x + block.mlp(block.post_attention_layernorm(x))
+    xs = [block.after_mlp(x + mixer.out_proj(y)) for (x, *_), y in zip(pieces, gated)]
+    return xs, [original.after_mlp(x) for x in wanted]
 
 
 def open_gate(mixer, inputs):
@@ -559,7 +554,7 @@ def scores_without_each(model, batch):
         # Nothing to leave out where the mixer is Mamba already, or missing: the walk just goes on.
         if block.kind == "t":
             # This layer without its mixer, and then all that follow.
-            y = after_mlp(block, x)
+            y = block.after_mlp(x)
             for later in model.layers[i + 1:]:
                 y, _ = later(y, None, place)
             yield i, score(model.norm(y)[trained], intact_x, model.lm_head, targets)
@@ -700,7 +695,7 @@ def mmr_scores(args, run, student):
 # differences come from the layer. Against 100 steps, layers that work keep their order (rank correlation 0.92 and 1.0
 # in two stages), idle ones change places by chance. 25 candidates cost some 150 steps, more than the stage's own 100.
 #
-# What counts is measured on held-out texts of all lengths and families: training batches hold texts of one length, and
+# What counts is measured on other texts, of all lengths and families: training batches hold texts of one length, and
 # measured on a short one, layers looked harmless that long stories need (H-27 lost 0.04 by it).
 
 def try_each_layer(args, run, student, key):
@@ -712,13 +707,13 @@ def try_each_layer(args, run, student, key):
     trials = stored["trials"] if stored.get("key") == key else []
     known = [trial["layer"] for trial in trials]
     todo = [layer for layer in attention_layers(student.config) if layer not in known]
-    *training, held_out = trial_batches(args, run)
+    *training, judging = trial_batches(args, run)
     # Of many processes each tries a layer of its own, with a whole student.
     with tqdm(total=len(todo), desc="MMR", unit="layer") as bar:
         while todo:
             losses = {}
             for layer in own_part(todo[:processes()]):
-                losses[layer] = trial_loss(args, run, student, layer, training, held_out)
+                losses[layer] = trial_loss(args, run, student, layer, training, judging)
             trials += [{"layer": layer, "loss": loss} for layer, loss in union(losses).items()]
             once(nano.write_json, path, {"key": key, "trials": trials})
             todo = todo[processes():]
@@ -727,15 +722,15 @@ def try_each_layer(args, run, student, key):
 
 
 def trial_batches(args, run):
-    """-> args.probe_steps TaughtBatches to train on, and a last one that only measures: the held-out texts."""
+    """-> args.probe_steps TaughtBatches to train on, and a last one that only measures."""
     stream = batches(run.block, args.batch)
     texts = [*itertools.islice(stream, args.probe_steps), run.fixed]
     room = args.ctx if args.pack else 0
     return [taught_batch(run, examples, room) for examples in texts]
 
 
-def trial_loss(args, run, student, layer, training, held_out):
-    """Convert this layer of a copy of the student, distil it on the training batches -> its loss on held_out."""
+def trial_loss(args, run, student, layer, training, judging):
+    """Convert this layer of a copy of the student, distil it on the training batches -> its loss on judging."""
     # The same fresh parts for every candidate.
     torch.manual_seed(args.seed)
     trial = clone(student, args.train)
@@ -759,7 +754,7 @@ def trial_loss(args, run, student, layer, training, held_out):
         with autocast(run.device, run.dtype):
             clipped_step(trial, optimizers, rate)
     with torch.no_grad():
-        return loss_of(held_out).item()
+        return loss_of(judging).item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1122,7 +1117,7 @@ class Run(NamedTuple):
     dtype: torch.dtype                                   # of matrix products
     block: object                                        # (number, count) -> training examples, see train_sft.batches
     probe: list                                          # lists of examples for LOO
-    fixed: list                                          # one held-out batch, for MMR's trials
+    fixed: list                                          # one batch that judges MMR's trials
     calibration: list                                    # pairs (tokens, real), see calibrate
     content: dict                                        # fingerprints of teacher and data
     held_out: list                                       # lists of examples to measure a student on
@@ -1464,9 +1459,9 @@ def print_start(args, teacher, size, device, dtype):
 
 
 def load_texts(args, codec, n_vocab):
-    """-> block: (number, count) -> training examples; probe: batches of examples for LOO; fixed: one held-out batch;
-    held_out: batches to measure on. Neither of the last two is ever trained on; nor is what is measured asked by LOO,
-    which may look at texts that train: the model that it looks at is the teacher."""
+    """-> block: (number, count) -> training examples; probe: batches of examples for LOO; fixed: one batch, for MMR;
+    held_out: batches to measure on, which neither trains nor has a say in which layers go. LOO and MMR may look at
+    texts of --data that train: the one looks at the teacher, and the other's trials all train on the same ones."""
     if args.data:
         if args.held_out:
             training, held_out = read_apart(args.data, args.held_out, codec, args.ctx, n_vocab)
@@ -1474,7 +1469,7 @@ def load_texts(args, codec, n_vocab):
             training, held_out = read_jsonl(args.data, codec, args.ctx, n_vocab)
         block = list_block(training, args.seed)
         probe = training[:args.probe]
-        fixed = held_out[:args.batch]
+        fixed = training[-args.batch:]
         held_out = in_batches(held_out[:args.eval], args.batch)
     else:
         make = generic_block if args.traces == "generic" else trace_block
@@ -1482,8 +1477,8 @@ def load_texts(args, codec, n_vocab):
         # Refused now, not after the ranking.
         block(0, 1)
         probe = [encode_problem(codec, p) for p in problem_set("probe", args.probe)]
-        fixed = [encode_problem(codec, p) for p in problem_set("dev", 16)]
-        held_out = [fixed]
+        fixed = [encode_problem(codec, p) for p in problem_set("probe", 16)]
+        held_out = [[encode_problem(codec, p) for p in problem_set("dev", 16)]]
     return block, in_batches(probe, args.batch), fixed, held_out
 
 

@@ -471,9 +471,13 @@ class Block(nn.Module):
         if self.mixer is not None:
             y, state = self.mixer(self.input_layernorm(x), state, place)
             x = x + y
-        if self.mlp is not None:
-            x = x + self.mlp(self.post_attention_layernorm(x))
-        return x, state
+        return self.after_mlp(x), state
+
+    def after_mlp(self, x):
+        """The second half: x (b, t, d_model) -> like x."""
+        if self.mlp is None:
+            return x
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 @dataclass(frozen=True)

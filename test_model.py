@@ -3691,6 +3691,20 @@ def test_no_text_is_trained_and_held_out(prompts, traces, tmp_path):
     assert not any(example in train for example in held)
 
 
+@pytest.mark.parametrize("built_in", [True, False])
+def test_what_judges_a_student_has_no_say_in_which_layers_go(built_in, traces, tmp_path):
+    codec = traces[1]
+    file = tmp_path / "x.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"question {i}", "response": f"answer {i}"}) for i in range(200)))
+    args = argparse.Namespace(data=None if built_in else file, held_out=None, ctx=512, seed=0, probe=4, batch=4,
+                              eval=200, traces="reasoning")
+    _, probe, fixed, held_out = distill.load_texts(args, codec, 538)
+    judging = [example for batch in held_out for example in batch]
+    asked = [example for batch in probe for example in batch] + fixed
+    assert judging and fixed and probe
+    assert not any(example in judging for example in asked)
+
+
 def test_a_file_of_its_own_is_held_out_whole_and_its_prompts_are_not_trained(traces, tmp_path, capsys):
     def write(name, *prompts):
         lines = [json.dumps({"prompt": f"ask {prompt}, ", "response": f"to {name}"}) for prompt in prompts]
